@@ -1,0 +1,23 @@
+"""The hybrid model: what travels with each checkpoint. Importing this registers it with the Auto classes."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .configuration_hybrid import HybridConfig
+from .gated_deltanet import GatedDeltaNet
+from .linear_attention import LinearAttention, LinearAttentionOptions
+from .modeling_hybrid import MIXERS, HybridForCausalLM
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+HybridConfig.register_for_auto_class()
+HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "MIXERS",
+    "GatedDeltaNet",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "LinearAttention",
+    "LinearAttentionOptions",
+]

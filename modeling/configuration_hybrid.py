@@ -1,0 +1,188 @@
+"""Configuration of a hybrid of softmax and linear attention: the teacher's own config, nested, plus which layers changed."""
+
+import copy
+import functools
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.configuration_utils import SubConfigSpec
+
+
+LINEAR_ATTENTION = "linear_attention"
+
+# Written to the hybrid's config by trainers and users, but read by the backbone and the caches from the nested config.
+_MIRRORED = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "layer_types",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "output_router_logits",
+    }
+)
+# Probed by the library on every config: answering from the nested config would make it process them twice.
+_NOT_INHERITED = frozenset({"text_config", "rope_parameters", "per_layer_config"})
+
+
+class HybridConfig(PreTrainedConfig):
+    """
+    Configuration of a [`HybridForCausalLM`].
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`):
+            The teacher's config. Its `layer_types` are the hybrid's: `"linear_attention"` for a converted layer, the
+            teacher's own type (`"full_attention"`, `"sliding_attention"`, ...) for a layer that keeps softmax.
+        softmax_layer_types (`list[str]`, *optional*):
+            What each layer is when it keeps softmax attention; defaults to the teacher's own types.
+        mixer (`str`, *optional*, defaults to `"gated_deltanet"`):
+            Name of the linear-attention mixer.
+        mixer_options (`dict`, *optional*):
+            Options of the mixer, see [`LinearAttentionOptions`]; those left out keep their defaults.
+        kernel (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` runs fla's kernels on CUDA tensors where fla can be used and our torch forms everywhere else;
+            `"torch"` and `"fla"` force one (a forced `"fla"` raises the reason when it cannot run).
+        teacher_name_or_path (`str`, *optional*):
+            Where the teacher came from; for the reader and the model card only, never loaded.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> teacher_config = LlamaConfig(num_hidden_layers=4)
+    >>> HybridConfig.from_teacher(teacher_config, full_attention_layers=[2]).layer_types
+    ['linear_attention', 'linear_attention', 'full_attention', 'linear_attention']
+
+    ```
+    """
+
+    model_type = "hf_hybrid"
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+    # The teacher's plan shards q_proj, k_proj, ... by name, which would cut a linear mixer's heads apart.
+    base_model_tp_plan = None
+
+    text_config: PreTrainedConfig | dict | None = None
+    softmax_layer_types: list[str] | None = None
+    mixer: str = "gated_deltanet"
+    mixer_options: dict[str, Any] | None = None
+    kernel: str = "auto"
+    teacher_name_or_path: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.softmax_layer_types is None:
+            self.softmax_layer_types = get_layer_types_and_kwargs(self.text_config)[0]
+        if LINEAR_ATTENTION in self.softmax_layer_types:
+            raise ValueError(
+                f"softmax_layer_types={self.softmax_layer_types} names a linear layer; the teacher must be a softmax "
+                "model. Pass the teacher's own layer types."
+            )
+        if self.text_config.__dict__.get("layer_types") is None:
+            self.text_config.layer_types = list(self.softmax_layer_types)
+        self.mixer_options = dict(self.mixer_options or {})
+        if self.kernel not in ("auto", "torch", "fla"):
+            raise ValueError(f"kernel={self.kernel!r} is unknown; choose 'auto', 'torch' or 'fla'.")
+
+    @classmethod
+    def from_teacher(
+        cls, teacher_config: PreTrainedConfig, full_attention_layers: Any, **kwargs: Any
+    ) -> "HybridConfig":
+        """Returns the config of a hybrid of `teacher_config` that keeps softmax in `full_attention_layers`."""
+        text_config = copy.deepcopy(teacher_config)
+        text_config._name_or_path = ""  # else trainers that rebuild a reference model from it would load the teacher
+        softmax_layer_types = get_layer_types_and_kwargs(text_config)[0]
+        config = cls(text_config=text_config, softmax_layer_types=softmax_layer_types, **kwargs)
+        config.full_attention_layers = full_attention_layers
+        config.teacher_name_or_path = kwargs.get("teacher_name_or_path") or teacher_config._name_or_path or None
+        return config
+
+    @property
+    def full_attention_layers(self) -> list[int]:
+        """Indices of the layers that keep softmax attention, ascending."""
+        return [i for i, kind in enumerate(self.text_config.layer_types) if kind != LINEAR_ATTENTION]
+
+    @full_attention_layers.setter
+    def full_attention_layers(self, layers: Any) -> None:
+        keep = check_layers(layers, self.text_config.num_hidden_layers)
+        self.text_config.layer_types = [
+            kind if i in keep else LINEAR_ATTENTION for i, kind in enumerate(self.softmax_layer_types)
+        ]
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key in _MIRRORED and isinstance(self.__dict__.get("text_config"), PreTrainedConfig):
+            setattr(self.text_config, key, value)
+        else:
+            super().__setattr__(key, value)
+
+    def __getattr__(self, key: str) -> Any:
+        text_config = self.__dict__.get("text_config")
+        if key.startswith("_") or key in _NOT_INHERITED or not isinstance(text_config, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
+        return getattr(text_config, key)
+
+
+def check_layers(layers: Any, num_layers: int) -> list[int]:
+    """Returns `layers` sorted as plain integers, or raises a `ValueError` that says what is wrong with them."""
+    try:
+        given = [int(layer) for layer in layers]
+        exact = all(int(layer) == layer and not isinstance(layer, bool) for layer in layers)
+    except (TypeError, ValueError):
+        exact, given = False, []
+    if not exact:
+        raise ValueError(f"full_attention_layers={layers!r} is not a list of layer indices; pass integers, e.g. [2, 5].")
+    outside = [layer for layer in given if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(
+            f"full_attention_layers={outside} names a layer outside 0..{num_layers - 1}; the model has {num_layers} "
+            "decoder layers. Pass indices in that range."
+        )
+    if len(set(given)) != len(given):
+        raise ValueError(f"full_attention_layers={given} names a layer twice; pass each index once.")
+    return sorted(given)
+
+
+class _BackboneView:
+    """
+    What the teacher's backbone sees as its config: the nested config itself, but with the teacher's own layer types.
+
+    The backbone looks up masks and rotary embeddings by layer type and knows no `"linear_attention"`; caches and masks
+    for generation are built from the nested config, which does. The view shares the nested config's `__dict__`, so
+    whatever is set on one (attention implementation, `use_cache`, vocabulary size) is set on both.
+    """
+
+    __slots__ = ("_source", "_softmax_layer_types")
+
+    @property
+    def layer_types(self) -> list[str]:
+        return self._softmax_layer_types
+
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:
+        raise AttributeError("the backbone's layer_types are the teacher's; set layer_types on the hybrid's config")
+
+    def __deepcopy__(self, memo: dict) -> PreTrainedConfig:
+        return backbone_view(copy.deepcopy(self._source, memo), list(self._softmax_layer_types))
+
+    def __reduce__(self) -> tuple:
+        return backbone_view, (self._source, self._softmax_layer_types)
+
+
+@functools.cache
+def _view_class(config_class: type) -> type:
+    return type(config_class.__name__, (_BackboneView, config_class), {"__module__": __name__})
+
+
+def backbone_view(text_config: PreTrainedConfig, softmax_layer_types: list[str]) -> PreTrainedConfig:
+    """Returns a live view of `text_config` whose `layer_types` are `softmax_layer_types`."""
+    view = object.__new__(_view_class(type(text_config)))
+    object.__setattr__(view, "__dict__", text_config.__dict__)
+    object.__setattr__(view, "_source", text_config)
+    object.__setattr__(view, "_softmax_layer_types", softmax_layer_types)
+    return view

@@ -1,0 +1,360 @@
+"""Chunked gated delta rule with a hand-written backward pass, in plain torch operations.
+
+A chunk of C tokens is processed with matrix products (the WY form of arXiv 2412.06464, section 3.3). With G the
+cumulative log decay inside the chunk, D[i, j] = exp(G_i - G_j) for j <= i, e_i = exp(G_i), d_j = D[last, j] and S the
+state that enters the chunk::
+
+    B = (K K^T) * D, strictly lower       P = scale * (Q K^T) * D, lower
+    R = V - (e K) S                       U = (I + diag(beta) B)^-1 diag(beta) R
+    O = scale * (e Q) S + P U             S' = exp(G_last) S + (d K)^T U
+
+Several chunks form a segment, whose intermediate tensors are small enough to stay in the processor's cache. Only the
+state that enters each segment is kept for the backward pass, which rebuilds everything else. Inside a segment the
+layout is [chunks, rows, C, ...], a row being one head of one sequence, so that one chunk of all rows is contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+# Wider blocks are inverted by doubling; triangular substitution is exact but slow, products of blocks are fast.
+_BASE_BLOCK = 16
+# Bytes of one [chunks, rows, C, D] intermediate per thread: about fifteen of them are alive at a time.
+_CPU_SEGMENT_BYTES = 512 * 1024
+_ACCELERATOR_SEGMENT_BYTES = 64 * 1024 * 1024
+_MINIMUM_CPU_ROWS = 8
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where a segment lies in the caller's tensors: sequences, heads, tokens, and chunks."""
+
+    batch: slice
+    heads: slice
+    tokens: slice
+    chunks: slice
+    index: int  # of the segment along the sequence
+
+
+@dataclass
+class _Segment:
+    """Tensors of one segment that both passes need; S is the number of chunks, N the number of rows."""
+
+    q: Tensor  # scale * q, [S, N, C, K]
+    k: Tensor  # [S, N, C, K]
+    v: Tensor  # [S, N, C, V]; the scan turns it into R = V - (e K) S in place
+    beta: Tensor  # [S, N, C, 1]
+    decay: Tensor  # D, [S, N, C, C]
+    from_start: Tensor  # e, [S, N, C, 1]
+    to_end: Tensor  # d, [S, N, C, 1]
+    through: Tensor  # the state's decay over a whole chunk, [S, N, 1, 1]
+    key_products: Tensor  # B with an arbitrary diagonal, [S, N, C, C]
+    scores: Tensor  # P, [S, N, C, C]
+    inverse: Tensor  # (I + diag(beta) B)^-1, [S, N, C, C]
+    k_from_start: Tensor  # e K
+    k_to_end: Tensor  # d K
+
+
+def _blocks(q: Tensor, v: Tensor, chunk_size: int, dtype: torch.dtype) -> list[list[_Block]]:
+    """Split the work: one list of consecutive segments per group of rows."""
+    batch, tokens, heads, _ = q.shape
+    chunks = math.ceil(tokens / chunk_size)
+    cell = chunk_size * max(chunk_size, q.shape[-1], v.shape[-1]) * (torch.finfo(dtype).bits // 8)
+    if q.device.type == "cpu":
+        threads = torch.get_num_threads()
+        rows = min(batch * heads, max(_MINIMUM_CPU_ROWS, threads))
+        per_segment = _CPU_SEGMENT_BYTES * threads // (cell * rows)
+    else:
+        rows = batch * heads
+        per_segment = _ACCELERATOR_SEGMENT_BYTES // (cell * rows)
+    # Two chunks at least: the saved states are then no larger than half the keys and values of square heads.
+    per_segment = min(chunks, max(2, per_segment))
+    head_step = min(heads, rows)
+    batch_step = max(1, rows // heads)
+    return [
+        [
+            _Block(
+                slice(b, b + batch_step),
+                slice(h, h + head_step),
+                slice(c * chunk_size, min(tokens, (c + per_segment) * chunk_size)),
+                slice(c, min(chunks, c + per_segment)),
+                c // per_segment,
+            )
+            for c in range(0, chunks, per_segment)
+        ]
+        for b in range(0, batch, batch_step)
+        for h in range(0, heads, head_step)
+    ]
+
+
+def _load(x: Tensor, block: _Block, chunk_size: int, dtype: torch.dtype, scale: float | None = None) -> Tensor:
+    """Copy a segment of [B, T, H, ...] to [S, N, C, ...], padding the last chunk with zeros."""
+    x = x[block.batch, block.tokens, block.heads]
+    missing = -x.shape[1] % chunk_size
+    if missing:
+        # Zero keys, zero beta, and no decay leave the state as it is.
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    x = x.unflatten(1, (-1, chunk_size)).movedim(0, 1).transpose(2, 3)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if scale is None:
+        out.copy_(x)
+    else:
+        torch.mul(x, scale, out=out)
+    return out.flatten(1, 2)
+
+
+def _store(x: Tensor, block: _Block, target: Tensor, scale: float | None = None) -> None:
+    """Write a segment [S, N, C, ...] to its place in [B, T, H, ...]; padding is dropped."""
+    target = target[block.batch, block.tokens, block.heads]
+    chunk_size, tokens = x.shape[2], target.shape[1]
+    x = x.unflatten(1, (target.shape[0], target.shape[2])).transpose(2, 3).movedim(1, 0)
+    if tokens % chunk_size:
+        x = x.flatten(1, 2)[:, :tokens]
+    else:
+        target = target.unflatten(1, (-1, chunk_size))
+    if scale is None:
+        target.copy_(x)
+    else:
+        torch.mul(x, scale, out=target)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product over all chunks and rows of a segment."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """total += alpha * a @ b, in place, over all chunks and rows of a segment."""
+    total.view(-1, *total.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=alpha)
+    return total
+
+
+def _invert_unit_lower(lower: Tensor) -> Tensor:
+    """(I + strictly lower part of `lower`)^-1 for [n, C, C], by substitution in small blocks and block doubling.
+
+    A Neumann product over the whole width would be fewer operations, but its intermediate powers overflow when keys
+    are nearly identical and beta is near 2. Here every product is a block of the true inverse.
+    """
+    n, size, _ = lower.shape
+    base = min(_BASE_BLOCK, size)
+    count = size // base
+    blocks = lower.view(n, count, base, count, base).diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(-1, base, base)
+    identity = torch.eye(base, dtype=lower.dtype, device=lower.device).expand_as(blocks)
+    blocks = torch.linalg.solve_triangular(blocks, identity, upper=False, unitriangular=True)
+    inverse = torch.zeros_like(lower)
+    diagonal = inverse.view(n, count, base, count, base).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    diagonal.copy_(blocks.view(n, count, base, base))
+    width = base
+    while width < size:
+        for start in range(0, size, 2 * width):
+            first, second = slice(start, start + width), slice(start + width, start + 2 * width)
+            corner = torch.bmm(torch.bmm(inverse[:, second, second], lower[:, second, first]), inverse[:, first, first])
+            torch.neg(corner, out=inverse[:, second, first])
+        width *= 2
+    return inverse
+
+
+def _decays(g: Tensor, documents: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """D, e, and the decay of a whole chunk, from log decays [S, N, C]; see the module's docstring.
+
+    The cumulative sums are in float64: their differences would otherwise lose digits in proportion to their size.
+    """
+    # exp2 rather than exp: torch's exp is up to ten times slower on the CPU for very negative numbers.
+    exponent = (g * math.log2(math.e)).cumsum(-1)
+    decay = torch.empty(*g.shape, g.shape[-1], dtype=dtype, device=g.device)
+    torch.sub(exponent.unsqueeze(-1), exponent.unsqueeze(-2), out=decay)
+    # Entries above the diagonal could overflow: they are clamped before and masked after the exponential.
+    decay.clamp_(max=0.0).exp2_()
+    decay.mul_(torch.ones(decay.shape[-2:], dtype=dtype, device=g.device).tril_())
+    from_start = exponent.exp2_().to(dtype)
+    if documents is not None:
+        current, entering = documents  # [S, b, C], [S, b]
+        heads = g.shape[1] // current.shape[1]
+        same = current.unsqueeze(-1) == current.unsqueeze(-2)
+        decay.unflatten(1, (-1, heads)).mul_(same.unsqueeze(2))
+        carried = current == entering.unsqueeze(-1)
+        from_start.unflatten(1, (-1, heads)).mul_(carried.unsqueeze(2))
+    return decay, from_start.unsqueeze(-1), from_start[..., -1, None, None].clone()
+
+
+def _segment(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    documents: tuple[Tensor, Tensor] | None,
+    block: _Block,
+    scale: float,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> _Segment:
+    """Load one segment and compute everything that does not depend on the state."""
+    q, k, v, g, beta = inputs
+    q, k, v = _load(q, block, chunk_size, dtype, scale), *(_load(x, block, chunk_size, dtype) for x in (k, v))
+    beta = _load(beta, block, chunk_size, dtype).unsqueeze(-1)
+    wide = dtype if g.device.type == "mps" else torch.float64  # MPS has no float64
+    g = _load(g, block, chunk_size, wide)
+    if documents is not None:
+        documents = tuple(x[block.chunks, block.batch] for x in documents)
+    decay, from_start, through = _decays(g, documents, dtype)
+    to_end = decay[..., -1, :].unsqueeze(-1).contiguous()
+    key_products = _product(k, k.mT).mul_(decay)
+    scores = _product(q, k.mT).mul_(decay)
+    inverse = _invert_unit_lower((key_products * beta).flatten(0, 1)).view_as(key_products)
+    return _Segment(
+        q, k, v, beta, decay, from_start, to_end, through, key_products, scores, inverse, k * from_start, k * to_end
+    )
+
+
+def _scan(seg: _Segment, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the state [N, K, V] through a segment: states before each chunk and after the last, and U."""
+    chunks, rows = seg.v.shape[:2]
+    states = state.new_empty(chunks + 1, rows, *state.shape[-2:])
+    states[0] = state
+    updates = torch.empty_like(seg.v)
+    scaled_inverse = seg.inverse * seg.beta.mT
+    for c in range(chunks):
+        seg.v[c].baddbmm_(seg.k_from_start[c], states[c], alpha=-1.0)
+        torch.bmm(scaled_inverse[c], seg.v[c], out=updates[c])
+        torch.mul(states[c], seg.through[c], out=states[c + 1])
+        states[c + 1].baddbmm_(seg.k_to_end[c].mT, updates[c])
+    return states, updates
+
+
+def _scan_backward(seg: _Segment, d_out: Tensor, d_updates: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the gradient of the state back through a segment.
+
+    Returns its gradients before each chunk and after the last, and the gradient of diag(beta) R. `d_updates` holds
+    the part of U's gradient that comes from the outputs and receives the rest.
+    """
+    chunks, rows = d_out.shape[:2]
+    d_states = d_state.new_empty(chunks + 1, rows, *d_state.shape[-2:])
+    d_states[chunks] = d_state
+    d_states[:chunks] = _product((seg.q * seg.from_start).mT, d_out)
+    d_residual = torch.empty_like(d_updates)
+    weighted = seg.k_from_start * seg.beta
+    for c in reversed(range(chunks)):
+        d_updates[c].baddbmm_(seg.k_to_end[c], d_states[c + 1])
+        torch.bmm(seg.inverse[c].mT, d_updates[c], out=d_residual[c])
+        d_states[c].addcmul_(d_states[c + 1], seg.through[c])
+        d_states[c].baddbmm_(weighted[c].mT, d_residual[c], alpha=-1.0)
+    return d_states, d_residual
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+def _segment_backward(seg: _Segment, state: Tensor, d_out: Tensor, d_state: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of one segment: scaled q, k, v, g, beta, and the state that entered."""
+    states, updates = _scan(seg, state)
+    d_scores = _product(d_out, updates.mT)
+    d_states, d_residual = _scan_backward(seg, d_out, _product(seg.scores.mT, d_out), d_state)
+    d_v = d_residual * seg.beta
+
+    # Row sums minus column sums of (gradient of log D) give the gradient of G.
+    d_products = _product(d_residual, updates.mT)  # minus the gradient of diag(beta) B
+    d_log_decay = d_products * seg.key_products
+    d_log_decay.diagonal(dim1=-2, dim2=-1).zero_()  # the diagonal of B does not exist
+    d_beta = _row_dot(d_residual, seg.v).sub_(d_log_decay.sum(-1))
+    torch.addcmul(d_scores * seg.scores, d_log_decay, seg.beta, value=-1.0, out=d_log_decay)
+    d_log_decay.diagonal(dim1=-2, dim2=-1).zero_()  # D is 1 there, whatever g is
+    d_cumulative = d_log_decay.sum(-1).sub_(d_log_decay.sum(-2))
+
+    # Within the chunk. B is symmetric in K before masking, so its two products with K are one.
+    d_scores.mul_(seg.decay)
+    d_products.mul_(seg.decay).mul_(seg.beta).diagonal(dim1=-2, dim2=-1).zero_()
+    # Through the state that entered the chunk.
+    d_q = _product(d_out, states[:-1].mT).mul_(seg.from_start)
+    d_cumulative += _row_dot(d_q, seg.q)
+    _add_product(d_q, d_scores, seg.k)
+    d_k = _product(d_v, states[:-1].mT).mul_(seg.from_start).neg_()
+    d_cumulative += _row_dot(d_k, seg.k)
+    # Through the state that leaves it. The last token's own contribution does not decay.
+    d_k_end = _product(updates, d_states[1:].mT).mul_(seg.to_end)
+    d_end = _row_dot(d_k_end, seg.k)
+    d_end[..., -1] = 0.0
+    d_cumulative -= d_end
+    d_through = (d_states[1:] * states[:-1]).sum((-2, -1)).mul_(seg.through[..., 0, 0])
+    d_cumulative[..., -1] += d_end.sum(-1) + d_through
+
+    d_k += d_k_end
+    _add_product(d_k, d_scores.mT, seg.q)
+    _add_product(d_k, d_products + d_products.mT, seg.k, alpha=-1.0)
+    d_g = d_cumulative.flip(-1).cumsum(-1).flip(-1)
+    return d_q, d_k, d_v, d_g, d_beta, d_states[0]
+
+
+class ChunkGatedDeltaRule(torch.autograd.Function):
+    """o, final_state = apply(q, k, v, g, beta, initial_state, documents, scale, chunk_size); see delta_rule.py.
+
+    `documents` is None or a pair: the running index of each token's document as [chunks, B, C], not decreasing along
+    a row, and the index of the document that the state entering each chunk belongs to as [chunks, B].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor,
+        documents: tuple[Tensor, Tensor] | None,
+        scale: float,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        inputs, dtype = (q, k, v, g, beta), initial_state.dtype
+        groups = _blocks(q, v, chunk_size, dtype)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        final_state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+        keep = any(ctx.needs_input_grad)
+        saved = initial_state.new_empty(len(groups[0]) if keep else 0, *initial_state.shape)
+        for group in groups:
+            rows = group[0].batch, group[0].heads
+            state = initial_state[rows].flatten(0, 1)
+            for block in group:
+                if keep:
+                    saved[block.index][rows].copy_(state.view_as(saved[block.index][rows]))
+                seg = _segment(inputs, documents, block, scale, chunk_size, dtype)
+                states, updates = _scan(seg, state)
+                o = _product(seg.q.mul_(seg.from_start), states[:-1])
+                _store(_add_product(o, seg.scores, updates), block, out)
+                state = states[-1]
+            final_state[rows] = state.view_as(final_state[rows])
+        ctx.save_for_backward(*inputs, saved, *(documents or ()))
+        ctx.scale, ctx.chunk_size = scale, chunk_size
+        ctx.set_materialize_grads(False)
+        return out, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, saved = ctx.saved_tensors[:6]
+        documents = ctx.saved_tensors[6:] or None
+        q, _, v = inputs[:3]
+        dtype, chunk_size = saved.dtype, ctx.chunk_size
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        d_initial = torch.empty_like(saved[0])
+        for group in _blocks(q, v, chunk_size, dtype):
+            rows = group[0].batch, group[0].heads
+            shape = d_initial[rows].shape
+            d_state = d_initial.new_zeros(shape) if d_final_state is None else d_final_state[rows]
+            d_state = d_state.flatten(0, 1)
+            for block in reversed(group):
+                seg = _segment(tuple(inputs), documents, block, ctx.scale, chunk_size, dtype)
+                d_o = torch.zeros_like(seg.v) if d_out is None else _load(d_out, block, chunk_size, dtype)
+                state = saved[block.index][rows].flatten(0, 1)
+                *found, d_state = _segment_backward(seg, state, d_o, d_state)
+                for x, target in zip(found, gradients, strict=True):
+                    _store(x, block, target, ctx.scale if target is gradients[0] else None)
+            d_initial[rows] = d_state.view(shape)
+        return *gradients, d_initial, None, None, None
+
+

@@ -1,0 +1,79 @@
+"""Gated DeltaNet as a drop-in for a teacher's softmax attention."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .kernels import gated_delta_rule
+from .linear_attention import LinearAttention, widen
+
+
+class GatedDeltaNet(LinearAttention):
+    r"""
+    Gated DeltaNet (arXiv 2412.06464, eq. 10) with the teacher's projections.
+
+    Per head, with `q_t, k_t` of unit length and the state `S` of shape `[D, V]`:
+
+        S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - (exp(g_t) S_{t-1})^T k_t))^T
+        o_t = S_t^T q_t / sqrt(D)
+
+    with the log decay `g_t = -exp(A_log) softplus(a_proj x_t + dt_bias)` and the write strength
+    `beta_t = sigmoid(b_proj x_t)`; the layer returns `o_proj(norm(o_t) * silu(g_proj x_t))`.
+
+    Keeps of the teacher: q, k, v and output projections with their biases, q/k norms, rotary embedding, grouping of
+    heads. Adds, per layer: `a_proj`, `b_proj` (hidden x H each), `A_log`, `dt_bias` (H each), `g_proj`
+    (hidden x H V), `o_norm` (V), and a convolution where asked for. State: `4 H D V` bytes per sequence.
+    """
+
+    def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
+        super().__init__(attention, config, layer_idx)
+        hidden_size = self.q_proj.in_features
+        self.a_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+
+    def init_weights(self) -> None:
+        """Decay rates and step sizes spread over heads as in the official implementation of Gated DeltaNet."""
+        super().init_weights()
+        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1.0, 16.0)
+        init.copy_(self.A_log, rate.log())
+        step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) == step
+
+    def mix(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        state: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step = nn.functional.softplus(widen(self.a_proj(hidden_states)) + widen(self.dt_bias))
+        log_decay = -widen(self.A_log).exp() * step
+        beta = torch.sigmoid(widen(self.b_proj(hidden_states)))
+        if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
+            log_decay = log_decay * padding_mask[..., None]
+            beta = beta * padding_mask[..., None]
+        return gated_delta_rule(
+            _unit(query),
+            _unit(key),
+            value,
+            g=log_decay,
+            beta=beta,
+            initial_state=state,
+            seq_idx=seq_idx,
+            kernel=self.kernel,
+        )
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Unit vectors over the last axis, with the epsilon inside the root so that a zero row has a finite gradient."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

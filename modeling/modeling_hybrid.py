@@ -1,0 +1,239 @@
+"""A hybrid of softmax and linear attention, built around the teacher's own transformers class.
+
+`HybridForCausalLM(config)` is the teacher's `...ForCausalLM` with `layers[i].self_attn` replaced where
+`config.layer_types[i] == "linear_attention"`. Everything else (embeddings, norms, MLPs or experts, soft-capping,
+scaling, tied heads, parameter names) is the teacher's code. Nothing here knows a model family by name.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
+
+from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
+from .gated_deltanet import GatedDeltaNet
+from .linear_attention import LinearAttention, check_cache, count_tokens_in
+
+
+MIXERS: dict[str, type[LinearAttention]] = {"gated_deltanet": GatedDeltaNet}
+
+
+class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """
+    A causal language model in which some layers keep the teacher's softmax attention and the rest are linear.
+
+    Calling the class gives an instance of a class that also inherits the teacher's own `...ForCausalLM`.
+
+    Args:
+        config (`HybridConfig`): which layers are linear, which mixer, and the teacher's config.
+    """
+
+    config: HybridConfig
+    _is_stateful = True  # a recurrent state cannot be rolled back: the library then refuses assisted decoding
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
+    _tp_plan = None
+
+    def __new__(cls, config: HybridConfig | None = None, *args: Any, **kwargs: Any) -> "HybridForCausalLM":
+        # Copying and unpickling call this on a class that is already specialised, without a config.
+        if config is None or issubclass(cls, _Specialised):
+            return super().__new__(cls)
+        return super().__new__(_specialise(cls, teacher_class(config.text_config)))
+
+    def __init__(self, config: HybridConfig) -> None:
+        mixer = MIXERS.get(config.mixer)
+        if mixer is None:
+            raise ValueError(f"mixer={config.mixer!r} is unknown; choose one of {sorted(MIXERS)}.")
+        super().__init__(backbone_view(config.text_config, config.softmax_layer_types))
+        self.config = config
+        layers = decoder_layers(self)
+        for i in self.linear_attention_layers:
+            layers[i].self_attn = mixer(layers[i].self_attn, config, i)
+        self.base_model.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
+        self.post_init()
+
+    @property
+    def linear_attention_layers(self) -> list[int]:
+        """Indices of the layers with linear attention, ascending."""
+        return [i for i, kind in enumerate(self.config.text_config.layer_types) if kind == LINEAR_ATTENTION]
+
+    @property
+    def full_attention_layers(self) -> list[int]:
+        """Indices of the layers that keep softmax attention, ascending."""
+        return self.config.full_attention_layers
+
+    def set_full_attention_layers(self, layers: Iterable[int], teacher: PreTrainedModel | None = None) -> None:
+        """
+        Changes, in place, which layers keep softmax attention.
+
+        A layer that becomes softmax gets the teacher's attention, weights included. A layer that becomes linear takes
+        over the projections it has now, and new tensors are initialised. The other layers are left as they are.
+
+        Args:
+            layers (`Iterable[int]`): indices of the layers to keep softmax.
+            teacher (`PreTrainedModel`, *optional*): needed where a linear layer becomes softmax.
+        """
+        keep = check_layers(layers, len(decoder_layers(self)))
+        now = set(self.full_attention_layers)
+        restored, linearised = sorted(set(keep) - now), sorted(now - set(keep))
+        if restored and teacher is None:
+            raise ValueError(f"layers {restored} are linear now; pass teacher= to restore their softmax attention.")
+        sources = decoder_layers(teacher) if restored else []
+        own = decoder_layers(self)
+        if restored and len(sources) != len(own):
+            raise ValueError(f"the teacher has {len(sources)} decoder layers, the hybrid {len(own)}; pass its teacher.")
+        for i in restored:
+            projection = own[i].self_attn.q_proj.weight
+            attention = copy.deepcopy(sources[i].self_attn).to(projection.device, projection.dtype)
+            attention.config = self.base_model.config
+            attention.requires_grad_(True)
+            own[i].self_attn = attention.train(self.training)
+        for i in linearised:
+            projection = own[i].self_attn.q_proj.weight
+            with torch.device(projection.device):
+                mixer = MIXERS[self.config.mixer](own[i].self_attn, self.config, i)
+            self._init_new_modules(mixer)
+            own[i].self_attn = _cast(mixer, projection.dtype).train(self.training)
+        self.config.full_attention_layers = keep
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # The library initialises by the teacher's rules, which know neither raw parameters nor identity convolutions.
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, LinearAttention):
+                    module.init_weights()
+
+    @torch.no_grad()
+    def _init_new_modules(self, mixer: LinearAttention) -> None:
+        for module in mixer.modules():
+            if not getattr(module, "_is_hf_initialized", False) and not isinstance(module, LinearAttention):
+                self._initialize_weights(module)
+        mixer.init_weights()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if isinstance(model_kwargs.get("past_key_values"), Cache):
+            count_tokens_in(model_kwargs["past_key_values"])
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """Leaves the 2-D mask to the backbone: only it knows whether it wants one mask or one for each layer type."""
+        return attention_mask
+
+
+class _Specialised:
+    """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
+
+
+def teacher_class(text_config: Any) -> type[PreTrainedModel]:
+    """The library's `...ForCausalLM` for the teacher's config."""
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(text_config) not in mapping:
+        raise ValueError(
+            f"text_config is a {type(text_config).__name__}, for which transformers has no causal language model; "
+            "pass the config of a decoder such as Llama, Qwen or Mistral."
+        )
+    return mapping[type(text_config)]
+
+
+@functools.cache
+def _specialise(cls: type, teacher: type) -> type:
+    # The name and module are what save_pretrained writes into config.json and where it finds the code to copy.
+    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": cls.config_class}
+    return type(cls.__name__, (cls, teacher, _Specialised), namespace)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of `model`, each of which must have a `self_attn`."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__} has no list of decoder layers at base_model.layers and cannot be converted; its "
+            f"base model has children {[name for name, _ in model.base_model.named_children()]}."
+        )
+    for i, layer in enumerate(layers):
+        if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+            raise ValueError(
+                f"{type(model).__name__} has no self_attn in decoder layer {i} and cannot be converted; the layer has "
+                f"children {[name for name, _ in layer.named_children()]}."
+            )
+    return layers
+
+
+def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
+    """`mixer` in `dtype`, except for the parameters that stay in fp32."""
+    kept = {name: p.data for name, p in mixer.named_parameters(recurse=False) if p.dtype == torch.float32}
+    mixer.to(dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        for name, data in kept.items():
+            getattr(mixer, name).data = data
+    return mixer
+
+
+@functools.cache
+def _positional_names(backbone_class: type) -> list[str]:
+    return [name for name in inspect.signature(backbone_class.forward).parameters if name != "self"]
+
+
+def _prepare_backbone_inputs(backbone: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """
+    Runs before the backbone's forward, whoever calls it, and hands the mixers what they need beside the teacher's own
+    arguments: `padding_mask` and, for packed rows, `seq_idx`. Makes the cache, which the backbone would make for
+    softmax layers only.
+    """
+    kwargs = dict(zip(_positional_names(type(backbone)), args, strict=False)) | kwargs
+    inputs = kwargs.get("inputs_embeds")
+    if inputs is None:
+        inputs = kwargs.get("input_ids")
+    if inputs is None:
+        return (), kwargs  # the backbone raises its own error
+    config = backbone.config._source
+    linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    padding_mask = None
+    if isinstance(mask, torch.Tensor):
+        padding_mask = create_recurrent_attention_mask(config, inputs, mask, cache)
+    seq_idx = packed_documents(kwargs.get("position_ids"), padding_mask) if cache is None else None
+    if seq_idx is not None:
+        # The library looks for packed rows only where there is neither a mask nor a cache; rows that are packed
+        # are never continued, and a mask of ones says nothing.
+        kwargs |= {"attention_mask": None, "past_key_values": None, "use_cache": False}
+        kwargs["seq_idx"] = seq_idx.expand(inputs.shape[0], -1)
+        return (), kwargs
+    use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    if use_cache and cache is None and not (backbone.training and getattr(backbone, "gradient_checkpointing", False)):
+        kwargs["past_key_values"] = cache = DynamicCache(config=config)
+    if isinstance(cache, Cache):
+        check_cache(cache, linear)
+        count_tokens_in(cache)
+    kwargs.pop("seq_idx", None)
+    if padding_mask is not None:
+        kwargs["padding_mask"] = padding_mask
+    return (), kwargs
+
+
+def packed_documents(
+    position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Returns the document index `[B, T]` of each token where `position_ids` restart inside a row, else None."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return None
+    if padding_mask is None:
+        return find_packed_sequence_indices(position_ids)
+    # Positions of padding are arbitrary; what counts is a restart between two neighbouring tokens.
+    tokens = padding_mask.bool()
+    restarts = (position_ids.diff(dim=-1) != 1) & tokens[:, 1:] & tokens[:, :-1]
+    if restarts.any():
+        raise ValueError(
+            "position_ids restart inside a row (packed documents) while attention_mask has padding, which the "
+            "teacher's softmax layers cannot keep apart. Pack without padding and pass no attention_mask."
+        )
+    return None
+

@@ -1,0 +1,61 @@
+"""Causal depthwise convolution over a few tokens, which starts as the identity."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+
+class ShortConvolution(nn.Module):
+    """
+    `y_t = sum_j w_j * x_{t-j}` per channel, j = 0 .. kernel_size-1, within one document.
+
+    Args:
+        channels (`int`): number of channels, each with its own kernel.
+        kernel_size (`int`): tokens seen, the current one included.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        # The layout of nn.Conv1d(groups=channels): the last tap is the current token.
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+
+    def init_weights(self) -> None:
+        identity = torch.zeros_like(self.weight)
+        identity[..., -1] = 1.0
+        init.copy_(self.weight, identity)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: Cache | None = None,
+        layer_idx: int = 0,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns `[B, T, channels]` from `x` of that shape; `cache` carries the last `kernel_size - 1` tokens on."""
+        length, history = x.shape[1], self.kernel_size - 1
+        if history == 0:
+            return x * self.weight[:, 0, 0]
+        if cache is not None:
+            # One token more than needed: the library's layers keep at least one, and size their buffer by this.
+            before = cache.get_conv_state(layer_idx) is not None
+            full = cache.update_conv_state(
+                nn.functional.pad(x.transpose(1, 2), (0 if before else self.kernel_size, 0)), layer_idx
+            ).transpose(1, 2)
+            padded = full[:, -(length + history) :]
+        else:
+            padded = nn.functional.pad(x, (0, 0, history, 0))
+        if seq_idx is not None:
+            return self._within_documents(padded, seq_idx, length)
+        return nn.functional.conv1d(padded.transpose(1, 2), self.weight, groups=x.shape[-1]).transpose(1, 2)
+
+    def _within_documents(self, padded: torch.Tensor, seq_idx: torch.Tensor, length: int) -> torch.Tensor:
+        history = self.kernel_size - 1
+        # Tokens before the row belong to its first document, so that a carried state is still seen.
+        documents = torch.cat([seq_idx[:, :1].expand(-1, history), seq_idx], dim=1)
+        output = padded.new_zeros(padded.shape[0], length, padded.shape[2])
+        for tap in range(self.kernel_size):
+            same = documents[:, tap : tap + length] == seq_idx
+            output = output + padded[:, tap : tap + length] * same[..., None] * self.weight[:, 0, tap]
+        return output

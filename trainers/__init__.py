@@ -1,0 +1,19 @@
+"""Trainers of the two distillation stages and the layer scores built on them."""
+
+from .alignment import AlignmentConfig, AlignmentTrainer
+from .distillation import DistillationConfig, DistillationTrainer
+from .held_out import HeldOutKL, held_out_kl
+from .scoring import LayerScore, LayerScores, score_layers
+
+
+__all__ = [
+    "AlignmentConfig",
+    "AlignmentTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "HeldOutKL",
+    "LayerScore",
+    "LayerScores",
+    "held_out_kl",
+    "score_layers",
+]

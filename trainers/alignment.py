@@ -1,0 +1,108 @@
+"""Stage 1: each linear layer learns its teacher layer's attention output, on the teacher's own hidden states."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..modeling.modeling_hybrid import decoder_layers, packed_documents
+from .losses import alignment_loss
+from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, mixer_parameters
+
+
+@dataclass
+class AlignmentConfig(TeacherTrainingArguments):
+    """
+    Arguments of [`AlignmentTrainer`].
+
+    Differs from its parent in the settings of arXiv 2505.03005, step 1: `learning_rate=1e-3` and
+    `lr_scheduler_type="cosine"`. The paper trains on 100M tokens in rows of 512.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the mixers."})
+    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+
+
+class AlignmentTrainer(TeacherTrainer):
+    """
+    Trains the linear mixers only, teacher-forced: every mixer sees the hidden states that its layer has in the teacher
+    and learns that layer's attention output. All layers are learned in one pass, independently of one another.
+
+    The loss is the mean over linear layers of [`~hf_hybrid.trainers.losses.alignment_loss`].
+    """
+
+    _tag_names = ["hf-hybrid", "alignment"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.accelerator.unwrap_model(self.model).linear_attention_layers:
+            raise ValueError(
+                "the student keeps softmax attention in every layer, so there is nothing to align; convert it with "
+                "fewer full_attention_layers, e.g. []."
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with _only_mixers_trainable(self.model):
+            return super().train(*args, **kwargs)
+
+    def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        losses = self.layer_losses(student, inputs)
+        return torch.stack(list(losses.values())).mean()
+
+    def layer_losses(self, student: Any, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The alignment loss of each linear layer, by its index."""
+        padding_mask = inputs.get("attention_mask")
+        if padding_mask is not None and bool(padding_mask.all()):
+            inputs, padding_mask = {**inputs, "attention_mask": None}, None
+        seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
+        layers = decoder_layers(student)
+        losses = {}
+        for i, (given, wanted) in self._attention_of_teacher(student.linear_attention_layers, inputs).items():
+            output, _ = layers[i].self_attn(
+                given["hidden_states"],
+                position_embeddings=given.get("position_embeddings"),
+                padding_mask=padding_mask,
+                seq_idx=seq_idx,
+            )
+            losses[i] = alignment_loss(wanted, output, padding_mask)
+        return losses
+
+    @torch.no_grad()
+    def _attention_of_teacher(
+        self, layers: list[int], inputs: dict[str, torch.Tensor]
+    ) -> dict[int, tuple[dict[str, Any], torch.Tensor]]:
+        """What each of the teacher's `layers` gave to its attention, by argument name, and got back."""
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        modules = decoder_layers(teacher)
+        seen: dict[int, tuple[dict[str, Any], torch.Tensor]] = {}
+
+        def record(i: int) -> Any:
+            def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+                given = kwargs if "hidden_states" in kwargs else {"hidden_states": args[0], **kwargs}
+                seen[i] = (given, output[0])
+
+            return hook
+
+        handles = [modules[i].self_attn.register_forward_hook(record(i), with_kwargs=True) for i in layers]
+        try:
+            teacher.base_model(**inputs, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+@contextlib.contextmanager
+def _only_mixers_trainable(student: Any) -> Iterator[None]:
+    """Freezes everything but the mixers, so that DDP waits for no gradient that never comes; undone on leaving."""
+    mixers = {id(parameter) for parameter in mixer_parameters(student)}
+    frozen = [p for p in student.parameters() if p.requires_grad and id(p) not in mixers]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,152 @@
+"""The losses of every stage, as pure functions.
+
+Shapes: B batch, T tokens, N tokens in a row of all batches, H hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+
+# Logits of one chunk of tokens, both models together: 2 * 2**24 numbers, 128 MiB in fp32.
+_CHUNK_ELEMENTS = 2**24
+
+LogitFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+def kl_per_token(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
+    """
+    `KL(teacher || student)` of each token, in nats: `sum_v p_T (log p_T - log p_S)`, 0 where the models agree.
+
+    Args:
+        teacher_logits, student_logits: `[..., V]`. Half precision is raised to fp32 first.
+
+    Returns:
+        `[...]`.
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher logits have shape {tuple(teacher_logits.shape)}, student logits {tuple(student_logits.shape)}; "
+            "both models must share one vocabulary and see the same tokens."
+        )
+    log_teacher = _widen(teacher_logits).log_softmax(-1)
+    log_student = _widen(student_logits).log_softmax(-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+
+
+def chunked_kl_per_token(
+    teacher_hidden: torch.Tensor,
+    student_hidden: torch.Tensor,
+    teacher_logits: LogitFunction,
+    student_logits: LogitFunction,
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """
+    [`kl_per_token`] from final hidden states, without ever holding the logits of more than one chunk of tokens.
+
+    The backward pass makes each chunk's logits once more. TRL's fused divergence is not used because it computes in
+    fp32 only, allocates tiles of 32,768 columns whatever the vocabulary, and is not a public function.
+
+    Args:
+        teacher_hidden, student_hidden: `[N, H]`; the widths may differ.
+        teacher_logits, student_logits: from hidden states `[n, H]` to logits `[n, V]`, see [`logit_function`].
+        vocab_size: V, to size the chunks.
+        chunk_tokens: tokens in a chunk; by default as many as keep a chunk's logits within 64 MiB in fp32 per model.
+
+    Returns:
+        `[N]`, in nats.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = max(1, _CHUNK_ELEMENTS // vocab_size)
+
+    def chunk_kl(teacher_chunk: torch.Tensor, student_chunk: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            reference = teacher_logits(teacher_chunk)
+        return kl_per_token(reference, student_logits(student_chunk))
+
+    pieces = []
+    for teacher_chunk, student_chunk in zip(
+        teacher_hidden.split(chunk_tokens), student_hidden.split(chunk_tokens), strict=True
+    ):
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(chunk_kl, teacher_chunk, student_chunk, use_reentrant=False))
+        else:
+            pieces.append(chunk_kl(teacher_chunk, student_chunk))
+    return torch.cat(pieces)
+
+
+def alignment_loss(
+    teacher_output: torch.Tensor, student_output: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Distance of one layer's attention outputs: mean over tokens of `||U_T - U_S||_2 / sqrt(H)` (arXiv 2505.03005,
+    step 1; not squared, as in the released code of arXiv 2512.20569).
+
+    Args:
+        teacher_output, student_output: `[B, T, H]`, after the output projection.
+        mask: `[B, T]`, 1 for tokens that count.
+
+    Returns:
+        A scalar, in units of the root mean square of an activation.
+    """
+    width = teacher_output.shape[-1]
+    distance = (_widen(teacher_output) - _widen(student_output)).norm(dim=-1) * width**-0.5
+    return masked_mean(distance, mask)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of `values` where `mask` is not 0; 0 where it is 0 everywhere."""
+    if mask is None:
+        return values.mean()
+    weight = mask.to(values.dtype)
+    return (values * weight).sum() / weight.sum().clamp(min=1)
+
+
+def logit_function(model: PreTrainedModel) -> LogitFunction:
+    """
+    What `model` does from its final hidden state to its logits: head, scaling, soft-capping.
+
+    The library keeps this inside each family's forward; the settings are read from the config as TRL reads them, and
+    [`check_logit_function`] tells whether that was right for the model at hand.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "output_multiplier", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        out = head(hidden)
+        if scale != 1.0:
+            out = out * scale
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+    return logits
+
+
+@torch.no_grad()
+def check_logit_function(model: PreTrainedModel) -> None:
+    """Raises a `ValueError` where [`logit_function`] does not give `model`'s own logits."""
+    inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=model.device)[None] % model.config.vocab_size}
+    training = model.training
+    model.eval()
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    expected = model(**inputs, use_cache=False).logits
+    model.train(training)
+    given = logit_function(model)(hidden)
+    error = (given.float() - expected.float()).abs().max().item()
+    if not error <= 1e-2 * max(1.0, expected.float().abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than its config says (they differ by {error:.3g}); its "
+            "KL cannot be computed in chunks. Please report the model family."
+        )
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
