@@ -336,8 +336,9 @@ class ChunkGatedDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, saved = ctx.saved_tensors[:6]
-        documents = ctx.saved_tensors[6:] or None
+        tensors = ctx.saved_tensors  # read once: gradient checkpointing refuses a second time
+        *inputs, saved = tensors[:6]
+        documents = tensors[6:] or None
         q, _, v = inputs[:3]
         dtype, chunk_size = saved.dtype, ctx.chunk_size
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]

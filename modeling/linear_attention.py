@@ -222,12 +222,7 @@ class LinearAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         if padding_mask is not None:
             padding_mask = padding_mask.to(hidden_states.dtype)
-        query, key, value = self.project(hidden_states, past_key_values, padding_mask, seq_idx)
-        if self.options.rope and position_embeddings is not None and self.rotate is not None:
-            query, key = self._rotate(query, key, position_embeddings)
-        groups = self.num_heads // self.num_kv_heads
-        if groups > 1:  # by head, as activations: repeating the projection's rows would scramble the heads
-            key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+        query, key, value = self.project(hidden_states, position_embeddings, past_key_values, padding_mask, seq_idx)
         if self.options.silu_qk:
             query, key = nn.functional.silu(query), nn.functional.silu(key)
         state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
@@ -244,11 +239,15 @@ class LinearAttention(nn.Module):
     def project(
         self,
         hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         padding_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[B, T, H, D]`, k `[B, T, G, D]`, v `[B, T, G, V]` from the teacher's projections, norms included."""
+        """
+        The teacher's q, k `[B, T, H, D]` and v `[B, T, H, V]`: projected, normed, rotated, expanded to all heads.
+        Softmax attention over them, followed by `o_proj`, is the teacher's attention.
+        """
         projected = [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)]
         if self.conv is not None:
             widths = [x.shape[-1] for x in projected]
@@ -261,7 +260,13 @@ class LinearAttention(nn.Module):
         shape = hidden_states.shape[:2]
         query = self._heads(query, self.q_norm, (*shape, self.num_heads, self.head_dim))
         key = self._heads(key, self.k_norm, (*shape, self.num_kv_heads, self.head_dim))
-        return query, key, value.view(*shape, self.num_kv_heads, self.value_dim)
+        value = value.view(*shape, self.num_kv_heads, self.value_dim)
+        if self.options.rope and position_embeddings is not None and self.rotate is not None:
+            query, key = self._rotate(query, key, position_embeddings)
+        groups = self.num_heads // self.num_kv_heads
+        if groups > 1:  # by head, as activations: repeating the projection's rows would scramble the heads
+            key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+        return query, key, value
 
     @staticmethod
     def _heads(x: torch.Tensor, norm: nn.Module | None, shape: tuple[int, ...]) -> torch.Tensor:

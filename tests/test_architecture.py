@@ -1,0 +1,231 @@
+"""What may import what, and the house rules that a parser can check. Reads the sources, imports none of them."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+
+ROOT = Path(__file__).parents[1]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 70
+# Small on purpose: what travels with a checkpoint is read by strangers before they trust it.
+TRAVELLING_STDLIB = {
+    "__future__",
+    "collections",
+    "contextlib",
+    "copy",
+    "dataclasses",
+    "enum",
+    "functools",
+    "importlib",
+    "inspect",
+    "itertools",
+    "math",
+    "operator",
+    "re",
+    "sys",
+    "types",
+    "typing",
+    "warnings",
+}
+TRAVELLING_LIBRARIES = {"torch", "transformers"}
+COMMAND_LINE = {"cli", "__main__"}
+
+
+def sources(folder: str) -> list[Path]:
+    """Returns the Python files of a root folder, none of them through a symlink."""
+    files = sorted(ROOT.joinpath(folder).rglob("*.py"))
+    return [file for file in files if file.resolve() == ROOT.resolve() / file.relative_to(ROOT)]
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def package_of(file: Path) -> str:
+    """Returns the dotted import name of the package that holds `file`."""
+    parts = file.relative_to(ROOT).parent.parts
+    return ".".join(parts if parts[0] == "hf_hybrid" else ("hf_hybrid", *parts))
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"), filename=name_of(file))
+
+
+def at(file: Path, node: ast.AST, message: str) -> str:
+    return f"{name_of(file)}:{getattr(node, 'lineno', 1)}: {message}"
+
+
+def imports(tree: ast.Module, package: str) -> Iterator[tuple[ast.AST, str]]:
+    """Yields each import of a module, wherever it stands, with the full dotted name that it asks for.
+
+    `from ..modeling import HybridConfig` in `hf_hybrid.trainers` gives `hf_hybrid.modeling.HybridConfig`, and
+    `importlib.import_module("fla.ops")` gives `fla.ops`.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node, f"{prefix}.{alias.name}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            target = node.args[0]
+            if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                yield node, target.value
+
+
+def is_inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+MODELING, TRAINERS, PACKAGE = sources("modeling"), sources("trainers"), sources("hf_hybrid")
+per_file = pytest.mark.parametrize("file", [*MODELING, *TRAINERS, *PACKAGE], ids=name_of)
+per_travelling_file = pytest.mark.parametrize("file", MODELING, ids=name_of)
+
+
+@pytest.mark.skipif(not ROOT.joinpath(".git").exists(), reason="a source distribution holds no symlinks")
+def test_symlinks_show_the_installed_shape() -> None:
+    links = {path.name: str(path.readlink()) for path in ROOT.joinpath("hf_hybrid").iterdir() if path.is_symlink()}
+    assert links == {name: f"../{name}" for name in ("modeling", "recipes", "trainers")}
+
+
+# --- modeling/: what travels with a checkpoint
+
+
+def test_modeling_is_flat() -> None:
+    assert [name_of(file) for file in MODELING if file.parent != ROOT / "modeling"] == []
+
+
+@per_travelling_file
+def test_travelling_file_imports_only_what_loads_anywhere(file: Path) -> None:
+    allowed = TRAVELLING_LIBRARIES | TRAVELLING_STDLIB
+    assert sys.stdlib_module_names >= TRAVELLING_STDLIB
+    problems = []
+    for node, name in imports(parse(file), package_of(file)):
+        root = name.split(".")[0]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            continue
+        if root not in allowed | {"fla"}:
+            problems.append(at(file, node, f"imports {name}; allowed are {', '.join(sorted(allowed))}, guarded fla"))
+    # The library's own reading: what it finds outside `try` and `is_..._available()` must be installed to load.
+    unguarded = set(get_imports(file)) - allowed
+    if unguarded:
+        problems.append(f"{name_of(file)}: loading asks the user to install {sorted(unguarded)}; guard the import")
+    assert problems == []
+
+
+@per_travelling_file
+def test_travelling_file_uses_the_one_relative_form_that_is_copied(file: Path) -> None:
+    problems, siblings = [], set()
+    for node in ast.walk(parse(file)):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        if node.level > 1 or node.module is None or "." in node.module or node.names[0].name == "*":
+            problems.append(at(file, node, f"`{ast.unparse(node)}`: write `from .sibling import name`"))
+        elif not file.with_name(f"{node.module}.py").exists():
+            problems.append(at(file, node, f"there is no modeling/{node.module}.py"))
+        else:
+            siblings.add(node.module)
+    assert problems == []
+    # The library finds siblings with a regular expression over the whole text, strings included.
+    assert set(get_relative_imports(file)) == siblings
+
+
+@per_travelling_file
+def test_travelling_strings_do_not_read_as_relative_imports(file: Path) -> None:
+    texts = [node for node in ast.walk(parse(file)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    found = [
+        at(file, node, "a line of this string starts as a relative import")
+        for node in texts
+        if re.search(r"^\s*(from|import)\s+\.", node.value, flags=re.MULTILINE)
+    ]
+    assert found == []
+
+
+# --- one way: modeling <- trainers <- hf_hybrid <- cli
+
+
+@pytest.mark.parametrize("file", TRAINERS, ids=name_of)
+def test_trainers_know_modeling_only(file: Path) -> None:
+    below = ("hf_hybrid.modeling", "hf_hybrid.trainers")
+    problems = [
+        at(file, node, f"imports {name}; trainers may import hf_hybrid.modeling and each other")
+        for node, name in imports(parse(file), package_of(file))
+        if is_inside(name, "hf_hybrid") and not any(is_inside(name, package) for package in below)
+    ]
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in PACKAGE if not COMMAND_LINE & {file.stem, file.parent.name}], ids=name_of
+)
+def test_nothing_imports_the_command_line(file: Path) -> None:
+    problems = [
+        at(file, node, f"imports {name}")
+        for node, name in imports(parse(file), package_of(file))
+        if any(is_inside(name, f"hf_hybrid.{part}") for part in COMMAND_LINE)
+    ]
+    assert problems == []
+
+
+@per_file
+def test_root_folders_are_imported_by_their_installed_names(file: Path) -> None:
+    problems = [
+        at(file, node, f"imports {name}; write hf_hybrid.{name}")
+        for node, name in imports(parse(file), package_of(file))
+        if name.split(".")[0] in ("modeling", "trainers")
+    ]
+    assert problems == []
+
+
+# --- house rules
+
+
+@per_file
+def test_errors_are_raised_and_nothing_is_printed(file: Path) -> None:
+    problems = []
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Assert):
+            problems.append(at(file, node, "assert; raise ValueError with what was given, expected, and to do"))
+        elif isinstance(node, ast.ExceptHandler) and node.type is None:
+            problems.append(at(file, node, "bare except"))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and file.stem not in COMMAND_LINE:
+            problems.append(at(file, node, "print; only the command line prints"))
+    assert problems == []
+
+
+@per_file
+def test_files_and_functions_are_short(file: Path) -> None:
+    num_lines = len(file.read_text("utf-8").splitlines())
+    problems = [f"{name_of(file)}: {num_lines} lines, at most {MAX_FILE_LINES}"] if num_lines > MAX_FILE_LINES else []
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                problems.append(at(file, node, f"{node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"))
+    assert problems == []
+
+
+def export_order(name: str) -> tuple[int, str]:
+    """Sorts as ruff's RUF022 does: CONSTANTS, then Classes, then functions."""
+    return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2), name
+
+
+@per_file
+def test_exported_names_are_sorted_and_unique(file: Path) -> None:
+    for node in parse(file).body:
+        if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"):
+            continue
+        try:
+            names = list(ast.literal_eval(node.value))
+        except ValueError:
+            continue  # computed, as in `__all__ = sorted(...)`
+        assert names == sorted(set(names), key=export_order), f"{name_of(file)}: sort __all__, each name once"

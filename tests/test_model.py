@@ -1,0 +1,272 @@
+"""The model: a softmax-only copy is the teacher; caches, padding and packing change nothing for any hybrid."""
+
+import copy
+
+import pytest
+import torch
+from teachers import FAMILIES, tiny_teacher, tokens
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import hf_hybrid as hh
+from hf_hybrid.modeling.linear_attention import LinearAttention
+
+
+LAYOUTS = {"alternating": [1, 3], "all_linear": [], "first": [0]}
+# The models run in float64, but the library's norms and rotary embeddings compute in float32 whatever the dtype.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def hybrid(family, layers, dtype=torch.float64, **options):
+    torch.manual_seed(1)
+    return hh.convert(tiny_teacher(family, dtype), layers, mixer_options=options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestSoftmaxOnlyCopy:
+    def test_logits_are_the_teachers(self, family):
+        teacher, ids = tiny_teacher(family), tokens(2, 40)
+        student = hh.convert(teacher, range(4))
+        with torch.no_grad():
+            assert (student(ids).logits - teacher(ids).logits).abs().max() == 0
+
+    def test_generation_is_the_teachers(self, family):
+        teacher, ids = tiny_teacher(family), tokens(2, 20)
+        student = hh.convert(teacher, range(4))
+        for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
+            expected = teacher.generate(ids, max_new_tokens=8, **options)
+            assert torch.equal(student.generate(ids, max_new_tokens=8, **options), expected)
+
+    def test_every_tensor_is_copied(self, family):
+        report = hh.convert(tiny_teacher(family), range(4)).conversion_report
+        assert not report.created and not report.not_carried
+        assert set(report.copied) == set(tiny_teacher(family).state_dict())
+
+
+@pytest.mark.parametrize("layers", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+class TestGeneration:
+    def test_cached_decoding_is_the_full_forward(self, family, layers):
+        model, ids = hybrid(family, layers), tokens(2, 40)
+        with torch.no_grad():
+            full = model(ids, use_cache=False).logits
+            out = model(ids[:, :25], use_cache=True)
+            pieces = [out.logits]
+            for start, stop in ((25, 26), (26, 31), (31, 32), (32, 40)):  # steps and multi-token continuations
+                out = model(ids[:, start:stop], past_key_values=out.past_key_values, use_cache=True)
+                pieces.append(out.logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), full, **CLOSE)
+        assert out.past_key_values.get_seq_length() == 40
+
+    def test_generate_with_and_without_cache(self, family, layers):
+        model, ids = hybrid(family, layers), tokens(2, 12)
+        for options in ({}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}):
+            cached = model.generate(ids, max_new_tokens=9, do_sample=False, **options)
+            plain = {key: value for key, value in options.items() if key == "num_beams"}
+            uncached = model.generate(ids, max_new_tokens=9, do_sample=False, use_cache=False, **plain)
+            assert torch.equal(cached, uncached), options
+
+    def test_left_padding(self, family, layers):
+        model, ids = hybrid(family, layers), tokens(2, 30)
+        padded = torch.cat([torch.zeros(2, 7, dtype=torch.long), ids], 1)
+        mask = (torch.arange(37) >= 7).long().expand(2, -1).clone()
+        padded[1], mask[1] = torch.cat([ids[1], ids[0, :7]]), 1  # one row padded, the other full
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            got = model(padded, attention_mask=mask, position_ids=positions).logits
+            torch.testing.assert_close(got[0, 7:], model(ids[:1]).logits[0], **CLOSE)
+            torch.testing.assert_close(got[1], model(padded[1:]).logits[0], **CLOSE)
+
+    def test_left_padded_generation(self, family, layers):
+        model, ids = hybrid(family, layers), tokens(1, 9)
+        alone = model.generate(ids, min_new_tokens=8, max_new_tokens=8, do_sample=False)[0, 9:]
+        batch = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1), tokens(1, 14, seed=5)])
+        mask = torch.ones_like(batch)
+        mask[0, :5] = 0
+        padded = model.generate(batch, attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False)[0, 14:]
+        assert torch.equal(padded, alone)
+
+    def test_right_padding(self, family, layers):
+        model, ids = hybrid(family, layers), tokens(2, 30)
+        mask = torch.ones(2, 30, dtype=torch.long)
+        mask[0, 21:] = 0
+        with torch.no_grad():
+            got = model(ids, attention_mask=mask).logits
+            torch.testing.assert_close(got[0, :21], model(ids[:1, :21]).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"short_convolution": 4}], ids=["plain", "convolution"])
+@pytest.mark.parametrize("family", FAMILIES)
+class TestPacking:
+    def test_each_document_as_if_alone(self, family, options):
+        model, ids = hybrid(family, [1, 3], **options), tokens(1, 70)
+        lengths = (13, 1, 40, 16)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        alone = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], 1)
+        for mask in (None, torch.ones_like(ids)):
+            for use_cache in (None, True):
+                packed = model(ids, position_ids=positions, attention_mask=mask, use_cache=use_cache).logits
+                torch.testing.assert_close(packed, alone, **CLOSE)
+
+    def test_gradients_too(self, family, options):
+        model, ids = hybrid(family, [1, 3], **options), tokens(1, 50)
+        lengths = (17, 33)
+        weight = torch.randn(1, 50, 99, dtype=torch.float64)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        (model(ids, position_ids=positions).logits * weight).sum().backward()
+        packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        for piece, part in zip(ids.split(lengths, 1), weight.split(lengths, 1), strict=True):
+            (model(piece).logits * part).sum().backward()
+        for name, parameter in model.named_parameters():
+            error = (packed[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
+            assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"
+
+    def test_packing_beside_padding_is_refused(self, family, options):
+        model, ids = hybrid(family, [1, 3], **options), tokens(1, 20)
+        mask = torch.ones_like(ids)
+        mask[0, -3:] = 0
+        positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+        with pytest.raises(ValueError, match="Pack without padding"):
+            model(ids, position_ids=positions, attention_mask=mask)
+
+
+class TestConvolution:
+    def test_starts_as_the_identity(self):
+        ids = tokens(2, 30)
+        plain, convolved = hybrid("qwen3", [1]), hybrid("qwen3", [1], short_convolution=4)
+        convolved.load_state_dict({**convolved.state_dict(), **plain.state_dict()})
+        with torch.no_grad():
+            torch.testing.assert_close(convolved(ids).logits, plain(ids).logits, **CLOSE)
+
+    @pytest.mark.parametrize("prompt", [1, 2, 3, 5, 25])
+    def test_cached_decoding(self, prompt):
+        model, ids = hybrid("qwen3", [1], short_convolution=4), tokens(2, 30)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, LinearAttention):
+                    module.conv.weight.normal_()
+            out = model(ids[:, :prompt], use_cache=True)
+            pieces = [out.logits]
+            for t in range(prompt, 30):
+                out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+                pieces.append(out.logits)
+            torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, **CLOSE)
+
+
+class TestLayers:
+    def test_restoring_every_layer_gives_the_teacher(self):
+        teacher, ids = tiny_teacher("qwen2"), tokens(2, 20)
+        student = hh.convert(teacher, [])
+        student.set_full_attention_layers(range(4), teacher)
+        with torch.no_grad():
+            assert (student(ids).logits - teacher(ids).logits).abs().max() == 0
+        assert student.config.layer_types == ["full_attention"] * 4
+
+    def test_flipping_equals_converting(self):
+        teacher, ids = tiny_teacher("qwen3"), tokens(2, 20)
+        student = hh.convert(teacher, [])
+        student.set_full_attention_layers([2], teacher)
+        student.set_full_attention_layers([0, 2], teacher)
+        other = hh.convert(teacher, [0, 2])
+        other.load_state_dict(student.state_dict())
+        with torch.no_grad():
+            assert torch.equal(student(ids).logits, other(ids).logits)
+        student.set_full_attention_layers([0])
+        assert student.linear_attention_layers == [1, 2, 3]
+        assert torch.isfinite(student(ids).logits).all()
+
+    def test_a_restored_layer_does_not_share_weights_with_the_teacher(self):
+        teacher = tiny_teacher("qwen3")
+        student = hh.convert(teacher, [])
+        student.set_full_attention_layers([1], teacher)
+        own = student.base_model.layers[1].self_attn.q_proj.weight
+        assert own.data_ptr() != teacher.base_model.layers[1].self_attn.q_proj.weight.data_ptr()
+
+    def test_restoring_needs_the_teacher(self):
+        student = hh.convert(tiny_teacher("qwen3"), [])
+        with pytest.raises(ValueError, match="pass teacher="):
+            student.set_full_attention_layers([1])
+        assert student.full_attention_layers == []
+
+    def test_new_parameters_are_initialised(self):
+        student = hh.convert(tiny_teacher("qwen3"), [1])
+        mixer = student.base_model.layers[0].self_attn
+        rate, step = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
+        assert ((rate >= 1) & (rate <= 16)).all() and ((step > 9e-4) & (step < 0.11)).all()
+        assert (mixer.o_norm.weight == 1).all()
+        assert mixer.g_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [([31], "outside 0..3"), ([-1], "outside 0..3"), ([1, 1], "twice"), (["x"], "not a list"), (5, "not a list")],
+    )
+    def test_layers(self, layers, message):
+        with pytest.raises(ValueError, match=message):
+            hh.convert(tiny_teacher(), layers)
+
+    def test_mixer(self):
+        with pytest.raises(ValueError, match="choose one of"):
+            hh.convert(tiny_teacher(), [], mixer="gated_delta_net")
+        with pytest.raises(ValueError, match="choose from"):
+            hh.convert(tiny_teacher(), [], mixer_options={"ropes": True})
+
+    def test_kernel(self):
+        with pytest.raises(ValueError, match="'auto', 'torch' or 'fla'"):
+            hh.convert(tiny_teacher(), [], kernel="cuda")
+        with pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
+            hh.convert(tiny_teacher(), [], kernel="fla")(tokens(1, 4))
+
+    def test_teacher_without_self_attention(self):
+        from transformers import GPT2Config
+
+        teacher = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50))
+        with pytest.raises(ValueError, match="cannot be converted"):
+            hh.convert(teacher, [])
+
+    def test_a_cache_of_another_model(self):
+        model = hybrid("qwen3", [1])
+        with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+            model(tokens(1, 4), past_key_values=DynamicCache(), use_cache=True)
+        model(tokens(1, 4), past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+    def test_assisted_generation_is_refused(self):
+        model, ids = hybrid("qwen3", [1]), tokens(1, 8)
+        with pytest.raises(ValueError, match="(?i)stateful"):
+            model.generate(ids, assistant_model=hybrid("qwen3", [1]), max_new_tokens=3)
+
+
+class TestLibraryHabits:
+    def test_deepcopy(self):
+        model, ids = hybrid("qwen3", [1]), tokens(2, 10)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        twin.config.use_cache = False
+        assert twin.base_model.config.use_cache is False and model.base_model.config.use_cache is True
+
+    def test_gradient_checkpointing(self):
+        model, ids = hybrid("qwen3", [1]).train(), tokens(2, 20)
+        model(ids, labels=ids).loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+    def test_resize_keeps_the_head_tied(self):
+        model = hybrid("qwen2", [1])
+        model.resize_token_embeddings(120)
+        assert model.config.vocab_size == 120
+        assert model(tokens(1, 5)).logits.shape[-1] == 120
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+    def test_half_precision_keeps_the_decay_in_fp32(self):
+        model = hybrid("qwen3", [1], dtype=torch.bfloat16)
+        mixer = model.base_model.layers[0].self_attn
+        assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32
+        assert mixer.g_proj.weight.dtype == torch.bfloat16
+        out = model(tokens(1, 70), use_cache=True)
+        assert out.logits.dtype == torch.bfloat16
+        assert out.past_key_values.get_recurrent_state(0).dtype == torch.float32

@@ -1,0 +1,262 @@
+"""The stages: what trains, what does not, against losses computed by hand; scores that are what they say."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+from teachers import tiny_teacher, tokens
+
+import hf_hybrid as hh
+from hf_hybrid.trainers.losses import kl_per_token
+from hf_hybrid.trainers.scoring import steps_for
+
+
+def rows(count, length=24, seed=0, **columns):
+    return datasets.Dataset.from_dict({"input_ids": tokens(count, length, seed).tolist(), **columns})
+
+
+def arguments(kind, folder, **changes):
+    settings = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    return kind(**{**settings, "disable_tqdm": True, "learning_rate": 3e-3, "use_cpu": True, **changes})
+
+
+class TestAlignment:
+    def test_trains_the_mixers_and_nothing_else(self, tmp_path):
+        teacher = tiny_teacher()
+        student = hh.convert(teacher, [2])
+        before = {name: p.detach().clone() for name, p in student.named_parameters()}
+        trainer = hh.AlignmentTrainer(
+            model=student, teacher=teacher, args=arguments(hh.AlignmentConfig, tmp_path), train_dataset=rows(16)
+        )
+        trainer.train()
+        for name, parameter in student.named_parameters():
+            linear = ".self_attn." in name and ".layers.2." not in name
+            assert torch.equal(before[name], parameter) != linear, name
+        assert all(p.requires_grad for p in student.parameters())  # and all is trainable again
+
+    def test_loss_is_the_distance_of_attention_outputs(self, tmp_path):
+        teacher = tiny_teacher()
+        student, ids = hh.convert(teacher, []), tokens(3, 24)
+        trainer = hh.AlignmentTrainer(model=student, teacher=teacher, args=arguments(hh.AlignmentConfig, tmp_path))
+        with torch.no_grad():
+            got = trainer.compute_loss(student, {"input_ids": ids}).item()
+            calls = {}
+            for i, layer in enumerate(teacher.base_model.layers):
+                layer.self_attn.register_forward_hook(
+                    lambda m, args, kwargs, out, i=i: calls.update({i: (kwargs, out[0])}), with_kwargs=True
+                )
+            teacher(ids)
+            distances = []
+            for i, (given, wanted) in calls.items():
+                mixer = student.base_model.layers[i].self_attn
+                output, _ = mixer(given["hidden_states"], position_embeddings=given["position_embeddings"])
+                distances.append(((wanted - output).square().sum(-1).sqrt() / 64**0.5).mean().item())
+        assert got == pytest.approx(sum(distances) / 4, rel=1e-5)
+
+    def test_lowers_the_loss(self, tmp_path):
+        teacher, data = tiny_teacher(), rows(16)
+        args = arguments(hh.AlignmentConfig, tmp_path, max_steps=25)
+        trainer = hh.AlignmentTrainer(
+            model=hh.convert(teacher, []), teacher=teacher, args=args, train_dataset=data, eval_dataset=data
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.95 * before
+
+    def test_packed_documents_are_kept_apart(self, tmp_path):
+        teacher = tiny_teacher()
+        student, ids = hh.convert(teacher, []), tokens(1, 24)
+        trainer = hh.AlignmentTrainer(model=student, teacher=teacher, args=arguments(hh.AlignmentConfig, tmp_path))
+        positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+        with torch.no_grad():
+            packed = trainer.compute_loss(student, {"input_ids": ids, "position_ids": positions}).item()
+            alone = [trainer.compute_loss(student, {"input_ids": x}).item() for x in ids.split([10, 14], dim=1)]
+        assert packed == pytest.approx((10 * alone[0] + 14 * alone[1]) / 24, rel=1e-5)
+
+    def test_nothing_to_align(self, tmp_path):
+        teacher = tiny_teacher()
+        with pytest.raises(ValueError, match="nothing to align"):
+            hh.AlignmentTrainer(
+                model=hh.convert(teacher, range(4)), teacher=teacher, args=arguments(hh.AlignmentConfig, tmp_path)
+            )
+
+
+class TestDistillation:
+    def test_loss_is_the_kl(self, tmp_path):
+        teacher = tiny_teacher()
+        student, ids = hh.convert(teacher, [1]), tokens(3, 24)
+        mask = torch.ones_like(ids)
+        mask[1, 15:] = 0
+        trainer = hh.DistillationTrainer(
+            model=student, teacher=teacher, args=arguments(hh.DistillationConfig, tmp_path, chunk_tokens=5)
+        )
+        with torch.no_grad():
+            got = trainer.compute_loss(student, {"input_ids": ids, "attention_mask": mask}).item()
+            ours, theirs = (m(ids, attention_mask=mask).logits for m in (student, teacher))
+        wanted = kl_per_token(theirs, ours)[mask.bool()].mean().item()
+        assert got == pytest.approx(wanted, rel=1e-4)
+
+    def test_two_learning_rates_and_no_decay_of_vectors(self, tmp_path):
+        teacher = tiny_teacher()
+        student = hh.convert(teacher, [1])
+        args = arguments(
+            hh.DistillationConfig, tmp_path, learning_rate=1e-5, mixer_learning_rate=1e-3, weight_decay=0.1
+        )
+        trainer = hh.DistillationTrainer(model=student, teacher=teacher, args=args, train_dataset=rows(8))
+        settings = {id(p): g for g in trainer.create_optimizer().param_groups for p in g["params"]}
+        assert len(settings) == len(list(student.parameters()))
+        for name, parameter in student.named_parameters():
+            mixer = ".self_attn." in name and ".layers.1." not in name
+            assert settings[id(parameter)]["lr"] == (1e-3 if mixer else 1e-5), name
+            decayed = parameter.ndim > 1
+            assert settings[id(parameter)]["weight_decay"] == (0.1 if decayed else 0.0), name
+
+    def test_lowers_the_kl_and_leaves_the_teacher_alone(self, tmp_path):
+        teacher, data = tiny_teacher(), rows(16)
+        frozen = copy.deepcopy(teacher.state_dict())
+        student = hh.convert(teacher, [1])
+        before = hh.held_out_kl(student, teacher, data).mean
+        args = arguments(hh.DistillationConfig, tmp_path, max_steps=20, mixer_learning_rate=3e-3)
+        hh.DistillationTrainer(model=student, teacher=teacher, args=args, train_dataset=data).train()
+        assert hh.held_out_kl(student, teacher, data).mean < 0.9 * before
+        assert all(torch.equal(frozen[name], tensor) for name, tensor in teacher.state_dict().items())
+
+    def test_accumulation_is_a_larger_batch(self, tmp_path):
+        teacher, results = tiny_teacher(), []
+        for batch, accumulation in ((8, 1), (4, 2)):
+            torch.manual_seed(0)
+            student = hh.convert(teacher, [1])
+            args = arguments(
+                hh.DistillationConfig,
+                tmp_path,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+                mixer_learning_rate=3e-3,
+            )
+            hh.DistillationTrainer(model=student, teacher=teacher, args=args, train_dataset=rows(32)).train()
+            results.append(student.state_dict())
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+    def test_checkpoints_hold_the_student_only_and_resume_exactly(self, tmp_path):
+        teacher, data = tiny_teacher(), rows(32)
+
+        def train(folder, **options):
+            torch.manual_seed(0)
+            student = hh.convert(teacher, [1])
+            args = arguments(
+                hh.DistillationConfig, folder, max_steps=6, save_strategy="steps", save_steps=3, mixer_learning_rate=1e-3
+            )
+            trainer = hh.DistillationTrainer(model=student, teacher=teacher, args=args, train_dataset=data)
+            trainer.train(**options)
+            return student.state_dict()
+
+        whole = train(tmp_path / "run")
+        resumed = train(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        from safetensors.torch import load_file
+
+        assert set(load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")) <= set(whole)
+
+    def test_other_teacher(self, tmp_path):
+        args = arguments(hh.DistillationConfig, tmp_path)
+        student = hh.convert(tiny_teacher(), [1])
+        with pytest.raises(ValueError, match="vocab_size=99, the teacher 120"):
+            hh.DistillationTrainer(model=student, teacher=tiny_teacher(vocab_size=120), args=args)
+        with pytest.raises(ValueError, match="not a hybrid"):
+            hh.DistillationTrainer(model=tiny_teacher(), teacher=tiny_teacher(), args=args)
+
+    def test_untokenised_data(self, tmp_path):
+        teacher = tiny_teacher()
+        trainer = hh.DistillationTrainer(
+            model=hh.convert(teacher, [1]), teacher=teacher, args=arguments(hh.DistillationConfig, tmp_path)
+        )
+        with pytest.raises(ValueError, match="needs input_ids"):
+            trainer.compute_loss(trainer.model, {"text": ["hello"]})
+
+
+class TestScores:
+    @pytest.fixture
+    def setting(self, tmp_path):
+        teacher = tiny_teacher()
+        student = hh.convert(teacher, [])
+        args = arguments(hh.DistillationConfig, tmp_path, mixer_learning_rate=3e-3)
+        return student, teacher, rows(16), rows(6, seed=9), args
+
+    def test_a_score_is_a_run_of_its_own(self, setting, tmp_path):
+        """Layer 2's score equals converting by hand, distilling on the same batches and measuring."""
+        student, teacher, train, held_out, args = setting
+        aligned = copy.deepcopy(student.state_dict())
+        scores = hh.score_layers(student, teacher, train, held_out, args=args, tokens_per_layer=2 * 4 * 24)
+        twin = hh.convert(teacher, [])
+        twin.load_state_dict(aligned)
+        twin.set_full_attention_layers([2], teacher)
+        by_hand = arguments(hh.DistillationConfig, tmp_path, max_steps=2, mixer_learning_rate=3e-3)
+        hh.DistillationTrainer(model=twin, teacher=teacher, args=by_hand, train_dataset=train).train()
+        assert scores.scores[2].kl == pytest.approx(hh.held_out_kl(twin, teacher, held_out).mean, rel=1e-6)
+        assert scores.scores[2].tokens == 2 * 4 * 24
+
+    def test_the_student_comes_back_as_it_was(self, setting):
+        student, teacher, train, held_out, args = setting
+        before = copy.deepcopy(student.state_dict())
+        hh.score_layers(student, teacher, train, held_out, args=args, tokens_per_layer=1, layers=[0, 3])
+        assert student.full_attention_layers == []
+        assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+    def test_same_seed_same_scores(self, setting):
+        student, teacher, train, held_out, args = setting
+        runs = [hh.score_layers(student, teacher, train, held_out, args=args, tokens_per_layer=1) for _ in range(2)]
+        assert [s.kl for s in runs[0].scores] == [s.kl for s in runs[1].scores]
+
+    def test_resumes_where_it_stopped(self, setting, tmp_path):
+        student, teacher, train, held_out, args = setting
+        options = {"args": args, "tokens_per_layer": 1, "output_dir": tmp_path / "scores"}
+
+        class Stop(Exception):
+            pass
+
+        def stop_after_two(score):
+            if score.layer == 1:
+                raise Stop
+
+        with pytest.raises(Stop):
+            hh.score_layers(student, teacher, train, held_out, progress=stop_after_two, **options)
+        finished = sorted((tmp_path / "scores").glob("*.json"))
+        times = [p.stat().st_mtime_ns for p in finished]
+        assert len(finished) == 2
+        resumed = hh.score_layers(student, teacher, train, held_out, **options)
+        assert [p.stat().st_mtime_ns for p in finished] == times
+        whole = hh.score_layers(student, teacher, train, held_out, args=args, tokens_per_layer=1)
+        assert [s.kl for s in resumed.scores] == [s.kl for s in whole.scores]
+
+    def test_save_load_and_print(self, setting, tmp_path):
+        student, teacher, train, held_out, args = setting
+        scores = hh.score_layers(student, teacher, train, held_out, args=args, tokens_per_layer=1)
+        scores.save(tmp_path / "scores.json")
+        assert hh.LayerScores.load(tmp_path / "scores.json") == scores
+        assert scores.top(4) == [0, 1, 2, 3]
+        assert scores.top(1) == [min(scores.scores, key=lambda s: s.kl).layer]
+        for score in scores.scores:
+            assert f"{score.kl:.4f}" in str(scores)
+            spread = torch.tensor(score.per_sequence, dtype=torch.float64).std().item() / len(score.per_sequence) ** 0.5
+            assert score.sem == pytest.approx(spread, rel=1e-9)
+        with pytest.raises(ValueError, match="k=5 layers"):
+            scores.top(5)
+
+    def test_steps_cover_the_tokens(self, setting):
+        *_, train, _, args = setting
+        assert [steps_for(n, train, args) for n in (1, 96, 97, 960)] == [1, 1, 2, 10]
+
+    def test_bad_input(self, setting):
+        student, teacher, train, held_out, args = setting
+        with pytest.raises(ValueError, match="outside 0..3"):
+            hh.score_layers(student, teacher, train, held_out, args=args, layers=[4])
+        with pytest.raises(ValueError, match="choose 'ga-s2'"):
+            hh.score_layers(student, teacher, train, held_out, args=args, method="ga")
+        with pytest.raises(ValueError, match="evaluation dataset is empty"):
+            hh.score_layers(student, teacher, train, held_out.select([]), args=args)
+        student.set_full_attention_layers([1], teacher)
+        with pytest.raises(ValueError, match="linear everywhere"):
+            hh.score_layers(student, teacher, train, held_out, args=args)
