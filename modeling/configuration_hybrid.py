@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
-from transformers.configuration_utils import SubConfigSpec
 
 
 LINEAR_ATTENTION = "linear_attention"
@@ -64,7 +63,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "hf_hybrid"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+    sub_configs = {"text_config": AutoConfig}
     # The teacher's plan shards q_proj, k_proj, ... by name, which would cut a linear mixer's heads apart.
     base_model_tp_plan = None
 
@@ -76,6 +75,8 @@ class HybridConfig(PreTrainedConfig):
     teacher_name_or_path: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
         super().__post_init__(**kwargs)
         if self.softmax_layer_types is None:
             self.softmax_layer_types = get_layer_types_and_kwargs(self.text_config)[0]

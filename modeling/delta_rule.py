@@ -10,13 +10,11 @@ decoding), `chunk_gated_delta_rule` works on chunks with matrix products (traini
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .delta_rule_chunk import ChunkGatedDeltaRule
+from .delta_rule_chunk import ChunkGatedDeltaRule, no_autocast
 
 
 _MINIMUM_CHUNK = 16
@@ -53,7 +51,7 @@ def recurrent_gated_delta_rule(
     _check(q, k, v, g, beta, initial_state, seq_idx)
     dtype, out_dtype, tokens = _compute_dtype(q, k, v), v.dtype, q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
         decay, q = g.exp()[..., None, None], q * scale
         state = _initial_state(q, v, initial_state, dtype)
@@ -103,14 +101,14 @@ def chunk_gated_delta_rule(
     _check(q, k, v, g, beta, initial_state, seq_idx)
     if chunk_size < _MINIMUM_CHUNK or chunk_size & (chunk_size - 1):
         raise ValueError(
-            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of two, {_MINIMUM_CHUNK} or more."
+            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of two from {_MINIMUM_CHUNK} on."
         )
     while chunk_size > _MINIMUM_CHUNK and chunk_size // 2 >= q.shape[1]:
         chunk_size //= 2  # a short sequence need not be padded to a whole chunk
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state = _initial_state(q, v, initial_state, _compute_dtype(q, k, v))
     documents = None if seq_idx is None else _documents(seq_idx, chunk_size)
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         return ChunkGatedDeltaRule.apply(q, k, v, g, beta, state, documents, float(scale), chunk_size)
 
 
@@ -146,13 +144,6 @@ def _documents(seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     return running, torch.cat([torch.zeros_like(running[:1, :, 0]), running[:-1, :, -1]])
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Keep autocast from casting the products to half precision; entered only where it is on (decoding is short)."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> None:
@@ -172,7 +163,12 @@ def _check(
         ("k", k, tuple(q.shape), "[B, T, H, K] as q: expand k to all heads"),
         ("g", g, tuple(q.shape[:3]), "[B, T, H], one log decay per token and head"),
         ("beta", beta, tuple(q.shape[:3]), "[B, T, H], one write strength per token and head"),
-        ("initial_state", initial_state, state_shape, "[B, H, K, V]: transpose a state that is stored as [B, H, V, K]"),
+        (
+            "initial_state",
+            initial_state,
+            state_shape,
+            "[B, H, K, V]: transpose a state that is stored as [B, H, V, K]",
+        ),
         ("seq_idx", seq_idx, (batch, tokens), "[B, T], one document index per token; expand it over the rows"),
     ]
     for name, x, shape, hint in expected:

@@ -15,6 +15,7 @@ layout is [chunks, rows, C, ...], a row being one head of one sequence, so that 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +53,10 @@ class _Segment:
     k: Tensor  # [S, N, C, K]
     v: Tensor  # [S, N, C, V]; the scan turns it into R = V - (e K) S in place
     beta: Tensor  # [S, N, C, 1]
+    visible: Tensor  # the tokens before and at each one, of its document, bool [S or 1, b or 1, C, C]
     decay: Tensor  # D, [S, N, C, C]
     from_start: Tensor  # e, [S, N, C, 1]
     to_end: Tensor  # d, [S, N, C, 1]
-    through: Tensor  # the state's decay over a whole chunk, [S, N, 1, 1]
     key_products: Tensor  # B with an arbitrary diagonal, [S, N, C, C]
     scores: Tensor  # P, [S, N, C, C]
     inverse: Tensor  # (I + diag(beta) B)^-1, [S, N, C, C]
@@ -156,38 +157,51 @@ def _invert_unit_lower(lower: Tensor) -> Tensor:
     while width < size:
         for start in range(0, size, 2 * width):
             first, second = slice(start, start + width), slice(start + width, start + 2 * width)
-            corner = torch.bmm(torch.bmm(inverse[:, second, second], lower[:, second, first]), inverse[:, first, first])
+            corner = torch.bmm(
+                torch.bmm(inverse[:, second, second], lower[:, second, first]), inverse[:, first, first]
+            )
             torch.neg(corner, out=inverse[:, second, first])
         width *= 2
     return inverse
 
 
-def _decays(g: Tensor, documents: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """D, e, and the decay of a whole chunk, from log decays [S, N, C]; see the module's docstring.
+def _masks(
+    documents: tuple[Tensor, ...], block: _Block, chunk_size: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """What each token sees of its chunk [S, b, C, C], and whether it sees the state that enters [S, b, C].
+
+    Without documents every chunk is alike: [1, 1, C, C] and None.
+    """
+    causal = torch.ones(1, 1, chunk_size, chunk_size, dtype=torch.bool, device=device).tril_()
+    if not documents:
+        return causal, None
+    current, entering = (x[block.chunks, block.batch] for x in documents)
+    same = current.unsqueeze(-1) == current.unsqueeze(-2)
+    return same.logical_and_(causal), current == entering.unsqueeze(-1)
+
+
+def _decays(g: Tensor, visible: Tensor, carried: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """D [S, N, C, C] and e [S, N, C, 1], from log decays [S, N, C]; see the module's docstring.
 
     The cumulative sums are in float64: their differences would otherwise lose digits in proportion to their size.
+    They start anew with each document, so that not even rounding depends on another one.
     """
     # exp2 rather than exp: torch's exp is up to ten times slower on the CPU for very negative numbers.
-    exponent = (g * math.log2(math.e)).cumsum(-1)
+    g = (g * math.log2(math.e)).unflatten(1, (visible.shape[1], -1))
+    exponent = torch.matmul(g, visible.to(g.dtype).mT)
     decay = torch.empty(*g.shape, g.shape[-1], dtype=dtype, device=g.device)
     torch.sub(exponent.unsqueeze(-1), exponent.unsqueeze(-2), out=decay)
-    # Entries above the diagonal could overflow: they are clamped before and masked after the exponential.
-    decay.clamp_(max=0.0).exp2_()
-    decay.mul_(torch.ones(decay.shape[-2:], dtype=dtype, device=g.device).tril_())
+    # Hidden entries could overflow: they are clamped before and masked after the exponential.
+    decay.clamp_(max=0.0).exp2_().mul_(visible.to(dtype).unsqueeze(2))
     from_start = exponent.exp2_().to(dtype)
-    if documents is not None:
-        current, entering = documents  # [S, b, C], [S, b]
-        heads = g.shape[1] // current.shape[1]
-        same = current.unsqueeze(-1) == current.unsqueeze(-2)
-        decay.unflatten(1, (-1, heads)).mul_(same.unsqueeze(2))
-        carried = current == entering.unsqueeze(-1)
-        from_start.unflatten(1, (-1, heads)).mul_(carried.unsqueeze(2))
-    return decay, from_start.unsqueeze(-1), from_start[..., -1, None, None].clone()
+    if carried is not None:
+        from_start.mul_(carried.unsqueeze(2))
+    return decay.flatten(1, 2), from_start.flatten(1, 2).unsqueeze(-1)
 
 
 def _segment(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    documents: tuple[Tensor, Tensor] | None,
+    inputs: tuple[Tensor, ...],
+    documents: tuple[Tensor, ...],
     block: _Block,
     scale: float,
     chunk_size: int,
@@ -195,19 +209,19 @@ def _segment(
 ) -> _Segment:
     """Load one segment and compute everything that does not depend on the state."""
     q, k, v, g, beta = inputs
-    q, k, v = _load(q, block, chunk_size, dtype, scale), *(_load(x, block, chunk_size, dtype) for x in (k, v))
-    beta = _load(beta, block, chunk_size, dtype).unsqueeze(-1)
+    q = _load(q, block, chunk_size, dtype, scale)
+    k, v, beta = (_load(x, block, chunk_size, dtype) for x in (k, v, beta))
+    beta = beta.unsqueeze(-1)
     wide = dtype if g.device.type == "mps" else torch.float64  # MPS has no float64
-    g = _load(g, block, chunk_size, wide)
-    if documents is not None:
-        documents = tuple(x[block.chunks, block.batch] for x in documents)
-    decay, from_start, through = _decays(g, documents, dtype)
+    visible, carried = _masks(documents, block, chunk_size, g.device)
+    decay, from_start = _decays(_load(g, block, chunk_size, wide), visible, carried, dtype)
     to_end = decay[..., -1, :].unsqueeze(-1).contiguous()
     key_products = _product(k, k.mT).mul_(decay)
     scores = _product(q, k.mT).mul_(decay)
     inverse = _invert_unit_lower((key_products * beta).flatten(0, 1)).view_as(key_products)
+    k_from_start, k_to_end = k * from_start, k * to_end
     return _Segment(
-        q, k, v, beta, decay, from_start, to_end, through, key_products, scores, inverse, k * from_start, k * to_end
+        q, k, v, beta, visible, decay, from_start, to_end, key_products, scores, inverse, k_from_start, k_to_end
     )
 
 
@@ -218,10 +232,11 @@ def _scan(seg: _Segment, state: Tensor) -> tuple[Tensor, Tensor]:
     states[0] = state
     updates = torch.empty_like(seg.v)
     scaled_inverse = seg.inverse * seg.beta.mT
+    through = seg.from_start[:, :, -1:]
     for c in range(chunks):
         seg.v[c].baddbmm_(seg.k_from_start[c], states[c], alpha=-1.0)
         torch.bmm(scaled_inverse[c], seg.v[c], out=updates[c])
-        torch.mul(states[c], seg.through[c], out=states[c + 1])
+        torch.mul(states[c], through[c], out=states[c + 1])
         states[c + 1].baddbmm_(seg.k_to_end[c].mT, updates[c])
     return states, updates
 
@@ -238,10 +253,11 @@ def _scan_backward(seg: _Segment, d_out: Tensor, d_updates: Tensor, d_state: Ten
     d_states[:chunks] = _product((seg.q * seg.from_start).mT, d_out)
     d_residual = torch.empty_like(d_updates)
     weighted = seg.k_from_start * seg.beta
+    through = seg.from_start[:, :, -1:]
     for c in reversed(range(chunks)):
         d_updates[c].baddbmm_(seg.k_to_end[c], d_states[c + 1])
         torch.bmm(seg.inverse[c].mT, d_updates[c], out=d_residual[c])
-        d_states[c].addcmul_(d_states[c + 1], seg.through[c])
+        d_states[c].addcmul_(d_states[c + 1], through[c])
         d_states[c].baddbmm_(weighted[c].mT, d_residual[c], alpha=-1.0)
     return d_states, d_residual
 
@@ -280,14 +296,50 @@ def _segment_backward(seg: _Segment, state: Tensor, d_out: Tensor, d_state: Tens
     d_end = _row_dot(d_k_end, seg.k)
     d_end[..., -1] = 0.0
     d_cumulative -= d_end
-    d_through = (d_states[1:] * states[:-1]).sum((-2, -1)).mul_(seg.through[..., 0, 0])
+    d_through = (d_states[1:] * states[:-1]).sum((-2, -1)).mul_(seg.from_start[..., -1, 0])
     d_cumulative[..., -1] += d_end.sum(-1) + d_through
 
     d_k += d_k_end
     _add_product(d_k, d_scores.mT, seg.q)
     _add_product(d_k, d_products + d_products.mT, seg.k, alpha=-1.0)
-    d_g = d_cumulative.flip(-1).cumsum(-1).flip(-1)
+    d_cumulative = d_cumulative.unflatten(1, (seg.visible.shape[1], -1))
+    d_g = torch.matmul(d_cumulative, seg.visible.to(d_cumulative.dtype)).flatten(1, 2)
     return d_q, d_k, d_v, d_g, d_beta, d_states[0]
+
+
+def _backward(
+    inputs: tuple[Tensor, ...],
+    saved: Tensor,
+    documents: tuple[Tensor, ...],
+    scale: float,
+    chunk_size: int,
+    d_out: Tensor | None,
+    d_final_state: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, g, beta, and the initial state, segment by segment from the last to the first."""
+    dtype = saved.dtype
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    d_initial = torch.empty_like(saved[0])
+    for group in _blocks(inputs[0], inputs[2], chunk_size, dtype):
+        rows = group[0].batch, group[0].heads
+        shape = d_initial[rows].shape
+        d_state = d_initial.new_zeros(shape) if d_final_state is None else d_final_state[rows]
+        d_state = d_state.flatten(0, 1)
+        for block in reversed(group):
+            seg = _segment(inputs, documents, block, scale, chunk_size, dtype)
+            d_o = torch.zeros_like(seg.v) if d_out is None else _load(d_out, block, chunk_size, dtype)
+            *found, d_state = _segment_backward(seg, saved[block.index][rows].flatten(0, 1), d_o, d_state)
+            for i, x in enumerate(found):
+                _store(x, block, gradients[i], None if i else scale)  # the segment's q is scaled
+        d_initial[rows] = d_state.view(shape)
+    return *gradients, d_initial
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Keep autocast from casting products to half precision; entered only where it is on, for the sake of decoding."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 class ChunkGatedDeltaRule(torch.autograd.Function):
@@ -322,7 +374,7 @@ class ChunkGatedDeltaRule(torch.autograd.Function):
             for block in group:
                 if keep:
                     saved[block.index][rows].copy_(state.view_as(saved[block.index][rows]))
-                seg = _segment(inputs, documents, block, scale, chunk_size, dtype)
+                seg = _segment(inputs, documents or (), block, scale, chunk_size, dtype)
                 states, updates = _scan(seg, state)
                 o = _product(seg.q.mul_(seg.from_start), states[:-1])
                 _store(_add_product(o, seg.scores, updates), block, out)
@@ -337,25 +389,8 @@ class ChunkGatedDeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # read once: gradient checkpointing refuses a second time
-        *inputs, saved = tensors[:6]
-        documents = tensors[6:] or None
-        q, _, v = inputs[:3]
-        dtype, chunk_size = saved.dtype, ctx.chunk_size
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        d_initial = torch.empty_like(saved[0])
-        for group in _blocks(q, v, chunk_size, dtype):
-            rows = group[0].batch, group[0].heads
-            shape = d_initial[rows].shape
-            d_state = d_initial.new_zeros(shape) if d_final_state is None else d_final_state[rows]
-            d_state = d_state.flatten(0, 1)
-            for block in reversed(group):
-                seg = _segment(tuple(inputs), documents, block, ctx.scale, chunk_size, dtype)
-                d_o = torch.zeros_like(seg.v) if d_out is None else _load(d_out, block, chunk_size, dtype)
-                state = saved[block.index][rows].flatten(0, 1)
-                *found, d_state = _segment_backward(seg, state, d_o, d_state)
-                for x, target in zip(found, gradients, strict=True):
-                    _store(x, block, target, ctx.scale if target is gradients[0] else None)
-            d_initial[rows] = d_state.view(shape)
-        return *gradients, d_initial, None, None, None
-
-
+        with no_autocast(tensors[0].device):
+            gradients = _backward(
+                tensors[:5], tensors[5], tensors[6:], ctx.scale, ctx.chunk_size, d_out, d_final_state
+            )
+        return *gradients, None, None, None

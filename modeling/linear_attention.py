@@ -225,7 +225,9 @@ class LinearAttention(nn.Module):
         query, key, value = self.project(hidden_states, position_embeddings, past_key_values, padding_mask, seq_idx)
         if self.options.silu_qk:
             query, key = nn.functional.silu(query), nn.functional.silu(key)
-        state = None if past_key_values is None else past_key_values.get_recurrent_state(self.layer_idx)
+        state = None
+        if past_key_values is not None and past_key_values.layers[self.layer_idx].has_previous_state[0]:
+            state = past_key_values.layers[self.layer_idx].recurrent_states[0]
         output, state = self.mix(query, key, value, hidden_states, padding_mask, state, seq_idx)
         if past_key_values is not None:
             self._store(past_key_values, state, length)

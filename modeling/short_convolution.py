@@ -39,7 +39,7 @@ class ShortConvolution(nn.Module):
             return x * self.weight[:, 0, 0]
         if cache is not None:
             # One token more than needed: the library's layers keep at least one, and size their buffer by this.
-            before = cache.get_conv_state(layer_idx) is not None
+            before = cache.layers[layer_idx].has_previous_state[0]
             full = cache.update_conv_state(
                 nn.functional.pad(x.transpose(1, 2), (0 if before else self.kernel_size, 0)), layer_idx
             ).transpose(1, 2)

@@ -269,4 +269,4 @@ class TestLibraryHabits:
         assert mixer.g_proj.weight.dtype == torch.bfloat16
         out = model(tokens(1, 70), use_cache=True)
         assert out.logits.dtype == torch.bfloat16
-        assert out.past_key_values.get_recurrent_state(0).dtype == torch.float32
+        assert out.past_key_values.layers[0].recurrent_states[0].dtype == torch.float32

@@ -28,7 +28,13 @@ def softmax_attention(query, key, value, scale):
     return torch.einsum("bhts,bshd->bthd", weights, value)
 
 
-@torch.no_grad()
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("family", CONFIGS)
 class TestPaths:
     def test_projections_give_the_teachers_attention(self, family):

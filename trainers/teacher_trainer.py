@@ -1,12 +1,12 @@
 """What alignment and distillation share: a frozen teacher beside the student, two learning rates, held-out loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from trl.models.utils import _ForwardRedirection
 
 from ..modeling.modeling_hybrid import decoder_layers
 
@@ -60,7 +60,6 @@ class TeacherTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         teacher.eval()
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self._forward_redirection = _ForwardRedirection()
 
     def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of one batch; a scalar."""
@@ -75,9 +74,8 @@ class TeacherTrainer(Trainer):
     ) -> Any:
         student = self.accelerator.unwrap_model(model)
         batch = model_inputs(inputs)
-        # Through the wrapper's forward, which is where DDP and FSDP hook in, to a method that is not the forward.
         with self.accelerator.autocast():
-            loss = self._forward_redirection(model, student, self.student_loss, student, batch)
+            loss = call_through(model, student, self.student_loss, student, batch)
         return (loss, None) if return_outputs else loss
 
     def prediction_step(
@@ -114,6 +112,32 @@ class TeacherTrainer(Trainer):
             for name in super().get_decay_parameter_names(model)
             if not (".self_attn." in name and names[name].ndim < 2)
         ]
+
+
+def call_through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
+    """
+    Returns `method(*args)`, called from within `wrapper`'s forward: DDP and FSDP prepare parameters and gradients
+    there, and only for what is called inside. `module` is what they wrap.
+    """
+    if wrapper is module:
+        return method(*args)
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    def redirected(*inner: Any) -> Any:
+        restore()  # the method may itself call the real forward
+        return method(*inner)
+
+    module.__dict__["forward"] = redirected
+    try:
+        return wrapper(*args)
+    finally:
+        restore()
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
