@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Imported on first use: torch and transformers take seconds, `hf-hybrid --help` must not.
+# Where each public name lives. Imported on first use: torch and transformers take seconds, `--help` must not.
 _HOME = {
     "AlignmentConfig": "trainers",
     "AlignmentTrainer": "trainers",

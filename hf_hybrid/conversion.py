@@ -29,8 +29,7 @@ class ConversionReport:
             f"{self.teacher}: softmax attention kept in layers {self.full_attention_layers}, linear in "
             f"{self.linear_attention_layers}",
             f"  copied from the teacher: {len(self.copied)} tensors, {sum(self.copied.values()):,} parameters",
-            f"  new: {len(self.created)} tensors, {sum(self.created.values()):,} parameters"
-            + _suffixes(self.created),
+            f"  new: {len(self.created)} tensors, {sum(self.created.values()):,} parameters" + _suffixes(self.created),
             f"  not carried over: {len(self.not_carried)} tensors" + _suffixes(self.not_carried),
         ]
         return "\n".join(lines)

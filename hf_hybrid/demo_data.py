@@ -60,7 +60,7 @@ def demo_rows(tokenizer: Any, block_size: int, num_rows: int, seed: int, split: 
 def _source_rows(tokenizer: Any, block_size: int, count: int, seed: int, split: str) -> torch.Tensor:
     """`[count, block_size]` tokens of source, files joined by the end-of-text token."""
     tokens: list[int] = []
-    for name, path in _files_of(split, seed):
+    for path in _files_of(split, seed):
         tokens += tokenizer(path.read_text(encoding="utf-8", errors="replace"))["input_ids"]
         tokens.append(tokenizer.eos_token_id)
         if len(tokens) >= count * block_size:
@@ -71,14 +71,15 @@ def _source_rows(tokenizer: Any, block_size: int, count: int, seed: int, split: 
     )
 
 
-def _files_of(split: str, seed: int) -> Iterator[tuple[str, Path]]:
+def _files_of(split: str, seed: int) -> Iterator[Path]:
     """The files of a split in an order drawn from the seed; the two held-out splits share out the held-out files."""
     chosen = []
     for name, path in standard_library_files():
         kind = "train" if not is_held_out(name) else SPLITS[1 + _digest(name) // 20 % 2]
         if kind == split:
             chosen.append((name, path))
-    yield from sorted(chosen, key=lambda entry: _digest(f"{seed}/{entry[0]}"))
+    for _, path in sorted(chosen, key=lambda entry: _digest(f"{seed}/{entry[0]}")):
+        yield path
 
 
 def _digest(text: str) -> int:

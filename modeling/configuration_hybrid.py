@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -67,8 +68,8 @@ class HybridConfig(PreTrainedConfig):
     # The teacher's plan shards q_proj, k_proj, ... by name, which would cut a linear mixer's heads apart.
     base_model_tp_plan = None
 
-    text_config: PreTrainedConfig | dict | None = None
-    softmax_layer_types: list[str] | None = None
+    text_config: Any = None
+    softmax_layer_types: list[str] = field(default_factory=list)
     mixer: str = "gated_deltanet"
     mixer_options: dict[str, Any] | None = None
     kernel: str = "auto"
@@ -78,7 +79,7 @@ class HybridConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
         super().__post_init__(**kwargs)
-        if self.softmax_layer_types is None:
+        if not self.softmax_layer_types:
             self.softmax_layer_types = get_layer_types_and_kwargs(self.text_config)[0]
         if LINEAR_ATTENTION in self.softmax_layer_types:
             raise ValueError(
@@ -137,7 +138,9 @@ def check_layers(layers: Any, num_layers: int) -> list[int]:
     except (TypeError, ValueError):
         exact, given = False, []
     if not exact:
-        raise ValueError(f"full_attention_layers={layers!r} is not a list of layer indices; pass integers, e.g. [2, 5].")
+        raise ValueError(
+            f"full_attention_layers={layers!r} is not a list of layer indices; pass integers, e.g. [2, 5]."
+        )
     outside = [layer for layer in given if not 0 <= layer < num_layers]
     if outside:
         raise ValueError(
@@ -160,6 +163,9 @@ class _BackboneView:
 
     __slots__ = ("_source", "_softmax_layer_types")
 
+    _source: PreTrainedConfig
+    _softmax_layer_types: list[str]
+
     @property
     def layer_types(self) -> list[str]:
         return self._softmax_layer_types
@@ -176,13 +182,14 @@ class _BackboneView:
 
 
 @functools.cache
-def _view_class(config_class: type) -> type:
+def _view_class(config_class: Any) -> Any:
     return type(config_class.__name__, (_BackboneView, config_class), {"__module__": __name__})
 
 
 def backbone_view(text_config: PreTrainedConfig, softmax_layer_types: list[str]) -> PreTrainedConfig:
     """Returns a live view of `text_config` whose `layer_types` are `softmax_layer_types`."""
-    view = object.__new__(_view_class(type(text_config)))
+    config_class: Any = type(text_config)
+    view = object.__new__(_view_class(config_class))
     object.__setattr__(view, "__dict__", text_config.__dict__)
     object.__setattr__(view, "_source", text_config)
     object.__setattr__(view, "_softmax_layer_types", softmax_layer_types)

@@ -101,7 +101,7 @@ def chunk_gated_delta_rule(
     _check(q, k, v, g, beta, initial_state, seq_idx)
     if chunk_size < _MINIMUM_CHUNK or chunk_size & (chunk_size - 1):
         raise ValueError(
-            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of two from {_MINIMUM_CHUNK} on."
+            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of 2, {_MINIMUM_CHUNK} or more."
         )
     while chunk_size > _MINIMUM_CHUNK and chunk_size // 2 >= q.shape[1]:
         chunk_size //= 2  # a short sequence need not be padded to a whole chunk

@@ -77,7 +77,9 @@ def why_not_fla() -> str | None:
     triton_version = tuple(int(part) for part in importlib.metadata.version("triton").split("+")[0].split(".")[:3])
     low, high = _BROKEN_ON_HOPPER
     if torch.cuda.get_device_capability()[0] == 9 and low <= triton_version < high:
-        return f"triton {'.'.join(map(str, triton_version))} computes wrong gradients on Hopper; install 3.7.1 or later"
+        return (
+            f"triton {'.'.join(map(str, triton_version))} computes wrong gradients on Hopper; install 3.7.1 or later"
+        )
     try:
         importlib.import_module("fla.ops.gated_delta_rule")
     except ImportError as error:

@@ -18,6 +18,7 @@ from .short_convolution import ShortConvolution
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
+ADOPTED = _PROJECTIONS + _NORMS
 _GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
     "sigmoid": torch.sigmoid,
@@ -67,7 +68,7 @@ def widen(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class TokenCountingLinearAttentionLayer(LinearAttentionLayer, CacheLayerMixin):
+class TokenCountingLinearAttentionLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override]
     """Cache layer for a model without any softmax layer: a recurrent state has no length, so someone has to count."""
 
     is_sliding = False
@@ -97,7 +98,8 @@ class TokenCountingLinearAttentionLayer(LinearAttentionLayer, CacheLayerMixin):
 def count_tokens_in(cache: Cache) -> Cache:
     """Makes `cache` know its length: puts a counting layer first where no layer keeps keys. Returns `cache`."""
     if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        cache.layers[0] = TokenCountingLinearAttentionLayer(number_of_states=cache.layers[0].number_of_states)
+        first: Any = cache.layers[0]
+        cache.layers[0] = TokenCountingLinearAttentionLayer(number_of_states=first.number_of_states)
     return cache
 
 
@@ -126,6 +128,17 @@ class LinearAttention(nn.Module):
         layer_idx (`int`): the layer's index, which is also its index in the cache.
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: Any
+    k_norm: Any
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    value_dim: int
+
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.options = LinearAttentionOptions.from_dict(config.mixer_options)
@@ -143,7 +156,7 @@ class LinearAttention(nn.Module):
             channels = self.q_proj.out_features + self.k_proj.out_features + self.v_proj.out_features
             self.conv = ShortConvolution(channels, self.options.short_convolution)
 
-    def _adopt(self, attention: nn.Module) -> None:
+    def _adopt(self, attention: Any) -> None:
         """Takes the teacher's modules over by name and reads the heads' layout off their shapes."""
         children = dict(attention.named_children())
         kind = type(attention).__name__
@@ -151,14 +164,14 @@ class LinearAttention(nn.Module):
         unknown = [
             name
             for name, child in children.items()
-            if name not in _PROJECTIONS + _NORMS and next(child.parameters(), None) is not None
+            if name not in ADOPTED and next(child.parameters(), None) is not None
         ]
         if missing or unknown:
             raise ValueError(
                 f"{kind} of layer {self.layer_idx} cannot become linear attention: it has children {list(children)}, "
-                f"the mixers know {list(_PROJECTIONS + _NORMS)}. Keep its layers in full_attention_layers."
+                f"the mixers know {list(ADOPTED)}. Keep its layers in full_attention_layers."
             )
-        for name in _PROJECTIONS + _NORMS:
+        for name in ADOPTED:
             if name in children:
                 setattr(self, name, children[name])
         if not hasattr(self, "q_norm"):
@@ -174,7 +187,7 @@ class LinearAttention(nn.Module):
                 f"{self.o_proj.in_features} inputs, which is no grouping of heads. Keep it in full_attention_layers."
             )
         # Families rotate differently (halves, interleaved, partial), each with its own function beside its attention.
-        self.rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        self.rotate: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
 
     def init_weights(self) -> None:
         """Initialises what the teacher does not have; called after the library's own initialisation."""
@@ -226,15 +239,16 @@ class LinearAttention(nn.Module):
         if self.options.silu_qk:
             query, key = nn.functional.silu(query), nn.functional.silu(key)
         state = None
-        if past_key_values is not None and past_key_values.layers[self.layer_idx].has_previous_state[0]:
-            state = past_key_values.layers[self.layer_idx].recurrent_states[0]
+        if past_key_values is not None:
+            cached: Any = past_key_values.layers[self.layer_idx]
+            state = cached.recurrent_states[0] if cached.has_previous_state[0] else None
         output, state = self.mix(query, key, value, hidden_states, padding_mask, state, seq_idx)
         if past_key_values is not None:
             self._store(past_key_values, state, length)
         if self.o_norm is not None:
             output = self.o_norm(output)
         output = output.reshape(batch, length, -1)
-        if self.g_proj is not None:
+        if self.g_proj is not None and self.options.output_gate is not None:
             output = output * _GATES[self.options.output_gate](self.g_proj(hidden_states))
         return self.o_proj(output), None
 
@@ -271,7 +285,7 @@ class LinearAttention(nn.Module):
         return query, key, value
 
     @staticmethod
-    def _heads(x: torch.Tensor, norm: nn.Module | None, shape: tuple[int, ...]) -> torch.Tensor:
+    def _heads(x: torch.Tensor, norm: Any, shape: tuple[int, ...]) -> torch.Tensor:
         """Splits heads, with the teacher's q/k norm over one head (Qwen3) or over all heads at once (OLMo 2)."""
         if norm is None:
             return x.view(shape)
@@ -293,7 +307,7 @@ class LinearAttention(nn.Module):
 
     def _store(self, cache: Cache, state: torch.Tensor, num_tokens: int) -> None:
         cache.update_recurrent_state(state, self.layer_idx)
-        layer = cache.layers[self.layer_idx]
+        layer: Any = cache.layers[self.layer_idx]
         # Only a convolution's update marks the library's layer as filled; without one we must.
         layer.has_previous_state[0] = True
         if isinstance(layer, TokenCountingLinearAttentionLayer):

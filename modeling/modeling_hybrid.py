@@ -8,8 +8,8 @@ scaling, tied heads, parameter names) is the teacher's code. Nothing here knows 
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers.masking_utils import create_recurrent_attention_mask, find_pac
 
 from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
 from .gated_deltanet import GatedDeltaNet
-from .linear_attention import LinearAttention, check_cache, count_tokens_in
+from .linear_attention import ADOPTED, LinearAttention, check_cache, count_tokens_in
 
 
 MIXERS: dict[str, type[LinearAttention]] = {"gated_deltanet": GatedDeltaNet}
@@ -44,7 +44,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         # Copying and unpickling call this on a class that is already specialised, without a config.
         if config is None or issubclass(cls, _Specialised):
             return super().__new__(cls)
-        return super().__new__(_specialise(cls, teacher_class(config.text_config)))
+        own: Any = cls
+        return super().__new__(_specialise(own, teacher_class(config.text_config)))
 
     def __init__(self, config: HybridConfig) -> None:
         mixer = MIXERS.get(config.mixer)
@@ -82,12 +83,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         keep = check_layers(layers, len(decoder_layers(self)))
         now = set(self.full_attention_layers)
         restored, linearised = sorted(set(keep) - now), sorted(now - set(keep))
-        if restored and teacher is None:
-            raise ValueError(f"layers {restored} are linear now; pass teacher= to restore their softmax attention.")
-        sources = decoder_layers(teacher) if restored else []
         own = decoder_layers(self)
-        if restored and len(sources) != len(own):
-            raise ValueError(f"the teacher has {len(sources)} decoder layers, the hybrid {len(own)}; pass its teacher.")
+        sources: Sequence[Any] = []
+        if restored:
+            if teacher is None:
+                raise ValueError(f"layers {restored} are linear now; pass teacher= to restore their softmax attention.")
+            sources = decoder_layers(teacher)
+            if len(sources) != len(own):
+                raise ValueError(
+                    f"the teacher has {len(sources)} decoder layers, the hybrid {len(own)}; pass its teacher."
+                )
         for i in restored:
             projection = own[i].self_attn.q_proj.weight
             attention = copy.deepcopy(sources[i].self_attn).to(projection.device, projection.dtype)
@@ -112,13 +117,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_new_modules(self, mixer: LinearAttention) -> None:
-        for module in mixer.modules():
-            if not getattr(module, "_is_hf_initialized", False) and not isinstance(module, LinearAttention):
-                self._initialize_weights(module)
+        for name, child in mixer.named_children():
+            if name not in ADOPTED:
+                for module in child.modules():
+                    self._initialize_weights(module)
         mixer.init_weights()
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        GenerationMixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
             count_tokens_in(model_kwargs["past_key_values"])
 
@@ -132,9 +140,9 @@ class _Specialised:
     """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
 
 
-def teacher_class(text_config: Any) -> type[PreTrainedModel]:
+def teacher_class(text_config: Any) -> Any:
     """The library's `...ForCausalLM` for the teacher's config."""
-    mapping = AutoModelForCausalLM._model_mapping
+    mapping: Any = AutoModelForCausalLM._model_mapping
     if type(text_config) not in mapping:
         raise ValueError(
             f"text_config is a {type(text_config).__name__}, for which transformers has no causal language model; "
@@ -144,13 +152,13 @@ def teacher_class(text_config: Any) -> type[PreTrainedModel]:
 
 
 @functools.cache
-def _specialise(cls: type, teacher: type) -> type:
+def _specialise(cls: Any, teacher: Any) -> Any:
     # The name and module are what save_pretrained writes into config.json and where it finds the code to copy.
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": cls.config_class}
     return type(cls.__name__, (cls, teacher, _Specialised), namespace)
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> Sequence[Any]:
     """The decoder layers of `model`, each of which must have a `self_attn`."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -164,7 +172,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
                 f"{type(model).__name__} has no self_attn in decoder layer {i} and cannot be converted; the layer has "
                 f"children {[name for name, _ in layer.named_children()]}."
             )
-    return layers
+    return cast(Sequence[Any], layers)
 
 
 def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
@@ -178,17 +186,18 @@ def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
 
 
 @functools.cache
-def _positional_names(backbone_class: type) -> list[str]:
+def _positional_names(backbone_class: Any) -> list[str]:
     return [name for name in inspect.signature(backbone_class.forward).parameters if name != "self"]
 
 
-def _prepare_backbone_inputs(backbone: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
     Runs before the backbone's forward, whoever calls it, and hands the mixers what they need beside the teacher's own
     arguments: `padding_mask` and, for packed rows, `seq_idx`. Makes the cache, which the backbone would make for
     softmax layers only.
     """
-    kwargs = dict(zip(_positional_names(type(backbone)), args, strict=False)) | kwargs
+    backbone_class: Any = type(backbone)
+    kwargs = dict(zip(_positional_names(backbone_class), args, strict=False)) | kwargs
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs.get("input_ids")
@@ -236,4 +245,3 @@ def packed_documents(
             "teacher's softmax layers cannot keep apart. Pack without padding and pass no attention_mask."
         )
     return None
-

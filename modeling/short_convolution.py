@@ -1,9 +1,10 @@
 """Causal depthwise convolution over a few tokens, which starts as the identity."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 
 class ShortConvolution(nn.Module):
@@ -29,11 +30,11 @@ class ShortConvolution(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        cache: Cache | None = None,
+        cache: Any = None,
         layer_idx: int = 0,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns `[B, T, channels]` from `x` of that shape; `cache` carries the last `kernel_size - 1` tokens on."""
+        """Returns `[B, T, channels]` from `x` of that shape; `cache` (the library's) carries the last `kernel_size - 1` tokens on."""
         length, history = x.shape[1], self.kernel_size - 1
         if history == 0:
             return x * self.weight[:, 0, 0]

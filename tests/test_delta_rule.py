@@ -350,7 +350,7 @@ def test_wrong_shapes(form, shapes, message):
 
 def test_other_wrong_arguments():
     inputs = make_inputs(10)
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match="power of 2"):
         chunk_gated_delta_rule(**inputs, chunk_size=48)
     with pytest.raises(ValueError, match="expected integers"):
         chunk_gated_delta_rule(**inputs, seq_idx=torch.zeros(BATCH, 10))

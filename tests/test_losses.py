@@ -126,7 +126,9 @@ class TestAlignment:
         for b in range(2):
             for t in range(5):
                 if mask[b, t]:
-                    total += math.sqrt(sum((x - y) ** 2 for x, y in zip(teacher[b, t], student[b, t], strict=True)) / 8)
+                    total += math.sqrt(
+                        sum((x - y) ** 2 for x, y in zip(teacher[b, t], student[b, t], strict=True)) / 8
+                    )
         assert alignment_loss(teacher, student, mask).item() == pytest.approx(total / 7, abs=1e-12)
 
     def test_equal_outputs_score_zero(self):

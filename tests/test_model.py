@@ -82,7 +82,9 @@ class TestGeneration:
         batch = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1), tokens(1, 14, seed=5)])
         mask = torch.ones_like(batch)
         mask[0, :5] = 0
-        padded = model.generate(batch, attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False)[0, 14:]
+        padded = model.generate(batch, attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False)[
+            0, 14:
+        ]
         assert torch.equal(padded, alone)
 
     def test_right_padding(self, family, layers):

@@ -147,7 +147,12 @@ class TestDistillation:
             torch.manual_seed(0)
             student = hh.convert(teacher, [1])
             args = arguments(
-                hh.DistillationConfig, folder, max_steps=6, save_strategy="steps", save_steps=3, mixer_learning_rate=1e-3
+                hh.DistillationConfig,
+                folder,
+                max_steps=6,
+                save_strategy="steps",
+                save_steps=3,
+                mixer_learning_rate=1e-3,
             )
             trainer = hh.DistillationTrainer(model=student, teacher=teacher, args=args, train_dataset=data)
             trainer.train(**options)
@@ -240,7 +245,9 @@ class TestScores:
         assert scores.top(1) == [min(scores.scores, key=lambda s: s.kl).layer]
         for score in scores.scores:
             assert f"{score.kl:.4f}" in str(scores)
-            spread = torch.tensor(score.per_sequence, dtype=torch.float64).std().item() / len(score.per_sequence) ** 0.5
+            spread = (
+                torch.tensor(score.per_sequence, dtype=torch.float64).std().item() / len(score.per_sequence) ** 0.5
+            )
             assert score.sem == pytest.approx(spread, rel=1e-9)
         with pytest.raises(ValueError, match="k=5 layers"):
             scores.top(5)

@@ -47,11 +47,11 @@ class AlignmentTrainer(TeacherTrainer):
         with _only_mixers_trainable(self.model):
             return super().train(*args, **kwargs)
 
-    def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def student_loss(self, student: Any, inputs: dict[str, Any]) -> torch.Tensor:
         losses = self.layer_losses(student, inputs)
         return torch.stack(list(losses.values())).mean()
 
-    def layer_losses(self, student: Any, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    def layer_losses(self, student: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
         """The alignment loss of each linear layer, by its index."""
         padding_mask = inputs.get("attention_mask")
         if padding_mask is not None and bool(padding_mask.all()):
@@ -71,7 +71,7 @@ class AlignmentTrainer(TeacherTrainer):
 
     @torch.no_grad()
     def _attention_of_teacher(
-        self, layers: list[int], inputs: dict[str, torch.Tensor]
+        self, layers: list[int], inputs: dict[str, Any]
     ) -> dict[int, tuple[dict[str, Any], torch.Tensor]]:
         """What each of the teacher's `layers` gave to its attention, by argument name, and got back."""
         teacher = self.accelerator.unwrap_model(self.teacher)

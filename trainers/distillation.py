@@ -34,6 +34,7 @@ class DistillationTrainer(TeacherTrainer):
     padding, in nats per token. The teacher's entropy is part of it: a student equal to its teacher scores 0.
     """
 
+    args: DistillationConfig
     _tag_names = ["hf-hybrid", "distillation"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, set_seed
 
 from .distillation import DistillationConfig, DistillationTrainer
@@ -77,7 +76,9 @@ class LayerScores:
     def top(self, k: int) -> list[int]:
         """The `k` best layers, ascending: what to pass as `full_attention_layers`."""
         if not 0 <= k <= len(self.scores):
-            raise ValueError(f"k={k} layers were asked for, but {len(self.scores)} were scored; pass 0..{len(self.scores)}.")
+            raise ValueError(
+                f"k={k} layers were asked for, but {len(self.scores)} were scored; pass 0..{len(self.scores)}."
+            )
         return sorted(self.ranking[:k])
 
     def gap(self, better: int, worse: int) -> tuple[float, float]:

@@ -31,7 +31,7 @@ class TeacherTrainingArguments(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; never of decay or norms."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept off: batches are built here."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: batches are built here."})
     average_tokens_across_devices: bool = field(
         default=False, metadata={"help": "Kept off: the losses are means over a batch's tokens."}
     )
@@ -53,6 +53,7 @@ class TeacherTrainer(Trainer):
             each document of a packed row).
     """
 
+    args: TeacherTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the tokens of a micro-batch
 
     def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: TeacherTrainingArguments, **kwargs: Any):
@@ -156,7 +157,9 @@ def mixer_parameters(student: Any) -> list[nn.Parameter]:
 def check_pair(student: Any, teacher: PreTrainedModel) -> None:
     """Raises a `ValueError` where `student` is no hybrid or `teacher` not the model it came from."""
     if getattr(student.config, "model_type", None) != "hf_hybrid":
-        raise ValueError(f"model is a {type(student).__name__}, not a hybrid; make one with hf_hybrid.convert(teacher).")
+        raise ValueError(
+            f"model is a {type(student).__name__}, not a hybrid; make one with hf_hybrid.convert(teacher)."
+        )
     ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
     for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
         if getattr(ours, name) != getattr(theirs, name):

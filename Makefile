@@ -1,0 +1,52 @@
+# `make` alone lists the verbs. Verbs that run something set up .venv first, and again only when
+# setup.py or constraints.txt changed. Settings, given as `make test NAME=value`:
+#   PYTHON          interpreter that creates .venv (3.11 or newer)
+#   PIP_TORCH_ARGS  more arguments to the installation of torch, such as --index-url for another build
+#   PYTEST_ARGS     more arguments to pytest, such as "-k cache"
+#   WORKERS         processes that run the tests
+#   OUTPUT          folder that the demo writes
+PYTHON ?= python3
+PIP_TORCH_ARGS ?=
+PYTEST_ARGS ?=
+WORKERS ?= 2
+OUTPUT ?= demo_output
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch comes first and alone: what depends on it then keeps the build that was chosen here.
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	@touch $@
+
+.PHONY: demo
+demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to end
+	$(BIN)/hf-hybrid demo --output $(OUTPUT)
+
+.PHONY: test
+test: $(READY) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+
+.PHONY: style
+style: $(READY) ## check lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(READY) ## fix lint and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## remove builds, caches and the demo's output (.venv stays)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

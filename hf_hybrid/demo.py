@@ -1,0 +1,174 @@
+"""The demo: the whole path on the embedded teacher, and what choosing layers is worth against not choosing them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_hybrid.trainers.held_out import held_out_kl
+from hf_hybrid.trainers.scoring import write_json
+
+from .data import load_rows
+from .embedded import embedded_teacher, embedded_tokenizer
+from .folder import publish, read_json
+from .loading import load_model
+from .recipe import Recipe, find_recipe
+from .run import run_recipe
+from .selection import uniform_layers
+from .stages import Event, Listener, cut_for, train
+from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
+
+
+PROMPT = "def read(self, path):\n    "
+# Runs with nothing of ours and nothing optional: what a user has who installed torch and transformers.
+_RELOAD = """
+import json, sys
+for name in ("hf_hybrid", "modeling", "trainers", "fla", "trl", "peft", "datasets"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer(json.loads(sys.argv[2]), return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+result = {"logits": logits[0].tolist(), "tokens": out[0].tolist(), "text": tokenizer.decode(out[0])}
+with open(sys.argv[3], "w") as stream:
+    json.dump(result, stream)
+"""
+
+
+def run_demo(output: str | os.PathLike, seed: int = 0, progress: Listener | None = None) -> dict[str, Any]:
+    """
+    Runs the demo in the folder `output` and returns its report, which is also in `output/report.json`.
+
+    The recipe `demo` is run in `output/run`: align, score all layers, keep K, distil, save. Two more hybrids, with
+    uniformly spaced softmax layers and with none, are distilled on the same batches for the same tokens, and all are
+    measured on the same held-out rows, which are not those that the layers were chosen on. Started again after a kill,
+    it goes on.
+    """
+    listener = progress or (lambda event: None)
+    folder = Path(output)
+    finished = read_json(folder / "report.json")
+    if finished is not None:
+        listener(Event("demo", "found"))
+        return finished
+    recipe = replace(Recipe.load(find_recipe("demo")), seed=seed)
+    run_recipe(recipe, folder / "run", progress=listener)
+    run = read_json(folder / "run" / "report.json")
+    selected = run["selected"]
+    layers = {"selected": selected, "uniform": uniform_layers(run["num_layers"], len(selected)), "all_linear": []}
+    teacher = embedded_teacher()
+    rows = load_rows(folder / "run" / "data")
+    seconds = dict(run["seconds"])
+    for name in ("uniform", "all_linear"):
+        start = time.perf_counter()
+        if not (folder / name).exists():
+            _distill(recipe, name, layers[name], teacher, rows, folder, listener)
+            seconds[f"distill_{name}"] = round(time.perf_counter() - start, 2)
+    listener(Event("compare", "start"))
+    start = time.perf_counter()
+    models = {"selected": folder / "run" / "model", "uniform": folder / "uniform", "all_linear": folder / "all_linear"}
+    generator = torch_generator(seed)
+    task = associative_recall(64, recipe.data.block_size, ordinary_token_ids(embedded_tokenizer()), generator)
+    hybrids = {}
+    for name, path in models.items():
+        model = load_model(path)
+        kl = held_out_kl(model, teacher, cut_for(recipe, "distill", rows["report"]), 16)
+        accuracy = task_accuracy(model, *task)
+        hybrids[name] = {"layers": layers[name], "kl": kl.mean, "sem": kl.sem, "recall": accuracy}
+    reload = reload_elsewhere(folder / "run" / "model")
+    seconds["compare"] = round(time.perf_counter() - start, 2)
+    shutil.copyfile(folder / "run" / "scores.png", folder / "scores.png")
+    report = {
+        "scores": run["scores"],
+        "selected": layers["selected"],
+        "uniform": layers["uniform"],
+        "hybrids": hybrids,
+        "teacher": {"recall": task_accuracy(teacher, *task)},
+        "tokens": run["tokens"],
+        "seconds": seconds,
+        "reload": reload,
+    }
+    write_json(folder / "report.json", report)
+    listener(Event("compare", "done", text=f"{seconds['compare']:.1f} s"))
+    return report
+
+
+def torch_generator(seed: int) -> Any:
+    """The generator of the demo's recall task, away from those of all rows."""
+    import torch
+
+    return torch.Generator().manual_seed(10**6 + seed)
+
+
+def _distill(
+    recipe: Recipe, name: str, layers: list[int], teacher: Any, rows: Any, folder: Path, listener: Listener
+) -> None:
+    """Distils the hybrid with softmax in `layers` exactly as the run distilled the chosen one, into `folder/name`."""
+    listener(Event(name, "start"))
+    start = time.perf_counter()
+    student = load_model(folder / "run" / "aligned")
+    student.set_full_attention_layers(layers, teacher)
+
+    def rename(event: Event) -> None:
+        listener(replace(event, stage=name))
+
+    checkpoints = folder / f"{name}_checkpoints"
+    train(recipe, "distill", student, teacher, cut_for(recipe, "distill", rows["train"]), checkpoints, rename)
+    with publish(folder / name) as partial:
+        student.save_pretrained(partial)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    listener(Event(name, "done", text=f"{time.perf_counter() - start:.1f} s"))
+
+
+def reload_elsewhere(model_folder: Path) -> dict[str, Any]:
+    """
+    Loads a finished model in a fresh process in which this package cannot be imported, and generates with it.
+
+    Returns:
+        `max_abs_logit_diff` against the model as loaded here, whether greedy generation gave the same tokens, and
+        the text.
+    """
+    import torch
+
+    tokenizer, model = embedded_tokenizer(), load_model(model_folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch, "result.json")
+        arguments = [sys.executable, "-c", _RELOAD, str(model_folder.resolve()), json.dumps(PROMPT), str(result)]
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(arguments, cwd=scratch, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the saved model does not load without this package: {done.stderr.strip()[-400:]}")
+        theirs = json.loads(result.read_text())
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0].tolist()
+    return {
+        "max_abs_logit_diff": (torch.tensor(theirs["logits"]) - logits).abs().max().item(),
+        "same_generation": tokens == theirs["tokens"],
+        "text": theirs["text"],
+    }
+
+
+def comparison_table(report: dict[str, Any]) -> Any:
+    """The report's hybrids as a `rich` table, the teacher first."""
+    from rich.table import Table
+
+    table = Table(title="hybrids of the embedded teacher, one budget")
+    for column in ("model", "softmax layers", "KL (nats/token)", "recall"):
+        table.add_column(column, justify="right")
+    teacher_recall = report["teacher"]["recall"]
+    table.add_row("teacher", "all", "0", f"{teacher_recall:.3f}")
+    for name, hybrid in report["hybrids"].items():
+        kl = f"{hybrid['kl']:.4f} ± {hybrid['sem']:.4f}"
+        table.add_row(name.replace("_", " "), str(hybrid["layers"]), kl, f"{hybrid['recall']:.3f}")
+    return table

@@ -1,0 +1,186 @@
+"""What a hybrid lost and what it saves: held-out KL, perplexity, recall, and bytes of cache."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_hybrid.trainers import held_out_kl
+from hf_hybrid.trainers.held_out import batches
+from hf_hybrid.trainers.losses import check_logit_function, logit_function
+from hf_hybrid.trainers.scoring import write_json
+
+from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
+
+
+_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
+
+
+@dataclass
+class Evaluation:
+    """
+    Measurements of one model; what was not measured is None.
+
+    Args:
+        kl, kl_sem (`float`): held-out `KL(teacher || model)` and its standard error over rows, nats per token.
+        tokens (`int`): tokens of the held-out rows.
+        perplexity, teacher_perplexity (`float`): `exp` of the mean negative log likelihood per predicted token.
+        recall, teacher_recall (`float`): share of right answers in multi-query associative recall.
+        recall_length, recall_answers (`int`): tokens of a row of that task, and answers in all rows.
+        cache_context (`int`): tokens of context for which the next two are computed.
+        cache_bytes, teacher_cache_bytes (`int`): bytes of cache per sequence.
+    """
+
+    kl: float | None = None
+    kl_sem: float | None = None
+    tokens: int = 0
+    perplexity: float | None = None
+    teacher_perplexity: float | None = None
+    recall: float | None = None
+    teacher_recall: float | None = None
+    recall_length: int | None = None
+    recall_answers: int = 0
+    cache_context: int = 0
+    cache_bytes: int | None = None
+    teacher_cache_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All measurements by name."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes them as JSON, in one step or not at all."""
+        write_json(path, self.to_dict())
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    rows: Any = None,
+    *,
+    batch_size: int = 8,
+    recall_length: int = 256,
+    recall_rows: int = 64,
+    cache_context: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """
+    Measures `model`, and `teacher` beside it.
+
+    Args:
+        model (`PreTrainedModel`): the hybrid, or any causal language model.
+        teacher (`PreTrainedModel`, *optional*): for KL and the teacher's own numbers; of one vocabulary and device.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for recall, which draws ordinary tokens; without, no recall.
+        rows (`datasets.Dataset`, *optional*): held-out rows with `input_ids`; without, no KL and no perplexity.
+        batch_size (`int`): rows at once.
+        recall_length (`int`), recall_rows (`int`): size of the recall task. It is made shorter where the vocabulary or
+            the model's positions are few, and left out where nothing of 16 tokens fits.
+        cache_context (`int`, *optional*): by default the model's longest context, at most 32,768.
+        seed (`int`): of the recall task.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32_768
+    result = Evaluation(cache_context=cache_context or min(limit, 32_768))
+    if teacher is not None:
+        _check_vocabularies(model, teacher)
+    if rows is not None:
+        result.perplexity = perplexity(model, rows, batch_size)
+        if teacher is not None:
+            kl = held_out_kl(model, teacher, rows, batch_size)
+            result.kl, result.kl_sem = kl.mean, kl.sem
+            result.teacher_perplexity = perplexity(teacher, rows, batch_size)
+        result.tokens = sum(
+            int(batch["input_ids"].numel()) for batch in batches(rows, batch_size, torch.device("cpu"))
+        )
+    if tokenizer is not None:
+        ids = ordinary_token_ids(tokenizer)
+        ids = ids[ids < model.config.get_text_config().vocab_size]
+        length = min(recall_length, limit, 2 * ids.numel()) // 4 * 4
+        if length >= 16:
+            generator = torch.Generator().manual_seed(seed)
+            tokens, answers = associative_recall(recall_rows, length, ids, generator)
+            result.recall_length, result.recall_answers = length, int(answers.sum())
+            result.recall = task_accuracy(model, tokens, answers, batch_size)
+            if teacher is not None:
+                result.teacher_recall = task_accuracy(teacher, tokens, answers, batch_size)
+    result.cache_bytes = cache_bytes(model, result.cache_context)
+    if teacher is not None:
+        result.teacher_cache_bytes = cache_bytes(teacher, result.cache_context)
+    return result
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
+    """
+    `exp` of the mean negative log likelihood of every token of `rows` that has one before it in its document.
+
+    The logits of a few tokens are made at a time, so the vocabulary may be large. Padding does not count.
+    """
+    check_logit_function(model)
+    logits = logit_function(model)
+    chunk = max(1, _CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches(rows, batch_size, model.device):
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        predicted = counts[:, 1:] & counts[:, :-1]
+        if "position_ids" in batch:
+            predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
+        # The library keeps packed documents apart only where there is no mask.
+        inputs = {**batch, "attention_mask": None if bool(counts.all()) else mask}
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][predicted]
+        targets = ids[:, 1:][predicted].long()
+        for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            total += torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="sum").item()
+        count += int(predicted.sum())
+    model.train(training)
+    if count == 0:
+        raise ValueError("no token of the rows has one before it in its document; pass longer rows.")
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def cache_bytes(model: PreTrainedModel, context: int) -> int:
+    """
+    Bytes of cache of one sequence after `context` tokens, from what a real cache holds after a short forward pass.
+
+    A softmax layer grows with every token, up to its window where it has one; a linear layer's state does not grow.
+    """
+    length = 8
+    ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
+    cache = DynamicCache(config=model.config)
+    training = model.training
+    model.eval()
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model.train(training)
+    total = 0
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
+            window = getattr(layer, "sliding_window", None)
+            tokens = context if window is None else min(context, window - 1)
+            total += (keys.nbytes + values.nbytes) // keys.shape[-2] * tokens
+        total += sum(state.nbytes for state in _states(layer))
+    return total
+
+
+def _states(layer: Any) -> Iterable[torch.Tensor]:
+    """The tensors of a linear layer's cache, whose size does not depend on the context."""
+    for name in ("recurrent_states", "conv_states"):
+        yield from (state for state in getattr(layer, name, {}).values() if state is not None)
+
+
+def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    ours, theirs = (m.config.get_text_config().vocab_size for m in (model, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f"the model has a vocabulary of {ours} tokens, the teacher of {theirs}; pass the teacher that the model "
+            "was converted from."
+        )

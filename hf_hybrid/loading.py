@@ -1,0 +1,74 @@
+"""Loading of teachers, tokenizers and finished models, with errors that say what to do."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_hybrid.modeling  # noqa: F401  registers the hybrid with the Auto classes
+
+from .conversion import load_teacher
+from .embedded import embedded_teacher, embedded_tokenizer
+
+
+def load_pair(
+    teacher: str, *, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
+) -> tuple[Any, Any]:
+    """Returns a teacher (`PreTrainedModel`) in eval mode and its tokenizer; `"embedded"` is the one that ships with the package."""
+    if teacher == "embedded":
+        return embedded_teacher(), embedded_tokenizer()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    model = _explained(teacher, lambda: load_teacher(teacher, dtype=dtype, **options))
+    return model.eval(), load_tokenizer(teacher, **options)
+
+
+def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str = "main") -> Any:
+    """Returns the tokenizer of a model on the Hub or in a folder."""
+    return _explained(
+        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    )
+
+
+def load_model(path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False) -> Any:
+    """Returns a causal language model (`PreTrainedModel`) in eval mode; a checkpoint that lacks some of its tensors is an error."""
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+
+    model, info = _explained(path, load)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"the checkpoint {path} lacks {len(missing)} tensors, such as {missing[0]}; make it again.")
+    return model.eval()
+
+
+def _explained(name: str | os.PathLike, load: Any) -> Any:
+    """The result of `load`, or a `ValueError` that says in one sentence why `name` does not load."""
+    try:
+        return load()
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {name} are damaged ({error}); delete that folder and make it again."
+        ) from error
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} needs a package that is not installed: {first}") from error
+    except OSError as error:
+        if Path(name).is_dir():
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"the folder {name} holds no complete model or tokenizer: {first}") from error
+        raise ValueError(
+            f"{str(name)!r} was found neither as a folder nor as a model on the Hub; check the spelling, the network, "
+            "and, for a private or gated model, that you are logged in."
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} needs code of its own to load; read that code, and if you trust it pass --trust-remote-code "
+            "(trust_remote_code=True in Python)."
+        ) from error

@@ -1,0 +1,45 @@
+"""Pictures of a run."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from hf_hybrid.trainers import LayerScores
+
+_CHOSEN, _OTHER = "#d95f02", "#8da0cb"
+
+
+def plot_scores(scores: "LayerScores", selected: Iterable[int], path: str | os.PathLike) -> None:
+    """Writes a bar chart of the scores to `path` (PNG, PDF or SVG by its ending), the `selected` layers marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    chosen = set(selected)
+    rows = sorted(scores.scores, key=lambda score: score.layer)
+    # A figure of its own, not pyplot's: that one would keep it and might look for a display.
+    figure = Figure(figsize=(max(5.0, 1.8 + 0.3 * len(rows)), 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.bar(
+        [score.layer for score in rows],
+        [score.kl for score in rows],
+        yerr=[score.sem for score in rows],
+        color=[_CHOSEN if score.layer in chosen else _OTHER for score in rows],
+        ecolor="#444444",
+        capsize=3,
+    )
+    axes.set_xticks([score.layer for score in rows])
+    axes.set_xlabel("layer restored to softmax attention (index)")
+    axes.set_ylabel("held-out KL (nats per token)")
+    axes.set_title(f"{scores.method}: lower means the layer matters more; bars are ± 1 s.e.", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=_CHOSEN, label="keeps softmax"), Patch(color=_OTHER, label="linear")]
+    axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    path = Path(path)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    figure.savefig(partial)
+    os.replace(partial, path)

@@ -1,0 +1,279 @@
+"""A run's recipe: everything that decides its result, read strictly from YAML."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .data import DataConfig
+from .schema import parse
+from .selection import check_selector
+
+
+# Set by the pipeline from a recipe's own fields; in `training` they would say the same thing twice.
+_MANAGED = frozenset(
+    {
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "seed",
+        "data_seed",
+        "learning_rate",
+        "mixer_learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "eval_strategy",
+        "remove_unused_columns",
+        "resume_from_checkpoint",
+        "load_best_model_at_end",
+        "save_only_model",
+        "disable_tqdm",
+    }
+)
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """
+    How one stage trains. Each stage adds `tokens`, the tokens to train on, rounded up to whole steps.
+
+    Args:
+        batch_size (`int`): rows of one optimizer step.
+        micro_batch_size (`int`, *optional*): rows that are on the device at once, a divisor of `batch_size`, which is
+            also the default. It changes memory and time, not the result.
+        block_size (`int`, *optional*): tokens of a row, a divisor of `data.block_size`, which is also the default.
+        learning_rate (`float`): of all parameters that train, or all but the mixers.
+        mixer_learning_rate (`float`, *optional*): of the linear-attention mixers; by default `learning_rate`.
+        lr_scheduler_type (`str`): as in [`~transformers.TrainingArguments`].
+        warmup_steps (`float`): steps, or below 1 the share of all steps.
+        checkpoints (`int`): checkpoints written on the way, evenly spaced; a killed run loses at most that share.
+    """
+
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    block_size: int | None = None
+    learning_rate: float = 1e-3
+    mixer_learning_rate: float | None = None
+    lr_scheduler_type: str = "constant"
+    warmup_steps: float = 0.0
+    checkpoints: int = 10
+
+    @property
+    def budget(self) -> int:
+        """The tokens to train on, as the recipe says: `tokens`, or each layer's where the stage scores layers."""
+        return getattr(self, "tokens_per_layer" if isinstance(self, ScoreStage) else "tokens")
+
+
+@dataclass(kw_only=True)
+class AlignStage(StageConfig):
+    """[`StageConfig`] of the alignment; only the mixers train. arXiv 2505.03005, step 1: 1e-3 with a cosine."""
+
+    tokens: int
+    lr_scheduler_type: str = "cosine"
+
+
+@dataclass(kw_only=True)
+class DistillStage(StageConfig):
+    """[`StageConfig`] of the distillation, with the rates of arXiv 2512.20569's released code."""
+
+    tokens: int
+    learning_rate: float = 7e-6
+    mixer_learning_rate: float | None = 1e-4
+
+
+@dataclass(kw_only=True)
+class ScoreStage(StageConfig):
+    """[`StageConfig`] of the short distillations that score each layer, with the rates of the distillation."""
+
+    tokens_per_layer: int
+    learning_rate: float = 7e-6
+    mixer_learning_rate: float | None = 1e-4
+    method: str = "ga-s2"
+
+
+@dataclass(kw_only=True)
+class FinetuneStage(StageConfig):
+    """[`StageConfig`] of plain next-token training after the distillation. arXiv 2505.03005, step 3: 1e-5."""
+
+    tokens: int
+    learning_rate: float = 1e-5
+
+
+@dataclass
+class SelectStage:
+    """
+    Which layers keep softmax attention.
+
+    Args:
+        selector (`str`): `"ga-s2"`, `"uniform"`, `"uniform-last"` or `"uniform-centre"`, see `select_layers`.
+        k (`int`, *optional*), fraction (`float`, *optional*), layers (`list[int]`, *optional*):
+            exactly one: how many layers, which share of them (rounded to the nearest, a half upwards), or which.
+    """
+
+    selector: str = "ga-s2"
+    k: int | None = None
+    fraction: float | None = None
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_selector(self.selector)
+        given = [name for name in ("k", "fraction", "layers") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"select gives {' and '.join(given) or 'no layers'}; give one of k, fraction and layers.")
+        if self.fraction is not None and not 0 <= self.fraction <= 1:
+            raise ValueError(f"select.fraction={self.fraction} is outside 0..1; 0.25 keeps a quarter of the layers.")
+
+    def count(self, num_layers: int) -> int | None:
+        """How many layers of `num_layers` keep softmax attention; None where they are listed."""
+        return self.k if self.fraction is None else int(self.fraction * num_layers + 0.5)
+
+
+@dataclass
+class Recipe:
+    """
+    Everything that decides what [`~hf_hybrid.run.run_recipe`] makes.
+
+    Args:
+        teacher (`str`): Hub id or folder of the softmax model, or `"embedded"`.
+        data, align, score, select, distill, finetune: the stages. Without `finetune` there is none; `score` may be
+            left out where the selector needs no scores.
+        revision (`str`, *optional*), dtype (`str`): of the teacher; the finished model has its dtype. With `bf16` or
+            `fp16` in `training`, the student trains in fp32 under autocast.
+        trust_remote_code (`bool`): whether the teacher may run code of its own. No part of the recipe's identity.
+        mixer (`str`), mixer_options (`dict`): see [`convert`].
+        seed (`int`): of everything random.
+        training (`dict`): more fields of [`~transformers.TrainingArguments`], the same for all stages.
+    """
+
+    teacher: str
+    data: DataConfig
+    align: AlignStage
+    select: SelectStage
+    distill: DistillStage
+    score: ScoreStage | None = None
+    finetune: FinetuneStage | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    mixer: str = "gated_deltanet"
+    mixer_options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.score is not None:
+            if self.score.method != "ga-s2":
+                raise ValueError(f"score.method={self.score.method!r} is unknown; choose 'ga-s2'.")
+        elif self.select.layers is None and self.select.selector == "ga-s2":
+            raise ValueError("select.selector is 'ga-s2', but there is no score stage; add one or choose 'uniform'.")
+        for name, stage in self.stages().items():
+            _check_stage(name, stage, self.data.block_size)
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; choose auto, float32, bfloat16 or float16.")
+        managed = sorted(_MANAGED & set(self.training))
+        if managed:
+            raise ValueError(f"training.{managed[0]} is set from the recipe's own stages; set it there.")
+
+    def stages(self) -> dict[str, StageConfig]:
+        """The training stages there are, by name, in order."""
+        found = {name: getattr(self, name) for name in ("align", "score", "distill", "finetune")}
+        return {name: stage for name, stage in found.items() if stage is not None}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Recipe":
+        """Reads a YAML file; unknown keys and values of a wrong type are errors."""
+        try:
+            data = yaml.safe_load(Path(path).read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Recipe":
+        """Makes a recipe of nested dictionaries."""
+        return parse(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested dictionaries, without what is no part of its identity."""
+        data = dataclasses.asdict(self)
+        del data["trust_remote_code"]
+        return data
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the recipe with all of its values as YAML, in one step or not at all."""
+        partial = Path(path).with_name(Path(path).name + ".partial")
+        partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
+        os.replace(partial, path)
+
+    def fingerprint(self) -> str:
+        """Canonical JSON of what decides the result: equal for equal recipes."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def difference(self, other: "Recipe") -> list[str]:
+        """What differs, one line a value: `align.tokens: 1000 here, 2000 there`."""
+        ours, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        return [
+            f"{key}: {ours.get(key)!r} here, {theirs.get(key)!r} there"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe at a path, or the shipped one of that name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {entry.name.removesuffix(".yaml"): entry for entry in (files("hf_hybrid") / "recipes").iterdir()}
+    if name in shipped:
+        return Path(str(shipped[name]))
+    known = sorted(key for key, entry in shipped.items() if entry.name.endswith(".yaml"))
+    raise ValueError(f"there is no recipe {name!r}; give the path of a YAML file, or one of the shipped {known}.")
+
+
+def _check_stage(name: str, stage: StageConfig, block_size: int) -> None:
+    tokens = "tokens_per_layer" if isinstance(stage, ScoreStage) else "tokens"
+    for key in (tokens, "batch_size", "checkpoints", "micro_batch_size", "block_size"):
+        value = getattr(stage, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}.{key}={value} is too small; pass at least 1.")
+    for key in ("learning_rate", "mixer_learning_rate"):
+        value = getattr(stage, key)
+        if value is not None and not 0 <= value < 10:
+            raise ValueError(f"{name}.{key}={value} is no learning rate; pass a number from 0 up to 10.")
+    if not stage.warmup_steps >= 0:
+        raise ValueError(f"{name}.warmup_steps={stage.warmup_steps} is negative; pass 0, a share below 1, or steps.")
+    if stage.micro_batch_size and stage.batch_size % stage.micro_batch_size:
+        raise ValueError(
+            f"{name}.micro_batch_size={stage.micro_batch_size} does not divide batch_size={stage.batch_size}; pass a "
+            "divisor."
+        )
+    if stage.block_size and block_size % stage.block_size:
+        raise ValueError(
+            f"{name}.block_size={stage.block_size} does not divide data.block_size={block_size}; rows are cut into "
+            "equal parts, so pass a divisor."
+        )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

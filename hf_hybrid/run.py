@@ -1,0 +1,297 @@
+"""A recipe from start to end. A run is a folder: each stage leaves an artefact there, and is skipped where it has."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import set_seed
+
+from hf_hybrid.modeling import MIXERS, HybridConfig, LinearAttentionOptions
+from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
+from hf_hybrid.trainers.scoring import write_json
+
+from .card import save_model
+from .conversion import check_teacher, convert
+from .data import build_rows, load_rows
+from .evaluation import Evaluation, evaluate_model
+from .folder import ARTEFACTS, claim, locked, publish, read_json
+from .loading import load_model, load_pair
+from .plots import plot_scores
+from .recipe import Recipe
+from .selection import select_layers
+from .stages import Event, Listener, check_training, cut_for, rows_needed, steps_of, train, training_arguments
+
+
+@dataclass
+class RunResult:
+    """
+    What is in a run's folder.
+
+    Args:
+        folder (`Path`): the run.
+        stages (`dict[str, str]`): `"found"` (made by an earlier call) or `"done"`, by stage.
+        finished (`bool`): whether all stages are there.
+        already_finished (`bool`): whether they were before this call, which then did nothing.
+        selected (`list[int]`, *optional*): the layers that keep softmax attention.
+        report (`dict`, *optional*): the contents of `report.json`.
+    """
+
+    folder: Path
+    stages: dict[str, str]
+    finished: bool
+    already_finished: bool
+    selected: list[int] | None = None
+    report: dict[str, Any] | None = None
+
+    @property
+    def scores(self) -> LayerScores | None:
+        """The layers' scores, where they were measured."""
+        path = self.folder / ARTEFACTS["score"]
+        return LayerScores.load(path) if path.is_file() else None
+
+
+def run_recipe(
+    recipe: Recipe,
+    output_dir: str | os.PathLike,
+    *,
+    stop_after: str | None = None,
+    progress: Listener | None = None,
+) -> RunResult:
+    """
+    Runs `recipe` in `output_dir`, from the first stage that is missing there, in one process on one device.
+
+    Killed at any moment, the same call goes on; what is lost is the work since the last checkpoint. A finished run is
+    left as it is.
+
+    Args:
+        recipe ([`Recipe`]): what to do.
+        output_dir (`str`): a folder that is new, empty, or holds a run of the same recipe.
+        stop_after (`str`, *optional*): the last stage to run, one of `ARTEFACTS`.
+        progress (`Callable`, *optional*): called with each [`~hf_hybrid.stages.Event`].
+
+    Returns:
+        [`RunResult`].
+    """
+    if stop_after is not None and stop_after not in ARTEFACTS:
+        raise ValueError(f"stop_after={stop_after!r} is no stage; choose one of {list(ARTEFACTS)}.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a run is one process; start it without a launcher, or use the trainers from Python.")
+    folder = Path(output_dir)
+    claim(folder, recipe)
+    with locked(folder):
+        run = _Run(recipe, folder, progress or (lambda event: None))
+        stages = [name for name in ARTEFACTS if name not in ("score", "finetune") or name in recipe.stages()]
+        already_finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
+        done: dict[str, str] = {}
+        for name in stages:
+            done[name] = "found" if already_finished or (folder / ARTEFACTS[name]).exists() else "done"
+            if done[name] == "found":
+                run.listener(Event(name, "found"))
+            else:
+                run.make(name)
+            if name == stop_after:
+                break
+    finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
+    selection, report = (read_json(folder / ARTEFACTS[name]) for name in ("select", "report"))
+    selected = None if selection is None else selection["layers"]
+    return RunResult(folder, done, finished, already_finished, selected, report)
+
+
+class _Run:
+    """One call of [`run_recipe`]: a method for each stage, and what several stages need, loaded when first needed."""
+
+    def __init__(self, recipe: Recipe, folder: Path, listener: Listener) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.listener = listener
+        self.checked = False
+
+    def make(self, name: str) -> None:
+        if not self.checked:
+            self._check()
+        self.listener(Event(name, "start"))
+        start = time.perf_counter()
+        set_seed(self.recipe.seed)
+        getattr(self, f"_{name}")()
+        checkpoints = self._checkpoints(name)
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
+        seconds = read_json(self.folder / "seconds.json") or {}
+        write_json(self.folder / "seconds.json", seconds | {name: round(time.perf_counter() - start, 2)})
+        self.listener(Event(name, "done", text=f"{time.perf_counter() - start:.1f} s"))
+
+    def _check(self) -> None:
+        """Finds what cannot work before hours are spent on the stages before it."""
+        recipe = self.recipe
+        check_training(recipe, self.folder)
+        if recipe.mixer not in MIXERS:
+            raise ValueError(f"mixer={recipe.mixer!r} is unknown; choose one of {sorted(MIXERS)}.")
+        LinearAttentionOptions.from_dict(recipe.mixer_options)
+        check_teacher(self.teacher)
+        config = HybridConfig.from_teacher(self.teacher.config, [])
+        # Any scores will do: this is about the number of layers.
+        selector = "uniform" if recipe.select.layers is None else recipe.select.layers
+        select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
+        self.checked = True
+
+    @cached_property
+    def device(self) -> torch.device:
+        # A machine with an accelerator may still run on the CPU, where `training` says so.
+        return training_arguments(self.recipe, "align", self.folder).device
+
+    @cached_property
+    def _pair(self) -> tuple[Any, Any]:
+        r = self.recipe
+        model, tokenizer = load_pair(
+            r.teacher, trust_remote_code=r.trust_remote_code, dtype=r.dtype, revision=r.revision
+        )
+        return model.to(self.device).requires_grad_(False), tokenizer
+
+    @property
+    def teacher(self) -> Any:
+        return self._pair[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._pair[1]
+
+    @cached_property
+    def rows(self) -> dict[str, Any]:
+        return load_rows(self.folder / ARTEFACTS["data"])
+
+    @property
+    def selected(self) -> list[int]:
+        return json.loads((self.folder / ARTEFACTS["select"]).read_text())["layers"]
+
+    @property
+    def scores(self) -> LayerScores | None:
+        path = self.folder / ARTEFACTS["score"]
+        return LayerScores.load(path) if path.is_file() else None
+
+    def _student_of(self, stage: str) -> Any:
+        """The student as `stage` left it, always from disk, so that a run that was killed ends like any other."""
+        mixed = self.recipe.training.get("bf16") or self.recipe.training.get("fp16")
+        dtype = torch.float32 if mixed else self.teacher.dtype
+        return load_model(self.folder / ARTEFACTS[stage], dtype=dtype).to(self.device)
+
+    def _checkpoints(self, name: str) -> Path:
+        return self.folder / f"{name}_checkpoints"
+
+    def _train(self, name: str, student: Any) -> None:
+        rows = cut_for(self.recipe, name, self.rows["train"])
+        train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
+        with publish(self.folder / ARTEFACTS[name]) as partial:
+            student.save_pretrained(partial)
+
+    def _data(self) -> None:
+        with publish(self.folder / ARTEFACTS["data"]) as partial:
+            vocabulary = self.teacher.config.vocab_size
+            needed = rows_needed(self.recipe)
+            rows = build_rows(self.recipe.data, self.tokenizer, needed, self.recipe.seed, partial, vocabulary)
+            for name, stage in self.recipe.stages().items():
+                available = len(cut_for(self.recipe, name, rows["train"]))
+                if available < stage.batch_size:
+                    raise ValueError(
+                        f"the text leaves {available} training rows for {name}, less than its "
+                        f"batch_size={stage.batch_size}; give more text or a smaller batch_size."
+                    )
+
+    def _align(self) -> None:
+        r = self.recipe
+        student = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options)
+        student.config.teacher_name_or_path = r.teacher  # not where this machine keeps it
+        if r.training.get("bf16") or r.training.get("fp16"):
+            student.float()
+        student.requires_grad_(True)
+        self._train("align", student)
+
+    def _score(self) -> None:
+        stage = self.recipe.score
+        if stage is None:
+            return
+        num_layers = self.teacher.config.num_hidden_layers
+        arguments = training_arguments(self.recipe, "score", self._checkpoints("score"))
+
+        def report(score: Any) -> None:
+            text = f"layer {score.layer}: KL {score.kl:.4f}"
+            self.listener(Event("score", "step", score.layer + 1, num_layers, text))
+
+        scores = score_layers(
+            self._student_of("align"),
+            self.teacher,
+            cut_for(self.recipe, "score", self.rows["train"]),
+            cut_for(self.recipe, "score", self.rows["score"]),
+            args=cast(DistillationConfig, arguments),
+            tokens_per_layer=stage.tokens_per_layer,
+            method=stage.method,
+            output_dir=self.folder / "scores",
+            progress=report,
+        )
+        scores.save(self.folder / ARTEFACTS["score"])
+
+    def _select(self) -> None:
+        select, num_layers = self.recipe.select, self.teacher.config.num_hidden_layers
+        selector = select.selector if select.layers is None else select.layers
+        layers = select_layers(selector, select.count(num_layers), num_layers, self.scores)
+        if self.scores is not None:
+            plot_scores(self.scores, layers, self.folder / "scores.png")
+        write_json(self.folder / ARTEFACTS["select"], {"selector": selector, "layers": layers})
+
+    def _distill(self) -> None:
+        student = self._student_of("align")
+        student.set_full_attention_layers(self.selected, self.teacher)
+        self._train("distill", student)
+
+    def _finetune(self) -> None:
+        self._train("finetune", self._student_of("distill"))
+
+    def _finished_student(self) -> Any:
+        last = "distill" if self.recipe.finetune is None else "finetune"
+        return load_model(self.folder / ARTEFACTS[last], dtype=self.teacher.dtype).to(self.device)
+
+    def _evaluate(self) -> None:
+        stage = self.recipe.distill
+        evaluation = evaluate_model(
+            self._finished_student(),
+            self.teacher,
+            self.tokenizer,
+            cut_for(self.recipe, "distill", self.rows["report"]),
+            batch_size=stage.micro_batch_size or stage.batch_size,
+            seed=self.recipe.seed,
+        )
+        evaluation.save(self.folder / ARTEFACTS["evaluate"])
+
+    def _model(self) -> None:
+        evaluation = Evaluation(**json.loads((self.folder / ARTEFACTS["evaluate"]).read_text()))
+        with publish(self.folder / ARTEFACTS["model"]) as partial:
+            card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe}
+            save_model(self._finished_student(), self.tokenizer, partial, **card)
+
+    def _report(self) -> None:
+        r, scores = self.recipe, self.scores
+        tokens = {
+            name: steps_of(r, name) * stage.batch_size * (stage.block_size or r.data.block_size)
+            for name, stage in r.stages().items()
+        }
+        if scores is not None:
+            tokens["score"] = scores.tokens
+        listed = [] if scores is None else [{"layer": s.layer, "kl": s.kl, "sem": s.sem} for s in scores.scores]
+        report = {
+            "teacher": r.teacher,
+            "num_layers": self.teacher.config.num_hidden_layers,
+            "mixer": r.mixer,
+            "selector": "explicit" if r.select.layers is not None else r.select.selector,
+            "selected": self.selected,
+            "scores": listed,
+            "evaluation": read_json(self.folder / ARTEFACTS["evaluate"]),
+            "tokens": tokens,
+            "seconds": read_json(self.folder / "seconds.json"),
+            "model": ARTEFACTS["model"],
+        }
+        write_json(self.folder / ARTEFACTS["report"], report)

@@ -1,0 +1,190 @@
+"""The training stages of a run: arguments from the recipe, checkpoints to go on from, progress to whoever listens."""
+
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
+
+from .data import CutRows
+from .recipe import Recipe
+
+
+@dataclass
+class Event:
+    """
+    Something that happened in a run.
+
+    Args:
+        stage (`str`): the stage's name.
+        kind (`str`): `"found"` (done before), `"start"`, `"step"`, `"note"` or `"done"`.
+        done, total (`int`): steps, for `"step"`.
+        text (`str`): for the reader.
+    """
+
+    stage: str
+    kind: str
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+def steps_of(recipe: Recipe, name: str) -> int:
+    """Optimizer steps of a stage."""
+    stage = recipe.stages()[name]
+    return math.ceil(stage.budget / (stage.batch_size * (stage.block_size or recipe.data.block_size)))
+
+
+def rows_needed(recipe: Recipe) -> int:
+    """Training rows of `data.block_size` tokens that give every stage what it needs without repetition."""
+    block = recipe.data.block_size
+    return max(
+        math.ceil(steps_of(recipe, name) * stage.batch_size * (stage.block_size or block) / block)
+        for name, stage in recipe.stages().items()
+    )
+
+
+def cut_for(recipe: Recipe, name: str, rows: Any) -> CutRows:
+    """`rows` as a stage wants them; for the fine-tuning with labels."""
+    block = recipe.stages()[name].block_size or recipe.data.block_size
+    return LabelledRows(rows, block) if name == "finetune" else CutRows(rows, block)
+
+
+class LabelledRows(CutRows):
+    """[`CutRows`] with `labels`: the tokens, but for each document's first, which nothing predicts."""
+
+    def __getitem__(self, index: int | slice) -> dict[str, np.ndarray]:
+        row = super().__getitem__(index)
+        if isinstance(index, int):
+            first = row["position_ids"] == 0 if "position_ids" in row else False
+            row["labels"] = np.where(first, -100, row["input_ids"])
+        return row
+
+
+def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArguments:
+    """The `TrainingArguments` of one stage of `recipe`, which writes its checkpoints to `folder`."""
+    stage = recipe.stages()[name]
+    steps = steps_of(recipe, name)
+    micro = stage.micro_batch_size or stage.batch_size
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "seed": recipe.seed,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": stage.lr_scheduler_type,
+        "warmup_steps": stage.warmup_steps,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": stage.batch_size // micro,
+        "dataloader_drop_last": True,
+        "save_strategy": "steps",
+        "save_steps": math.ceil(steps / stage.checkpoints),
+        "save_total_limit": 2,
+        "logging_steps": max(1, steps // 50),
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    if name == "finetune":
+        kind: type[TrainingArguments] = TrainingArguments
+        values |= {"remove_unused_columns": False, "weight_decay": 0.0}
+    else:
+        kind = AlignmentConfig if name == "align" else DistillationConfig
+        values["mixer_learning_rate"] = stage.mixer_learning_rate
+    try:
+        return kind(**(values | recipe.training))
+    except TypeError as error:
+        raise ValueError(
+            f"training: {str(error).split('__init__() ')[-1]}; it takes fields of TrainingArguments."
+        ) from error
+
+
+def check_training(recipe: Recipe, folder: Path) -> None:
+    """Raises a `ValueError` where some stage's arguments do not hold, before anything is computed."""
+    for name, stage in recipe.stages().items():
+        if name == "finetune" and stage.mixer_learning_rate is not None:
+            raise ValueError("finetune.mixer_learning_rate is not supported: one rate for all; set learning_rate.")
+        training_arguments(recipe, name, folder)
+
+
+def train(
+    recipe: Recipe, name: str, student: Any, teacher: Any, rows: CutRows, folder: Path, listener: Listener
+) -> None:
+    """Trains `student` through the stage `name`, from the newest complete checkpoint in `folder` if there is one."""
+    args = training_arguments(recipe, name, folder)
+    set_seed(recipe.seed)
+    if name == "finetune":
+        trainer = Trainer(model=student, args=args, train_dataset=rows)
+    else:
+        kind = AlignmentTrainer if name == "align" else DistillationTrainer
+        trainer = kind(model=student, teacher=teacher, args=args, train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Steps(name, listener))
+    checkpoint = newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text)))
+    if checkpoint is not None:
+        listener(Event(name, "note", text=f"going on from {checkpoint.name}"))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, name: str, listener: Listener) -> None:
+        self.name = name
+        self.listener = listener
+        self.text = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.text = f"loss {float(logs['loss']):.4f}"
+            self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            # The artefact follows at once. And resumed from its last step, the Trainer would train one step more.
+            control.should_save = False
+        self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
+
+
+def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
+    """
+    The newest complete checkpoint of the Trainer in `folder`. Newer ones that a kill left half-written are removed.
+
+    The Trainer writes `trainer_state.json` last, so a checkpoint without a readable one is incomplete.
+    """
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        note(f"{path.name} is incomplete ({problem}); it is removed and the one before it used")
+        shutil.rmtree(path)
+    return None
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads headers and tables of contents, not weights."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "no readable trainer_state.json"
+    for file in sorted(checkpoint.iterdir()):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError):
+                return f"{file.name} is truncated"
+        elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+            return f"{file.name} is truncated"
+    return None

@@ -1,0 +1,67 @@
+"""Metadata of the package. Settings of the tools are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+# Read as text: importing the package here would need torch at build time.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_hybrid" / "__init__.py").read_text("utf-8"), re.M)[1]
+
+TEST = ["build", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77", "types-PyYAML"]
+
+setup(
+    name="hf_hybrid",
+    version=VERSION,
+    description="Turn a softmax-attention language model into a hybrid of softmax and linear attention.",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="The hf_hybrid authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["linear attention", "hybrid attention", "distillation", "transformers", "language models"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    # modeling/, trainers/ and recipes/ lie at the root and are installed inside hf_hybrid. What is installed depends
+    # on this mapping alone; the symlinks in hf_hybrid/ serve what reads the tree (tests, type checkers, editors).
+    packages=["hf_hybrid", "hf_hybrid.modeling", "hf_hybrid.trainers", "hf_hybrid.recipes"],
+    package_dir={
+        "hf_hybrid": "hf_hybrid",
+        "hf_hybrid.modeling": "modeling",
+        "hf_hybrid.trainers": "trainers",
+        "hf_hybrid.recipes": "recipes",
+    },
+    package_data={"hf_hybrid": ["py.typed", "embedded_teacher/*"], "hf_hybrid.recipes": ["*.yaml"]},
+    include_package_data=False,
+    zip_safe=False,
+    python_requires=">=3.11",
+    install_requires=[
+        "accelerate>=1.1",
+        "datasets>=3",
+        "huggingface_hub",
+        "matplotlib",
+        "peft",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "torch>=2.7",  # tested with 2.13
+        "transformers>=5.17,<6",
+        "trl>=1.16",
+    ],
+    extras_require={
+        "gpu": ["flash-linear-attention>=0.6,<0.7", "triton>=3.3"],
+        "test": TEST,
+        "dev": [*TEST, "pre-commit"],
+    },
+    entry_points={"console_scripts": ["hf-hybrid = hf_hybrid.cli:main"]},
+)

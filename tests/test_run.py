@@ -1,0 +1,218 @@
+"""A run from start to end, killed everywhere, and refused where it must be."""
+
+import hashlib
+import json
+import multiprocessing
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import run_and_die, save_teacher, save_texts, tiny_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_hybrid import run as run_module
+from hf_hybrid.folder import ARTEFACTS, claim, locked, publish
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import RunResult, run_recipe
+from hf_hybrid.stages import Event, newest_checkpoint
+
+
+# Where a process is killed, in the order in which it gets there.
+DEATHS = [
+    ("start", "data"),
+    ("before", "data"),
+    ("step", "align"),
+    ("checkpoint", "align"),
+    ("before", "aligned"),
+    ("after", "aligned"),
+    ("start", "score"),
+    ("step", "score"),
+    ("before", "scores.json"),
+    ("start", "select"),
+    ("after", "selection.json"),
+    ("step", "distill"),
+    ("checkpoint", "distill"),
+    ("before", "distilled"),
+    ("step", "finetune"),
+    ("before", "finetuned"),
+    ("start", "evaluate"),
+    ("before", "model"),
+    ("after", "model"),
+    ("before", "report.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A teacher's folder and a folder of texts."""
+    folder = tmp_path_factory.mktemp("sources")
+    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
+
+
+@pytest.fixture(scope="module")
+def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """Hash and time of change of every file of complete artefacts."""
+    found = [path for name in ARTEFACTS.values() for path in [folder / name, *(folder / name).rglob("*")]]
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in found
+        if path.is_file()
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_run_leaves_a_model_a_report_and_no_checkpoints(finished: RunResult) -> None:
+    assert finished.finished and not finished.already_finished and set(finished.stages) == set(ARTEFACTS)
+    report = json.loads((finished.folder / "report.json").read_text())
+    assert report["selected"] == finished.selected == finished.scores.top(2)
+    assert report["tokens"] == {"align": 1024, "score": 4 * 512, "distill": 2048, "finetune": 1024}
+    assert report["seconds"].keys() == ARTEFACTS.keys() - {"report"}
+    assert 0 < report["evaluation"]["kl"] < finished.scores.baseline
+    assert report["evaluation"]["cache_bytes"] < report["evaluation"]["teacher_cache_bytes"]
+    assert (finished.folder / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.folder.glob("*_checkpoints")) and not list(finished.folder.glob("*.partial*"))
+    model = AutoModelForCausalLM.from_pretrained(finished.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "model")
+    assert model.full_attention_layers == finished.selected
+    assert model.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=3).shape[0] == 1
+
+
+def test_the_card_holds_what_was_measured(finished: RunResult) -> None:
+    card = (finished.folder / "model" / "README.md").read_text()
+    evaluation = json.loads((finished.folder / "evaluation.json").read_text())
+    assert f"{evaluation['kl']:.4f} ± {evaluation['kl_sem']:.4f}" in card
+    assert "base_model" not in card and "license:" not in card  # a folder is no base model; the licence is not known
+    for paper in ("2512.20569", "2505.03005", "2412.06464"):
+        assert f"arxiv.org/abs/{paper}" in card
+
+
+def test_a_finished_run_says_so_and_does_nothing(finished: RunResult, sources: tuple[Path, Path]) -> None:
+    before = contents(finished.folder)
+    events: list[Event] = []
+    again = run_recipe(Recipe.from_dict(tiny_recipe(*sources)), finished.folder, progress=events.append)
+    assert again.already_finished and again.report == finished.report
+    assert {event.kind for event in events} == {"found"}
+    assert contents(finished.folder) == before
+
+
+def test_killed_everywhere_it_ends_the_same(
+    finished: RunResult, sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_hybrid.run", "runs"])
+    recipe = tiny_recipe(*sources)
+    before: dict[str, Any] = {}
+    for where, name in DEATHS:
+        process = context.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"
+        now = contents(tmp_path / "run")
+        assert before.items() <= now.items(), f"complete artefacts changed before {where} {name}"
+        before = now
+    result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
+    assert before.items() <= contents(tmp_path / "run").items()
+    assert result.finished and result.selected == finished.selected
+    expected, given = weights(finished.folder / "model"), weights(tmp_path / "run" / "model")
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, given[key]), key
+    assert result.report["evaluation"] == finished.report["evaluation"]
+
+
+def test_stop_after(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(tiny_recipe(*sources))
+    result = run_recipe(recipe, tmp_path / "run", stop_after="data")
+    assert result.stages == {"data": "done"} and not result.finished
+    with pytest.raises(ValueError, match="stop_after='scores' is no stage; choose one of"):
+        run_recipe(recipe, tmp_path / "run", stop_after="scores")
+
+
+def test_another_recipe_is_refused(finished: RunResult, sources: tuple[Path, Path]) -> None:
+    before = contents(finished.folder)
+    other = tiny_recipe(*sources)
+    other["distill"] = other["distill"] | {"tokens": 999}
+    with pytest.raises(ValueError, match=r"belongs to another recipe \(distill.tokens: 2048 here, 999 there"):
+        run_recipe(Recipe.from_dict(other), finished.folder)
+    assert contents(finished.folder) == before
+
+
+def test_a_folder_of_something_else_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="no run and not empty .it holds 'thesis.txt'.; choose a new folder"):
+        run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_recipe_may_be_corrected_before_there_is_any_work(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    wrong = tiny_recipe(sources[0], tmp_path / "nothing")
+    with pytest.raises(ValueError, match="matches no file"):
+        run_recipe(Recipe.from_dict(wrong), tmp_path / "run")
+    run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path / "run", stop_after="data")
+
+
+def test_two_processes_cannot_share_a_folder(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    claim(tmp_path / "run", Recipe.from_dict(tiny_recipe(*sources)))
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="another process"), locked(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select": {"k": 5}}, "k=5 layers cannot be chosen from a model with 4; pass an integer in 0..4"),
+        ({"select": {"layers": [1, 4]}}, r"names a layer outside 0..3"),
+        ({"mixer": "mamba3"}, "mixer='mamba3' is unknown; choose one of"),
+        ({"mixer_options": {"ropee": True}}, r"mixer_options \['ropee'\] are unknown"),
+        ({"training": {"bf17": True}}, "bf17"),
+        ({"align": {"tokens": 10**9, "batch_size": 10_000}}, "training rows for align, less than its batch_size"),
+        ({"teacher": "nobody/nothing"}, "was found neither as a folder nor as a model on the Hub"),
+    ],
+)
+def test_what_cannot_work_fails_before_any_training(
+    changes: dict, message: str, sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "train", lambda *args: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=message):
+        run_recipe(Recipe.from_dict(tiny_recipe(*sources) | changes), tmp_path / "run")
+
+
+def test_a_truncated_artefact_is_named(sources: tuple[Path, Path], finished: RunResult, tmp_path: Path) -> None:
+    from hf_hybrid.loading import load_model
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (finished.folder / "model").iterdir():
+        data = file.read_bytes()
+        (folder / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    with pytest.raises(ValueError, match="weights in .*model are damaged .*; delete that folder and make it again"):
+        load_model(folder)
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"\x10\x00")
+    notes: list[str] = []
+    assert newest_checkpoint(tmp_path, notes.append) == tmp_path / "checkpoint-2"
+    assert [note.split(";")[0] for note in notes] == [
+        "checkpoint-10 is incomplete (no readable trainer_state.json)",
+        "checkpoint-4 is incomplete (model.safetensors is truncated)",
+    ]
+
+
+def test_a_failure_leaves_no_half_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), publish(tmp_path / "model") as partial:
+        (partial / "config.json").write_text("{}")
+        raise OSError("the disk is full")
+    assert list(tmp_path.iterdir()) == []
