@@ -1,8 +1,5 @@
 """Text from anywhere, as packed rows of tokens: three sets that share no row, for training, scoring and reporting."""
 
-import glob
-import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -10,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_from_disk
+
+from .text import pieces
 
 
 SETS = ("train", "score", "report")
 _SHARD_TOKENS = 2**22  # held in memory at once while rows are written to disk: about 130 MB
-_PIECE_CHARACTERS = 2**18  # a longer text file is tokenised in pieces, cut at line ends
 _TEXTS_AT_ONCE = 128
 
 
@@ -155,7 +153,7 @@ def packed_rows(config: DataConfig, tokenizer: Any, seed: int = 0) -> Iterator[d
     ids = np.empty(0, np.int32)
     starts = np.empty(0, bool)
     new_document = True
-    for batch in _batched(_pieces(config, seed), _TEXTS_AT_ONCE):
+    for batch in _batched(pieces(config, seed), _TEXTS_AT_ONCE):
         tokens = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
         parts, marks = [ids], [starts]
         for (_, is_end), piece in zip(batch, tokens, strict=True):
@@ -180,74 +178,6 @@ def _positions(starts: np.ndarray) -> np.ndarray:
     """Position of each token in its document, for rows `[..., T]` of marks of first tokens; a row starts at 0."""
     index = np.arange(starts.shape[-1])
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
-
-
-def _pieces(config: DataConfig, seed: int) -> Iterator[tuple[str, bool]]:
-    """Yields text with whether a document ends with it."""
-    if config.dataset:
-        for text in _texts_of_dataset(config):
-            yield text, True
-        return
-    files = find_files(config.text_files)
-    random.Random(seed).shuffle(files)
-    for file in files:
-        try:
-            yield from _pieces_of_file(file, config.text_column)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error.reason}); leave it out of text_files.") from error
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """The files that `patterns` name, sorted, each once; `**` goes into subfolders."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        files = [Path(match) for match in matches if Path(match).is_file()]
-        if not files:
-            raise ValueError(
-                f"text_files: {pattern!r} matches no file; give a path or a pattern such as 'texts/*.txt'."
-            )
-        found.update(files)
-    return sorted(found)
-
-
-def _pieces_of_file(file: Path, text_column: str) -> Iterator[tuple[str, bool]]:
-    with open(file, encoding="utf-8") as stream:
-        if file.suffix == ".jsonl":
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _text_of_line(line, f"{file}, line {number}", text_column), True
-            return
-        while lines := stream.readlines(_PIECE_CHARACTERS):
-            yield "".join(lines), False
-    yield "", True
-
-
-def _text_of_line(line: str, where: str, text_column: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}); a .jsonl file holds one object per line.") from error
-    return _text_of(record if isinstance(record, dict) else {}, where, text_column)
-
-
-def _texts_of_dataset(config: DataConfig) -> Iterator[str]:
-    rows = load_dataset(
-        config.dataset, config.subset, split=config.split, streaming=config.streaming, revision=config.revision
-    )
-    for row in rows:
-        yield _text_of(row, f"dataset {config.dataset!r}", config.text_column)
-
-
-def _text_of(record: dict[str, Any], where: str, text_column: str) -> str:
-    if text_column not in record:
-        raise ValueError(
-            f"{where} has no column {text_column!r}; it has {sorted(record)}. Set text_column to the right one."
-        )
-    text = record[text_column]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: column {text_column!r} holds a {type(text).__name__}, not text; name another one.")
-    return text
 
 
 def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -291,7 +221,7 @@ def _check_counts(counts: dict[str, int], wanted: dict[str, int], config: DataCo
 
 
 def _no_rows(config: DataConfig) -> ValueError:
-    if config.source is None and not any(text.strip() for text, _ in _pieces(config, 0)):
+    if config.source is None and not any(text.strip() for text, _ in pieces(config, 0)):
         return ValueError(f"{_name(config)} is empty; give one that has text.")
     return ValueError(
         f"{_name(config)} is shorter than one block of {config.block_size} tokens; give more text or a smaller "

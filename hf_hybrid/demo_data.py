@@ -61,7 +61,7 @@ def _source_rows(tokenizer: Any, block_size: int, count: int, seed: int, split: 
     """`[count, block_size]` tokens of source, files joined by the end-of-text token."""
     tokens: list[int] = []
     for path in _files_of(split, seed):
-        tokens += tokenizer(path.read_text(encoding="utf-8", errors="replace"))["input_ids"]
+        tokens += tokenizer(path.read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
         tokens.append(tokenizer.eos_token_id)
         if len(tokens) >= count * block_size:
             return torch.tensor(tokens[: count * block_size]).view(count, block_size)

@@ -26,6 +26,7 @@ ARTEFACTS = {
     "report": "report.json",
 }
 _PARTIAL = ".partial"
+_HEADER = "# The recipe of the run in this folder, written by hf-hybrid. Do not edit.\n"
 
 
 @contextlib.contextmanager
@@ -56,10 +57,10 @@ def read_json(path: Path) -> Any:
 def claim(folder: Path, recipe: Recipe) -> None:
     """Makes `folder` the run of `recipe`, or raises a `ValueError` where it is something else."""
     identity = folder / "recipe.yaml"
-    if identity.is_file():
+    if identity.is_file() and identity.read_text("utf-8").startswith(_HEADER):
         differences = Recipe.load(identity).difference(recipe)
         if differences and not _has_work(folder):
-            recipe.save(identity)  # an earlier call stopped at its first error; the recipe was corrected
+            recipe.save(identity, _HEADER)  # an earlier call stopped at its first error; the recipe was corrected
         elif differences:
             shown = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
             raise ValueError(
@@ -71,7 +72,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     strangers = sorted(path.name for path in folder.iterdir() if path.name != f"recipe.yaml{_PARTIAL}")
     if strangers:
         raise ValueError(f"{folder} is no run and not empty (it holds {strangers[0]!r}); choose a new folder.")
-    recipe.save(identity)
+    recipe.save(identity, _HEADER)
 
 
 def _has_work(folder: Path) -> bool:

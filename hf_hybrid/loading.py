@@ -16,7 +16,7 @@ from .embedded import embedded_teacher, embedded_tokenizer
 def load_pair(
     teacher: str, *, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
 ) -> tuple[Any, Any]:
-    """Returns a teacher (`PreTrainedModel`) in eval mode and its tokenizer; `"embedded"` is the one that ships with the package."""
+    """Returns a teacher in eval mode and its tokenizer; `"embedded"` is the one that ships with the package."""
     if teacher == "embedded":
         return embedded_teacher(), embedded_tokenizer()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -32,7 +32,7 @@ def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, 
 
 
 def load_model(path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False) -> Any:
-    """Returns a causal language model (`PreTrainedModel`) in eval mode; a checkpoint that lacks some of its tensors is an error."""
+    """Returns a causal language model in eval mode; a checkpoint that lacks some of its tensors is an error."""
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -66,6 +66,8 @@ def _explained(name: str | os.PathLike, load: Any) -> Any:
             "and, for a private or gated model, that you are logged in."
         ) from error
     except ValueError as error:
+        if "Unrecognized model" in str(error):
+            raise ValueError(f"{name} holds no model that transformers knows; check its config.json.") from error
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(

@@ -21,7 +21,7 @@ def plot_scores(scores: "LayerScores", selected: Iterable[int], path: str | os.P
     chosen = set(selected)
     rows = sorted(scores.scores, key=lambda score: score.layer)
     # A figure of its own, not pyplot's: that one would keep it and might look for a display.
-    figure = Figure(figsize=(max(5.0, 1.8 + 0.3 * len(rows)), 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(5.6, 2.2 + 0.3 * len(rows)), 3.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.bar(
@@ -35,7 +35,7 @@ def plot_scores(scores: "LayerScores", selected: Iterable[int], path: str | os.P
     axes.set_xticks([score.layer for score in rows])
     axes.set_xlabel("layer restored to softmax attention (index)")
     axes.set_ylabel("held-out KL (nats per token)")
-    axes.set_title(f"{scores.method}: lower means the layer matters more; bars are ± 1 s.e.", fontsize="medium")
+    axes.set_title(f"{scores.method} scores, ± 1 s.e. (lower: matters more)", fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=_CHOSEN, label="keeps softmax"), Patch(color=_OTHER, label="linear")]
     axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

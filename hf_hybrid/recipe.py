@@ -213,10 +213,10 @@ class Recipe:
         del data["trust_remote_code"]
         return data
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the recipe with all of its values as YAML, in one step or not at all."""
+    def save(self, path: str | os.PathLike, header: str = "") -> None:
+        """Writes the recipe with all of its values as YAML, in one step or not at all; `header` is a comment."""
         partial = Path(path).with_name(Path(path).name + ".partial")
-        partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
+        partial.write_text(header + yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
         os.replace(partial, path)
 
     def fingerprint(self) -> str:

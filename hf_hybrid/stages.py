@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -90,6 +91,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": stage.batch_size // micro,
         "dataloader_drop_last": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "save_strategy": "steps",
         "save_steps": math.ceil(steps / stage.checkpoints),
         "save_total_limit": 2,

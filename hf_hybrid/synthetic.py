@@ -1,11 +1,13 @@
 """Synthetic token-level tasks that measure in-context retrieval with any vocabulary.
 
-Linear attention keeps a state of fixed size, so what a hybrid loses first is retrieval. Two tasks show it:
+Linear attention keeps a state of fixed size, so what a hybrid loses first is retrieval. Three tasks show it:
 
 - `associative_recall` (multi-query associative recall): `k1 v1 k2 v2 ... k2 v2 k1 v1`; given a key, name its value.
+- `chained_recall`: `b c a b ... a a c`; a key that is doubled asks for the value of its value. That takes two
+  retrievals, one on top of the other, which no single attention layer can do.
 - `copying`: a random segment that repeats; continue it.
 
-Both return `(input_ids, answer_mask)`. `answer_mask[b, t]` says that token `t` follows from the tokens before it, so it
+All return `(input_ids, answer_mask)`. `answer_mask[b, t]` says that token `t` follows from the tokens before it, so it
 is the token to be predicted by the logits at `t - 1`. All other tokens are random. Draws come from a `torch.Generator`
 alone: the same seed on the same kind of device gives the same batch.
 """
@@ -79,7 +81,7 @@ def associative_recall(
         num_pairs (`int`, *optional*): Pairs per block. Defaults to `length / 4`: one block that fills the row.
 
     Returns:
-        `Tuple[Tensor, Tensor]`: `input_ids` (int64) and `answer_mask` (bool, true at the value behind each asked key),
+        `tuple[Tensor, Tensor]`: `input_ids` (int64) and `answer_mask` (bool, true at the value behind each asked key),
         both of shape `[batch_size, length]`.
     """
     if num_pairs is None:
@@ -109,6 +111,57 @@ def associative_recall(
     return input_ids.view(batch_size, length), answer_mask.view(batch_size, length)
 
 
+def chained_recall(
+    batch_size: int,
+    length: int,
+    token_ids: Tensor,
+    generator: torch.Generator,
+    num_chains: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """
+    Two-hop recall: the pairs `a b` and `b c` of every chain are defined, then `a a` asks for `c`.
+
+    A block is the `2 * num_chains` pairs in a random order, followed by one question `a a c` for each chain, again in
+    a random order: `7 * num_chains` tokens. A row is filled with such blocks, each with new chains, and the last block
+    is cut where the row ends, so nothing is padding. All tokens of all chains of a row differ, and the doubled `a`
+    tells the question from one of `associative_recall`.
+
+    Args:
+        batch_size (`int`): Number of rows.
+        length (`int`): Tokens per row, at least `7 * num_chains`.
+        token_ids (`Tensor`): Distinct allowed ids, 1-D, at least three for each chain of a row.
+        generator (`torch.Generator`): Source of all randomness; the result lies on its device.
+        num_chains (`int`, *optional*): Chains per block. Defaults to `length // 7`, as many as fit.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: `input_ids` (int64) and `answer_mask` (bool, true at the `c` of each question), both
+        of shape `[batch_size, length]`.
+    """
+    num_chains = length // 7 if num_chains is None else num_chains
+    if num_chains < 1 or length < 7 * num_chains:
+        raise ValueError(
+            "length must hold a block of 7 * num_chains tokens (4 to define each chain and 3 to ask for it) and "
+            f"num_chains must be at least 1, got length={length} and num_chains={num_chains}."
+        )
+    blocks = -(-length // (7 * num_chains))
+    token_ids = _checked_token_ids(token_ids, 3 * num_chains * blocks, batch_size, generator)
+    device = generator.device
+
+    shuffled = token_ids[torch.rand(batch_size, token_ids.numel(), generator=generator, device=device).argsort(-1)]
+    chains = shuffled[:, : 3 * num_chains * blocks].view(batch_size, blocks, 3, num_chains)
+    first, second, third = chains.unbind(2)
+    left, right = torch.cat((first, second), -1), torch.cat((second, third), -1)
+    order = torch.rand(left.shape, generator=generator, device=device).argsort(-1)
+    definitions = torch.stack((left.gather(-1, order), right.gather(-1, order)), -1).flatten(2)
+    order = torch.rand(first.shape, generator=generator, device=device).argsort(-1)
+    asked = first.gather(-1, order)
+    questions = torch.stack((asked, asked, third.gather(-1, order)), -1).flatten(2)
+    input_ids = torch.cat((definitions, questions), -1)
+    answer_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    answer_mask[..., 4 * num_chains + 2 :: 3] = True
+    return input_ids.flatten(1)[:, :length].contiguous(), answer_mask.flatten(1)[:, :length].contiguous()
+
+
 def copying(
     batch_size: int,
     length: int,
@@ -131,7 +184,7 @@ def copying(
         segment (`int`, *optional*): Tokens per copy, at least 2. Defaults to `length / 2`: two copies.
 
     Returns:
-        `Tuple[Tensor, Tensor]`: `input_ids` (int64) and `answer_mask` (bool), both of shape `[batch_size, length]`.
+        `tuple[Tensor, Tensor]`: `input_ids` (int64) and `answer_mask` (bool), both of shape `[batch_size, length]`.
     """
     if segment is None:
         if length < 4 or length % 2:
@@ -178,7 +231,7 @@ def task_accuracy(model: nn.Module, input_ids: Tensor, answer_mask: Tensor, batc
     model.eval()
     correct = 0
     try:
-        for rows, marked in zip(input_ids.split(batch_size), answer_mask.split(batch_size)):
+        for rows, marked in zip(input_ids.split(batch_size), answer_mask.split(batch_size), strict=True):
             rows, marked = rows.to(model.device), marked.to(model.device)[:, 1:]
             predicted = model(input_ids=rows, use_cache=False).logits[:, :-1].argmax(-1)
             correct += int((predicted == rows[:, 1:])[marked].sum())

@@ -1,4 +1,4 @@
-"""A tiny teacher with a tokenizer, some text, and a recipe that runs in seconds; and runs that die where they are told."""
+"""A tiny teacher with its tokenizer, texts, a recipe that runs in seconds, and runs that die where they are told."""
 
 import os
 import signal
@@ -53,8 +53,8 @@ def tiny_recipe(teacher: Path | str, texts: Path | str, **changes: Any) -> dict[
 
 def run_and_die(recipe: dict[str, Any], folder: str, where: str, name: str) -> None:
     """
-    Runs `recipe` in this process until it kills itself: at a stage's `start`, at its third `step` (for scores, layer), before or after an
-    artefact's `rename`, or before the end of the stage's second `checkpoint`.
+    Runs `recipe` in this process until it kills itself: at a stage's `start`, at its third `step` (for scores, layer),
+    before or after an artefact's `rename`, or amid the stage's second `checkpoint`.
     """
     from transformers import TrainerState
 

@@ -12,6 +12,7 @@ from runs import LINES, save_texts, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_hybrid import data as data_module
+from hf_hybrid import text as text_module
 from hf_hybrid.data import CutRows, DataConfig, build_rows, first_rows, load_rows, packed_rows
 from hf_hybrid.modeling.modeling_hybrid import packed_documents
 
@@ -64,7 +65,7 @@ def test_a_long_file_is_one_document_whatever_the_pieces(
 ) -> None:
     (tmp_path / "a.txt").write_text("".join(LINES[:50]))
     whole = list(packed_rows(config_of(tmp_path / "a.txt"), tokenizer))
-    monkeypatch.setattr(data_module, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(text_module, "_PIECE_CHARACTERS", 100)
     monkeypatch.setattr(data_module, "_TEXTS_AT_ONCE", 3)
     pieces = list(packed_rows(config_of(tmp_path / "a.txt"), tokenizer))
     assert len(whole) == len(pieces)
@@ -98,10 +99,27 @@ def test_only_as_much_is_read_as_is_needed(
             read.append(1)
             yield {"text": LINES[len(read) % 7]}
 
-    monkeypatch.setattr(data_module, "load_dataset", endless)
+    monkeypatch.setattr(text_module, "load_dataset", endless)
     config = DataConfig(dataset="somebody/something", block_size=16, held_out_rows=3, report_rows=2)
     build_rows(config, tokenizer, 5, 0, tmp_path / "rows")
     assert len(read) <= 2 * data_module._TEXTS_AT_ONCE
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_of_the_library(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", LINES[:40])
+    config = DataConfig(dataset=str(folder), block_size=16, held_out_rows=3, report_rows=2, streaming=streaming)
+    expected = packed_rows(config_of(folder / "train.jsonl"), tokenizer)
+    for given, row in zip(first_rows(config, tokenizer, 9), expected, strict=False):
+        np.testing.assert_array_equal(given["input_ids"], row["input_ids"])
+    config.text_column = "body"
+    with pytest.raises(ValueError, match=r"has no column 'body'; it has \['id', 'text'\]. Set text_column"):
+        first_rows(config, tokenizer, 9)
+    config.split = "test"
+    with pytest.raises(ValueError, match=r"\(subset None, split 'test'\) did not load: "):
+        first_rows(config, tokenizer, 9)
 
 
 def test_a_text_that_ends_early_gives_fewer_training_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

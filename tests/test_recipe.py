@@ -77,7 +77,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ({"select": {"fraction": 25}}, "select.fraction=25.0 is outside 0..1"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ({"training": {"learning_rate": 1}}, "training.learning_rate is set from the recipe's own stages"),
-        ({"data__text_files": None, "data__source": None}, "data gives no source of text"),
+        ({"data__text_files": []}, "data gives no source of text"),
         ({"trust_remote_code": "yes please"}, "trust_remote_code='yes please' is not true or false"),
         ({"teacher": 5}, "teacher=5 is not text"),
     ],
@@ -88,7 +88,11 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    for text, message in (("a: [", "is not YAML"), ("just text", "the recipe is 'just text'"), ("", "the recipe is None")):
+    for text, message in (
+        ("a: [", "is not YAML"),
+        ("just text", "the recipe is 'just text'"),
+        ("", "the recipe is None"),
+    ):
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             Recipe.load(tmp_path / "recipe.yaml")
@@ -116,10 +120,14 @@ def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     recipe.training = recipe.training | {"use_cpu": True}
     check_training(recipe, tmp_path)
     if name == "qwen2.5-3b":
-        assert steps_of(recipe, "align") == 2035 and steps_of(recipe, "distill") == 4578  # the paper's code rounds down
+        assert (
+            steps_of(recipe, "align") == 2035 and steps_of(recipe, "distill") == 4578
+        )  # the paper's code rounds down
         assert recipe.select.k == 9
 
 
 def test_a_recipe_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"no recipe 'demmo'; give the path .* one of the shipped \['demo', 'qwen2.5-3b'"):
+    with pytest.raises(
+        ValueError, match=r"no recipe 'demmo'; give the path .* one of the shipped \['demo', 'qwen2.5-3b'"
+    ):
         find_recipe("demmo")

@@ -104,9 +104,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished: RunResult, sources: t
     assert contents(finished.folder) == before
 
 
-def test_killed_everywhere_it_ends_the_same(
-    finished: RunResult, sources: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[Path, Path], tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_hybrid.run", "runs"])
     recipe = tiny_recipe(*sources)

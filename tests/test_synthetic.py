@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_hybrid.synthetic import associative_recall, copying, ordinary_token_ids, task_accuracy
+from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ordinary_token_ids, task_accuracy
 
 
 TOKEN_IDS = torch.arange(7, 207)
@@ -42,14 +42,14 @@ def test_recall_asks_every_defined_key_once(length, num_pairs):
     assert input_ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert torch.isin(input_ids, TOKEN_IDS).all()
     block = 4 * (num_pairs or length // 4)
-    for row, marked in zip(input_ids, mask):
+    for row, marked in zip(input_ids, mask, strict=True):
         keys_of_row, values_of_row = [], []
         for start in range(0, length, block):
             tokens, answers = row[start : start + block].tolist(), marked[start : start + block].tolist()
             keys, values = tokens[: block // 2 : 2], tokens[1 : block // 2 : 2]
             asked, answered = tokens[block // 2 :: 2], tokens[block // 2 + 1 :: 2]
             assert sorted(asked) == sorted(keys)
-            assert [dict(zip(keys, values))[key] for key in asked] == answered
+            assert [dict(zip(keys, values, strict=True))[key] for key in asked] == answered
             assert answers == [False] * (block // 2) + [False, True] * (block // 4)
             keys_of_row += keys
             values_of_row += values
@@ -65,6 +65,31 @@ def test_recall_questions_are_shuffled_and_halves_redrawn():
     assert set(keys) & set(values)  # disjoint in each row, not over rows
 
 
+@pytest.mark.parametrize("length, num_chains", [(126, None), (128, None), (128, 18), (128, 4), (40, 1), (7, 1)])
+def test_chains_ask_for_the_value_of_the_value(length, num_chains):
+    input_ids, mask = chained_recall(5, length, TOKEN_IDS, seeded(), num_chains)
+    assert input_ids.shape == mask.shape == (5, length)
+    assert input_ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert torch.isin(input_ids, TOKEN_IDS).all()
+    chains = num_chains or length // 7
+    block = 7 * chains
+    for row, marked in zip(input_ids, mask, strict=True):
+        firsts_of_row = []
+        for start in range(0, length, block):
+            tokens, answers = row[start : start + block].tolist(), marked[start : start + block].tolist()
+            pairs = dict(zip(tokens[: 4 * chains : 2], tokens[1 : 4 * chains : 2], strict=False))  # the row may end
+            assert answers[: 4 * chains] == [False] * min(4 * chains, len(tokens))
+            assert answers[4 * chains :] == ([False, False, True] * chains)[: max(len(tokens) - 4 * chains, 0)]
+            firsts, again, thirds = (tokens[4 * chains + offset :: 3] for offset in range(3))
+            assert all(one == two for one, two in zip(firsts, again, strict=False))
+            assert all(pairs[pairs[one]] == three for one, three in zip(firsts, thirds, strict=False))
+            assert len(set(firsts)) == len(firsts)
+            if len(tokens) == block:
+                assert len(pairs) == 2 * chains and sorted(firsts) == sorted(set(pairs) - set(pairs.values()))
+            firsts_of_row += firsts
+        assert len(set(firsts_of_row)) == len(firsts_of_row)
+
+
 @pytest.mark.parametrize("length, segment", [(64, None), (64, 32), (64, 8), (63, 21), (4, 2)])
 def test_copying_repeats_and_marks_what_follows(length, segment):
     input_ids, mask = copying(6, length, TOKEN_IDS, seeded(), segment)
@@ -76,7 +101,7 @@ def test_copying_repeats_and_marks_what_follows(length, segment):
     assert mask.tolist() == [expected] * 6
 
 
-@pytest.mark.parametrize("task", [associative_recall, copying])
+@pytest.mark.parametrize("task", [associative_recall, chained_recall, copying])
 def test_the_seed_decides(task):
     first, again, other = (task(3, 64, TOKEN_IDS, seeded(seed))[0] for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -98,6 +123,9 @@ def test_the_seed_decides(task):
         (associative_recall, dict(length=128, num_pairs=7), "num_pairs=7"),
         (associative_recall, dict(length=128, num_pairs=0), "num_pairs=0"),
         (associative_recall, dict(length=404), "at least 202, got 200"),
+        (chained_recall, dict(length=6), "num_chains=0"),
+        (chained_recall, dict(length=128, num_chains=19), "num_chains=19"),
+        (chained_recall, dict(length=490), "at least 210, got 200"),
         (copying, dict(length=63), "even"),
         (copying, dict(length=64, segment=5), "segment=5"),
         (copying, dict(length=64, segment=1), "segment=1"),
@@ -115,7 +143,7 @@ def test_wrong_arguments_are_refused(task, kwargs, message):
         task(**{"batch_size": 2, "token_ids": TOKEN_IDS, "generator": seeded(), **kwargs})
 
 
-@pytest.mark.parametrize("task", [associative_recall, copying])
+@pytest.mark.parametrize("task", [associative_recall, chained_recall, copying])
 def test_accuracy_of_an_oracle_and_of_a_guesser(task):
     input_ids, mask = task(20, 128, TOKEN_IDS, seeded())
     assert task_accuracy(Lookup(perfect=True), input_ids, mask, batch_size=7) == 1.0

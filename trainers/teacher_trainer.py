@@ -22,7 +22,8 @@ class TeacherTrainingArguments(TrainingArguments):
             the same schedule. None gives the mixers `learning_rate`.
 
     Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
-    `report_to="none"`, `average_tokens_across_devices=False`, `remove_unused_columns=False`, `eval_on_start=False`.
+    `report_to="none"`, `average_tokens_across_devices=False`, `remove_unused_columns=False`, 
+    `dataloader_pin_memory` (on only where there is a GPU).
     """
 
     mixer_learning_rate: float | None = field(
@@ -32,6 +33,9 @@ class TeacherTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; never of decay or norms."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: batches are built here."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Whether batches go through pinned memory."}
+    )
     average_tokens_across_devices: bool = field(
         default=False, metadata={"help": "Kept off: the losses are means over a batch's tokens."}
     )

@@ -1,0 +1,288 @@
+"""The command line. What takes seconds to import is imported inside the commands, so that --help is instant."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+
+_EXAMPLES = """\
+examples:
+  hf-hybrid demo --output demo_output
+  hf-hybrid run demo --output my_run
+  hf-hybrid run my_recipe.yaml --output my_run        (again after a kill: it goes on)
+  hf-hybrid score --recipe my_recipe.yaml --output my_run
+  hf-hybrid convert Qwen/Qwen3-0.6B --full-attention-layers 3,10,17,24 --output hybrid
+  hf-hybrid evaluate my_run/model --teacher Qwen/Qwen3-0.6B --data-files 'texts/*.txt'
+  hf-hybrid env
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 2 for a user's error (one sentence on stderr), 130 for ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        print("hf-hybrid: interrupted; the same command goes on with a run.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if options.debug or not (message := _sentence(error)):
+            raise
+        print(f"hf-hybrid: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user can do something about, in one line; None for what is a defect of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}; choose another place, or free this one."
+    if isinstance(error, RuntimeError):
+        if "PytorchStreamWriter" in text or "No space left" in text:
+            return f"writing a checkpoint failed ({text}); free some space and run the same command again."
+        return text if text.startswith("kernel=") else None
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-hybrid",
+        description="Turn a softmax-attention language model into a hybrid of softmax and linear attention.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-hybrid {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        sub.set_defaults(command=command)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    demo = add("demo", _demo, "make a hybrid of the built-in teacher, start to end, in minutes on a CPU")
+    demo.add_argument("--output", default="demo_output", help="folder to write to (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    run = add("run", _run, "run a recipe, or go on with it where it was stopped")
+    run.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
+    run.add_argument("--stop-after", metavar="STAGE", help="data, align, score, select, distill, finetune, ...")
+    score = add("score", _score, "run a recipe up to the scores of its layers; table, JSON and bar chart")
+    score.add_argument("--recipe", required=True, help="path of a YAML file, or the name of a shipped recipe")
+    for sub in (run, score):
+        sub.add_argument("--output", required=True, help="folder of the run")
+    convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
+    convert.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, or 'embedded'")
+    convert.add_argument("--full-attention-layers", required=True, help="layers that keep softmax: 1,3 or none")
+    convert.add_argument("--output", required=True, help="new folder for the model")
+    convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
+    convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
+    evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall and cache size of a model")
+    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    evaluate.add_argument("--teacher", help="Hub id or folder, or 'embedded'; for KL and a comparison")
+    evaluate.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
+    evaluate.add_argument("--dataset", help="dataset id, instead of --data-files")
+    evaluate.add_argument("--subset", help="subset of the dataset")
+    evaluate.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
+    evaluate.add_argument("--text-column", default="text", help="column with the text (default: %(default)s)")
+    evaluate.add_argument("--block-size", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    evaluate.add_argument("--rows", type=int, default=64, help="rows to measure on (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
+    env = add("env", _env, "show versions, devices, and which kernels would run on them and why")
+    for sub in (run, score, convert, evaluate):
+        sub.add_argument("--trust-remote-code", action="store_true", help="let the teacher run code of its own")
+    for sub in (demo, run, score, evaluate, env):
+        sub.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
+    return parser
+
+
+def _quiet() -> None:
+    """No warnings of libraries about what is meant to be so, and one GPU: a run is one process on one device."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _quiet()
+    from rich.console import Console
+
+    from .demo import comparison_table, run_demo
+    from .progress import StageBars
+
+    with StageBars() as bars:
+        report = run_demo(options.output, options.seed, progress=bars.show)
+    if options.json:
+        _print_json(report)
+        return
+    Console().print(comparison_table(report))
+    print(f"Reloaded without hf_hybrid, the logits differ by {report['reload']['max_abs_logit_diff']:.1e}. It writes:")
+    print(report["reload"]["text"])
+    print(f"Saved in {options.output}: run/model, report.json, scores.png.")
+
+
+def _run(options: argparse.Namespace) -> None:
+    result = _run_recipe(options.recipe, options, options.stop_after)
+    if options.json:
+        _print_json(result.report or {"selected": result.selected, "stages": result.stages})
+        return
+    if result.already_finished:
+        print(f"{options.output} is finished; nothing was done. The model is in {result.folder / 'model'}.")
+    if result.report is None:
+        print(f"Stopped after {options.stop_after}. Run the same command without --stop-after to go on.")
+        return
+    print(f"Softmax attention is kept in layers {result.selected} of {result.report['num_layers']}.")
+    _print_evaluation(result.report["evaluation"])
+    if not result.already_finished:
+        print(f"The model is in {result.folder / 'model'}, the numbers are in {result.folder / 'report.json'}.")
+
+
+def _score(options: argparse.Namespace) -> None:
+    result = _run_recipe(options.recipe, options, "score")
+    scores = result.scores
+    if scores is None:
+        raise ValueError(f"recipe {options.recipe} has no score stage; add one.")
+    from .plots import plot_scores
+    from .recipe import Recipe
+    from .selection import select_layers
+
+    select, num_layers = Recipe.load(result.folder / "recipe.yaml").select, len(scores.scores)
+    selector = select.selector if select.layers is None else select.layers
+    layers = select_layers(selector, select.count(num_layers), num_layers, scores)
+    plot_scores(scores, layers, result.folder / "scores.png")
+    if options.json:
+        _print_json(json.loads((result.folder / "scores.json").read_text()))
+        return
+    print(scores)
+    print(f"Saved: {result.folder / 'scores.json'}, {result.folder / 'scores.png'}.")
+
+
+def _run_recipe(name: str, options: argparse.Namespace, stop_after: str | None) -> Any:
+    from .recipe import Recipe, find_recipe
+
+    recipe = Recipe.load(find_recipe(name))
+    recipe.trust_remote_code = recipe.trust_remote_code or options.trust_remote_code
+    _quiet()
+    from .progress import StageBars
+    from .run import run_recipe
+
+    with StageBars() as bars:
+        return run_recipe(recipe, options.output, stop_after=stop_after, progress=bars.show)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    folder = Path(options.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output {folder} exists and is not an empty folder; choose a new one.")
+    layers = _layers(options.full_attention_layers)
+    _quiet()
+    from .card import save_model
+    from .conversion import convert
+    from .folder import publish
+    from .loading import load_pair
+
+    teacher, tokenizer = load_pair(options.teacher, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
+    student = convert(teacher, layers, mixer=options.mixer)
+    student.config.teacher_name_or_path = options.teacher
+    with publish(folder) as partial:
+        note = "Not trained: the new tensors of its linear layers are random. Align and distil it before use."
+        save_model(student, tokenizer, partial, note=note if student.linear_attention_layers else "")
+    print(student.conversion_report)
+    print(f"Saved in {folder}. {note}" if student.linear_attention_layers else f"Saved in {folder}.")
+
+
+def _layers(text: str) -> list[int]:
+    parts = [] if text.strip().lower() in ("", "none") else text.split(",")
+    if not all(part.strip().lstrip("-").isdigit() for part in parts):
+        raise ValueError(f"--full-attention-layers {text!r} is no list of layers; write indices such as 1,3, or none.")
+    return [int(part) for part in parts]
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.dataset and options.data_files:
+        raise ValueError("--dataset and --data-files were both given; give one.")
+    _quiet()
+    import torch
+
+    from .evaluation import evaluate_model
+    from .loading import load_model, load_pair, load_tokenizer
+
+    remote = options.trust_remote_code
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = load_model(options.model, trust_remote_code=remote).to(device)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=remote)
+    teacher = None
+    if options.teacher:
+        teacher = load_pair(options.teacher, trust_remote_code=remote)[0].to(device)
+    rows = _rows(options, tokenizer) if options.dataset or options.data_files else None
+    result = evaluate_model(model, teacher, tokenizer, rows, batch_size=options.batch_size)
+    if options.json:
+        _print_json(result.to_dict())
+    else:
+        _print_evaluation(result.to_dict())
+
+
+def _rows(options: argparse.Namespace, tokenizer: Any) -> Any:
+    from .data import DataConfig, first_rows
+
+    config = DataConfig(
+        dataset=options.dataset,
+        subset=options.subset,
+        split=options.split,
+        text_files=options.data_files or [],
+        text_column=options.text_column,
+        block_size=options.block_size,
+    )
+    return first_rows(config, tokenizer, options.rows)
+
+
+def _print_evaluation(evaluation: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("measured", "model", "teacher"):
+        table.add_column(column, justify="left" if column == "measured" else "right")
+    if evaluation["kl"] is not None:
+        table.add_row("held-out KL (nats per token)", f"{evaluation['kl']:.4f} ± {evaluation['kl_sem']:.4f}", "0")
+    for name, key, form in (
+        (f"perplexity, {evaluation['tokens']:,} tokens", "perplexity", ".3f"),
+        (f"recall, {evaluation['recall_length']} tokens", "recall", ".3f"),
+        (f"cache bytes, {evaluation['cache_context']:,} tokens", "cache_bytes", ","),
+    ):
+        ours, theirs = evaluation[key], evaluation[f"teacher_{key}"]
+        if ours is not None:
+            table.add_row(name, format(ours, form), "" if theirs is None else format(theirs, form))
+    Console().print(table)
+
+
+def _env(options: argparse.Namespace) -> None:
+    from .environment import describe_environment
+
+    found = describe_environment()
+    if options.json:
+        _print_json(found)
+        return
+    print(found["platform"])
+    for name, version in found["versions"].items():
+        print(f"{name:13} {version or 'not installed'}")
+    for device in found["devices"]:
+        print(f"{device['device']:13} {device['name']}: kernel {device['kernel']} ({device['why']})")

@@ -1,0 +1,205 @@
+"""Every command, and every mistake: one sentence on stderr, exit code 2, nothing overwritten."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import save_teacher, save_texts, tiny_recipe
+from teachers import tiny_teacher
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_hybrid as hh
+from hf_hybrid.cli import main
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
+
+
+def recipe_file(folder: Path, sources: tuple[Path, Path], **changes: Any) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(*sources) | changes))
+    return str(folder / "recipe.yaml")
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    program = "import sys; from hf_hybrid.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    heavy = (
+        "sys.exit(str([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'rich') if m in sys.modules] or ''))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program + heavy], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 1 and done.stderr.strip() == ""
+    assert time.perf_counter() - start < 3  # 0.1 s on a quiet machine
+    for command in ("demo", "run", "score", "convert", "evaluate", "env", "examples:"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "score", "convert", "evaluate", "env"])
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "--debug" in capsys.readouterr().out
+
+
+def test_env(capsys: pytest.CaptureFixture) -> None:
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["hf_hybrid"] and found["versions"]["torch"]
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu" and cpu["kernel"] == "torch" and "CUDA" in cpu["why"]
+    assert main(["env"]) == 0
+    assert "kernel torch" in capsys.readouterr().out
+
+
+def test_run_and_score_and_evaluate(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe, folder = recipe_file(tmp_path, sources, finetune=None), str(tmp_path / "run")
+    assert main(["score", "--recipe", recipe, "--output", folder]) == 0
+    assert "rank" in capsys.readouterr().out and (tmp_path / "run" / "scores.png").is_file()
+    assert not (tmp_path / "run" / "distilled").exists()
+    assert main(["run", recipe, "--output", folder, "--stop-after", "select"]) == 0
+    captured = capsys.readouterr()
+    assert "Stopped after select" in captured.out and "score     made before" in captured.err
+    assert main(["run", recipe, "--output", folder, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert main(["run", recipe, "--output", folder]) == 0
+    assert "is finished; nothing was done" in capsys.readouterr().out
+
+    texts = str(sources[1] / "*.py")
+    command = [
+        "evaluate",
+        f"{folder}/model",
+        "--teacher",
+        str(sources[0]),
+        "--data-files",
+        texts,
+        "--block-size",
+        "64",
+    ]
+    assert main([*command, "--rows", "8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kl"] > 0 and result["tokens"] == 8 * 64 and result["teacher_perplexity"] > 1
+
+
+def test_convert(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["convert", str(sources[0]), "--full-attention-layers", "1,3", "--output", str(tmp_path / "hybrid")]
+    assert main(command) == 0
+    assert "softmax attention kept in layers [1, 3], linear in [0, 2]" in capsys.readouterr().out
+    assert "Not trained" in (tmp_path / "hybrid" / "README.md").read_text()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "hybrid").iterdir()}
+    assert "tokenizer.json" in before and "modeling_hybrid.py" in before
+    assert main(command) == 2
+    assert "exists and is not an empty folder; choose a new one" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "hybrid").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select": {"layers": [0, 9]}}, "[9] names a layer outside 0..3; the model has 4 decoder layers"),
+        ({"select": {"k": 5}}, "k=5 layers cannot be chosen from a model with 4; pass an integer in 0..4."),
+        ({"mixer": "rwkv9"}, "mixer='rwkv9' is unknown; choose one of"),
+        ({"data": {"text_files": ["nowhere/*"]}}, "'nowhere/*' matches no file"),
+        ({"data": {"text_files": "EMPTY"}}, "is empty; give one that has text"),
+        ({"data": {"text_files": "SHORT"}}, "is shorter than one block of 512 tokens"),
+        ({"data": {"text_files": "COLUMN"}}, "has no column 'text'; it has ['content']. Set text_column"),
+        ({"teacher": "no/such-model"}, "'no/such-model' was found neither as a folder nor as a model on the Hub"),
+        ({"teacher": "GPT2"}, "cannot be converted"),
+        ({"taecher": "x"}, "unknown key taecher; did you mean teacher?"),
+        ({"training": {"bf17": True}}, "'bf17'; it takes fields of TrainingArguments."),
+    ],
+)
+def test_mistakes_in_recipes(
+    changes: dict, message: str, sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "EMPTY").write_text("\n")
+    (tmp_path / "SHORT").write_text("def f(): pass")
+    (tmp_path / "COLUMN.jsonl").write_text('{"content": "some text"}\n')
+    if changes.get("teacher") == "GPT2":
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "GPT2")
+        (tmp_path / "GPT2" / "tokenizer.json").write_bytes((sources[0] / "tokenizer.json").read_bytes())
+        changes = {"teacher": str(tmp_path / "GPT2")}
+    elif changes.get("data", {}).get("text_files") in ("EMPTY", "SHORT", "COLUMN"):
+        changes = {"data": {"text_files": [str(tmp_path / changes["data"]["text_files"]) + "*"]}}
+    recipe = recipe_file(tmp_path, sources, **changes)
+    if "data" in changes:
+        recipe = recipe_file(tmp_path, sources, **changes, align={"tokens": 1000}, score=None, select={"layers": [1]})
+    assert main(["run", recipe, "--output", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("hf-hybrid: ") and message in last
+    assert "Traceback" not in captured.err
+    left = [path.name for path in tmp_path.glob("run/*") if path.name not in ("recipe.yaml", ".lock")]
+    assert left == []
+
+
+def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    teacher, output = str(sources[0]), str(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    hh.convert(tiny_teacher(), [1]).save_pretrained(tmp_path / "other_vocabulary")
+    (tmp_path / "other_vocabulary" / "tokenizer.json").write_bytes((sources[0] / "tokenizer.json").read_bytes())
+    convert = ["convert", teacher, "--output", output, "--full-attention-layers"]
+    recipe = recipe_file(tmp_path, sources)
+    for command, message in (
+        ([*convert, "1,9"], "[9] names a layer outside 0..3"),
+        ([*convert, "one"], "--full-attention-layers 'one' is no list of layers"),
+        ([*convert, "1", "--mixer", "rwkv9"], "mixer='rwkv9' is unknown"),
+        (
+            ["convert", str(tmp_path), "--full-attention-layers", "1", "--output", output],
+            "holds no model that transformers",
+        ),
+        (["run", "demmo", "--output", output], "there is no recipe 'demmo'"),
+        (["run", recipe, "--output", str(tmp_path / "file")], "file: file exists"),
+        (["run", recipe, "--output", str(tmp_path / "file" / "run")], "file/run: not a directory"),
+        (["run", recipe, "--output", str(tmp_path)], "is no run and not empty"),
+        (["run", recipe, "--output", output, "--stop-after", "lunch"], "stop_after='lunch' is no stage"),
+        (["evaluate", "no/such-model"], "'no/such-model' was found neither as a folder nor as a model on the Hub"),
+        (["evaluate", teacher, "--dataset", "a/b", "--data-files", "c"], "were both given; give one"),
+        (
+            ["evaluate", teacher, "--dataset", str(tmp_path / "no_data")],
+            "no_data' (subset None, split 'train') did not",
+        ),
+        (
+            ["evaluate", str(tmp_path / "other_vocabulary"), "--teacher", teacher],
+            "pass the teacher that the model was",
+        ),
+    ):
+        assert main(command) == 2, command
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("hf-hybrid: ") and message in last, (command, last)
+    assert not Path(output).exists() and (tmp_path / "file").read_text() == ""
+
+
+def test_code_of_a_teacher_is_refused_unless_allowed(
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = json.loads((sources[0] / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code was run')\n")
+    output = tmp_path / "run"
+    recipe_file(tmp_path, sources, teacher=str(tmp_path))
+    commands = (
+        ["convert", str(tmp_path), "--full-attention-layers", "1", "--output", str(output)],
+        ["run", str(tmp_path / "recipe.yaml"), "--output", str(output)],
+        ["evaluate", str(tmp_path)],
+    )
+    for command in commands:
+        assert main(command) == 2
+        assert "if you trust it pass --trust-remote-code" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="code was run"):
+        main([*commands[2], "--trust-remote-code"])
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no recipe 'demmo'"):
+        main(["run", "demmo", "--output", str(tmp_path / "run"), "--debug"])
