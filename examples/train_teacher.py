@@ -1,19 +1,19 @@
 """Train the small teacher that ships with hf_hybrid, from nothing but this repository and Python's standard library.
 
-    python examples/train_teacher.py --output teacher --seed 12
+    python examples/train_teacher.py --output teacher --seed 10
 
 A byte-level BPE tokenizer is trained on the standard library's source, then a Qwen3 model of about 0.7M parameters on
 a mix of that source, associative recall (of one hop and of two) and copying. The tasks start short and grow: induction
 then appears early. An H100 needs four minutes, a CPU hours (`--steps 20 --batch-size 8` shows that the script works).
-Two hops are not learned from every seed. Writes the model, its tokenizer, `metrics.json` and a card to `--output`.
+Two hops are not learned in every run, not even of one seed (while the recipe settled: in 3 of 3 runs at a learning
+rate of 2e-3, 2 of 6 at 3e-3, 0 of 1 at 1.5e-3): read `metrics.json` and try again. Writes the model, its tokenizer,
+`metrics.json` and a model card to `--output`.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import platform
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from hf_hybrid.demo_data import is_held_out, standard_library_files
 from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ordinary_token_ids, task_accuracy
 
 
 END_OF_TEXT = "<|endoftext|>"
-LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "idlelib", "encodings", "pydoc_data", "__pycache__"}
 LENGTH = 256  # tokens per training row
 RAMP = 0.3  # share of the steps over which the tasks grow from easy to full
 UNPREDICTABLE = 0.1  # loss weight of random tokens: enough to stay calibrated on them, too little to learn them
@@ -89,10 +89,10 @@ copyright of the Python Software Foundation and others, under the PSF License.
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
-    parser.add_argument("--seed", type=int, default=12, help="of the initialisation and of all training data")
+    parser.add_argument("--seed", type=int, default=10, help="of the initialisation and of all training data")
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch-size", type=int, default=64, help="rows of 256 tokens per step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--corpus", type=Path, help="tokenised corpus and tokenizer: read if it exists, else written")
     parser.add_argument("--compile", action="store_true", help="use torch.compile: slower start, faster steps")
@@ -102,15 +102,10 @@ def parse_args() -> argparse.Namespace:
 
 def read_sources() -> tuple[list[str], list[str]]:
     """The standard library's source files, in the order of their paths: for training, and one in twenty held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = [], []
-    for relative in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if LEFT_OUT.isdisjoint(relative.split("/")):
-            source = (root / relative).read_text(encoding="utf-8", errors="replace")
-            chosen = int(hashlib.sha256(relative.encode()).hexdigest(), 16) % 20 == 0
-            (held_out if chosen else train).append(source)
-    if not train or not held_out:
-        raise FileNotFoundError(f"found too few .py files under {root}; run a Python that has its library's source")
+    train: list[str] = []
+    held_out: list[str] = []
+    for name, path in standard_library_files():
+        (held_out if is_held_out(name) else train).append(path.read_text(encoding="utf-8", errors="replace"))
     return train, held_out
 
 

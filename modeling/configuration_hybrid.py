@@ -65,7 +65,6 @@ class HybridConfig(PreTrainedConfig):
 
     model_type = "hf_hybrid"
     sub_configs = {"text_config": AutoConfig}
-    # The teacher's plan shards q_proj, k_proj, ... by name, which would cut a linear mixer's heads apart.
     base_model_tp_plan = None
 
     text_config: Any = None
@@ -183,7 +182,9 @@ class _BackboneView:
 
 @functools.cache
 def _view_class(config_class: Any) -> Any:
-    return type(config_class.__name__, (_BackboneView, config_class), {"__module__": __name__})
+    # Without the teacher's plan: tensor parallelism would shard q_proj, k_proj, ... by name and cut mixers' heads apart.
+    namespace = {"__module__": __name__, "base_model_tp_plan": None}
+    return type(config_class.__name__, (_BackboneView, config_class), namespace)
 
 
 def backbone_view(text_config: PreTrainedConfig, softmax_layer_types: list[str]) -> PreTrainedConfig:

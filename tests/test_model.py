@@ -264,6 +264,9 @@ class TestLibraryHabits:
         assert model(tokens(1, 5)).logits.shape[-1] == 120
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
+    def test_no_tensor_parallel_plan(self):
+        assert not any("self_attn" in name for name in hybrid("qwen3", [1]).tp_plan)
+
     def test_half_precision_keeps_the_decay_in_fp32(self):
         model = hybrid("qwen3", [1], dtype=torch.bfloat16)
         mixer = model.base_model.layers[0].self_attn

@@ -228,13 +228,24 @@ class TestScores:
 
         with pytest.raises(Stop):
             hh.score_layers(student, teacher, train, held_out, progress=stop_after_two, **options)
-        finished = sorted((tmp_path / "scores").glob("*.json"))
+        finished = sorted((tmp_path / "scores").glob("layer_*.json"))
         times = [p.stat().st_mtime_ns for p in finished]
         assert len(finished) == 2
         resumed = hh.score_layers(student, teacher, train, held_out, **options)
         assert [p.stat().st_mtime_ns for p in finished] == times
         whole = hh.score_layers(student, teacher, train, held_out, args=args, tokens_per_layer=1)
         assert [s.kl for s in resumed.scores] == [s.kl for s in whole.scores]
+
+    def test_other_settings_are_not_mixed_in(self, setting, tmp_path):
+        student, teacher, train, held_out, args = setting
+        options = {"tokens_per_layer": 1, "output_dir": tmp_path / "scores", "layers": [0]}
+        hh.score_layers(student, teacher, train, held_out, args=args, **options)
+        with pytest.raises(ValueError, match="made with tokens_per_layer=1, this call has 500"):
+            hh.score_layers(student, teacher, train, held_out, args=args, **{**options, "tokens_per_layer": 500})
+        with torch.no_grad():
+            student.get_input_embeddings().weight.add_(0.1)
+        with pytest.raises(ValueError, match="made with baseline="):
+            hh.score_layers(student, teacher, train, held_out, args=args, **options)
 
     def test_save_load_and_print(self, setting, tmp_path):
         student, teacher, train, held_out, args = setting

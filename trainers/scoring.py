@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -167,6 +168,8 @@ def score_layers(
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
     folder = None if output_dir is None else Path(output_dir)
     baseline = held_out_kl(student, teacher, eval_dataset, args.per_device_eval_batch_size)
+    if folder is not None:
+        _claim(folder, _settings(args, method, tokens_per_layer, baseline.mean))
     aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in student.state_dict().items()}
     scores = []
     for layer in wanted:
@@ -185,6 +188,30 @@ def score_layers(
         if progress is not None:
             progress(score)
     return LayerScores(scores, method, args.seed, baseline.tokens, baseline.mean)
+
+
+def _settings(
+    args: DistillationConfig, method: str, tokens_per_layer: int | None, baseline: float
+) -> dict[str, float | int | str | None]:
+    """What decides a score; the KL before any training stands for the weights and the held-out rows."""
+    names = ("seed", "learning_rate", "mixer_learning_rate", "train_batch_size", "max_steps", "num_train_epochs")
+    given = {name: getattr(args, name) for name in names}
+    return {"method": method, "tokens_per_layer": tokens_per_layer, "baseline": baseline, **given}
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Marks `folder` as holding scores made with `settings`; a `ValueError` where it holds others."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    for name, there in json.loads(path.read_text()).items():
+        here = settings[name]
+        same = math.isclose(there, here, rel_tol=1e-3) if name == "baseline" else there == here
+        if not same:
+            raise ValueError(
+                f"{folder} has scores made with {name}={there}, this call has {here}; choose another output_dir."
+            )
 
 
 def _score_layer(

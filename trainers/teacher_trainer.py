@@ -22,7 +22,7 @@ class TeacherTrainingArguments(TrainingArguments):
             the same schedule. None gives the mixers `learning_rate`.
 
     Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
-    `report_to="none"`, `average_tokens_across_devices=False`, `remove_unused_columns=False`, 
+    `report_to="none"`, `average_tokens_across_devices=False`, `remove_unused_columns=False`,
     `dataloader_pin_memory` (on only where there is a GPU).
     """
 

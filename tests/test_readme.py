@@ -1,0 +1,52 @@
+"""What the README shows runs and is true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_hybrid.recipe import Recipe
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.slow
+def test_python_example(tmp_path):
+    """The first example as it stands, then the second on what the first has saved, in fresh processes."""
+    first, second = blocks("python")
+    for code in (first, second.replace("my_run/model", "hybrid")):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        if code is first:
+            assert re.search(r"^\[\d, \d\] ", done.stdout, flags=re.M), done.stdout
+            assert "held-out KL with one layer restored" in done.stdout
+
+
+def test_recipe_is_valid():
+    (text,) = blocks("yaml")
+    assert Recipe.from_dict(yaml.safe_load(text)).select.k == 7
+
+
+def test_named_files_exist():
+    tree = re.search(r"```\n(modeling/.*?)```", README, flags=re.S).group(1)
+    folder = ""
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = line.split("/")[0]
+        for name in re.findall(r"[\w/]+\.py", line):
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+    for name in re.findall(r"`((?:recipes|benchmarks|docs|examples)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
