@@ -25,7 +25,7 @@ from .stages import Event, Listener, cut_for, train
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
 
 
-PROMPT = "def read(self, path):\n    "
+PROMPT = "import os\nimport sys\n\ndef "
 # Runs with nothing of ours and nothing optional: what a user has who installed torch and transformers.
 _RELOAD = """
 import json, sys

@@ -1,4 +1,4 @@
-"""Configuration of a hybrid of softmax and linear attention: the teacher's own config, nested, plus which layers changed."""
+"""Configuration of a hybrid: the teacher's own config, nested, and which layers became linear attention."""
 
 import copy
 import functools
@@ -182,7 +182,7 @@ class _BackboneView:
 
 @functools.cache
 def _view_class(config_class: Any) -> Any:
-    # Without the teacher's plan: tensor parallelism would shard q_proj, k_proj, ... by name and cut mixers' heads apart.
+    # Without the teacher's plan: tensor parallelism would shard q_proj, k_proj, ... by name, and cut mixers' heads.
     namespace = {"__module__": __name__, "base_model_tp_plan": None}
     return type(config_class.__name__, (_BackboneView, config_class), namespace)
 

@@ -1,6 +1,6 @@
-"""What every linear-attention mixer shares: the teacher's projections, heads, positions, padding, cache, gate and norm.
+"""What every linear-attention mixer shares: projections, heads, positions, padding, cache, gate and norm.
 
-Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D key width per head, V value width per head.
+Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D key and V value width of a head.
 """
 
 import sys

@@ -87,7 +87,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         sources: Sequence[Any] = []
         if restored:
             if teacher is None:
-                raise ValueError(f"layers {restored} are linear now; pass teacher= to restore their softmax attention.")
+                raise ValueError(
+                    f"layers {restored} are linear now; pass teacher= to restore their softmax attention."
+                )
             sources = decoder_layers(teacher)
             if len(sources) != len(own):
                 raise ValueError(

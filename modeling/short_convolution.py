@@ -34,7 +34,7 @@ class ShortConvolution(nn.Module):
         layer_idx: int = 0,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns `[B, T, channels]` from `x` of that shape; `cache` (the library's) carries the last `kernel_size - 1` tokens on."""
+        """Returns `[B, T, channels]` from `x` of that shape; the library's `cache` carries the last tokens on."""
         length, history = x.shape[1], self.kernel_size - 1
         if history == 0:
             return x * self.weight[:, 0, 0]
