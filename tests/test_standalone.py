@@ -70,6 +70,7 @@ def test_loads_generates_and_saves_again(tmp_path, family):
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "third")  # and here, with our own classes
     assert (back(ids).logits - logits).abs().max() == 0
     assert isinstance(back, hh.HybridForCausalLM)
+    assert (hh.HybridForCausalLM.from_pretrained(tmp_path / "third")(ids).logits - logits).abs().max() == 0
 
 
 def test_checkpoint_is_flat_and_complete(tmp_path):

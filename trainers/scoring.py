@@ -153,18 +153,7 @@ def score_layers(
     Returns:
         [`LayerScores`].
     """
-    if method != "ga-s2":
-        raise ValueError(f"method={method!r} is unknown; choose 'ga-s2'.")
-    if student.full_attention_layers:
-        raise ValueError(
-            f"the student keeps softmax attention in {student.full_attention_layers}; GA-S2 starts from one that is "
-            "linear everywhere. Convert with full_attention_layers=[] and align it first."
-        )
-    num_layers = student.config.num_hidden_layers
-    wanted = sorted(set(range(num_layers) if layers is None else layers))
-    outside = [layer for layer in wanted if not 0 <= layer < num_layers]
-    if outside:
-        raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
+    wanted = _check(student, method, layers)
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
     folder = None if output_dir is None else Path(output_dir)
     baseline = held_out_kl(student, teacher, eval_dataset, args.per_device_eval_batch_size)
@@ -188,6 +177,23 @@ def score_layers(
         if progress is not None:
             progress(score)
     return LayerScores(scores, method, args.seed, baseline.tokens, baseline.mean)
+
+
+def _check(student: Any, method: str, layers: Iterable[int] | None) -> list[int]:
+    """The layers to score, or a `ValueError` that says what is wrong with the request."""
+    if method != "ga-s2":
+        raise ValueError(f"method={method!r} is unknown; choose 'ga-s2'.")
+    if student.full_attention_layers:
+        raise ValueError(
+            f"the student keeps softmax attention in {student.full_attention_layers}; GA-S2 starts from one that is "
+            "linear everywhere. Convert with full_attention_layers=[] and align it first."
+        )
+    num_layers = student.config.num_hidden_layers
+    wanted = sorted(set(range(num_layers) if layers is None else layers))
+    outside = [layer for layer in wanted if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
+    return wanted
 
 
 def _settings(
