@@ -15,7 +15,7 @@ from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 
 @dataclass
 class ConversionReport:
-    """What a conversion did with every tensor. Names are those of the state dicts; sizes are counts of parameters."""
+    """What a conversion did with every tensor, by its name in the state dict, with its number of parameters."""
 
     teacher: str
     full_attention_layers: list[int]
@@ -137,7 +137,18 @@ def _copy_weights(teacher: PreTrainedModel, student: HybridForCausalLM) -> Conve
         teacher=teacher.config._name_or_path or type(teacher).__name__,
         full_attention_layers=student.full_attention_layers,
         linear_attention_layers=student.linear_attention_layers,
-        copied={name: source[name].numel() for name in copied},
-        created={name: target[name].numel() for name in target if name not in source},
-        not_carried={name: source[name].numel() for name in source if name not in target},
+        copied=_sizes(source, copied),
+        created=_sizes(target, [name for name in target if name not in source]),
+        not_carried=_sizes(source, [name for name in source if name not in target]),
     )
+
+
+def _sizes(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, int]:
+    """Parameters of each of `names`; a tensor that is tied to one before it counts 0."""
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for name in names:
+        address = tensors[name].data_ptr()
+        sizes[name] = 0 if address in seen else tensors[name].numel()
+        seen.add(address)
+    return sizes

@@ -103,6 +103,14 @@ class TestReport:
         for name in report.copied:
             assert torch.equal(student.state_dict()[name], teacher.state_dict()[name]), name
 
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+    def test_counts_every_parameter_once(self, family):
+        teacher = tiny_teacher(family)  # qwen2's head is tied
+        student = hh.convert(teacher, [1])
+        report = student.conversion_report
+        assert sum(report.copied.values()) == teacher.num_parameters()
+        assert sum((report.copied | report.created).values()) == student.num_parameters()
+
     def test_reads_well(self):
         text = str(hh.convert(tiny_teacher("qwen3"), [1]).conversion_report)
         assert "softmax attention kept in layers [1], linear in [0, 2, 3]" in text
