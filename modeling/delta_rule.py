@@ -48,13 +48,13 @@ def recurrent_gated_delta_rule(
         The output `[B, T, H, V]` in v's dtype, and the state after the last token `[B, H, K, V]` in float32. The
         computation is in float32 too; float64 inputs compute and return the state in float64.
     """
-    _check(q, k, v, g, beta, initial_state, seq_idx)
-    dtype, out_dtype, tokens = _compute_dtype(q, k, v), v.dtype, q.shape[1]
+    check_inputs(q, k, v, g, beta, initial_state, seq_idx)
+    dtype, out_dtype, tokens = compute_dtype(q, k, v), v.dtype, q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with no_autocast(q.device):
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
         decay, q = g.exp()[..., None, None], q * scale
-        state = _initial_state(q, v, initial_state, dtype)
+        state = first_state(q, v, initial_state, dtype)
         if tokens == 1:
             o, state = _step(q[:, 0], k[:, 0], v[:, 0], decay[:, 0], beta[:, 0], state)
             return o.unsqueeze(1).to(out_dtype), state
@@ -98,15 +98,10 @@ def chunk_gated_delta_rule(
         The output `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 for float64
         inputs).
     """
-    _check(q, k, v, g, beta, initial_state, seq_idx)
-    if chunk_size < _MINIMUM_CHUNK or chunk_size & (chunk_size - 1):
-        raise ValueError(
-            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of 2, {_MINIMUM_CHUNK} or more."
-        )
-    while chunk_size > _MINIMUM_CHUNK and chunk_size // 2 >= q.shape[1]:
-        chunk_size //= 2  # a short sequence need not be padded to a whole chunk
+    check_inputs(q, k, v, g, beta, initial_state, seq_idx)
+    chunk_size = fit_chunk_size(chunk_size, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    state = _initial_state(q, v, initial_state, _compute_dtype(q, k, v))
+    state = first_state(q, v, initial_state, compute_dtype(q, k, v))
     documents = None if seq_idx is None else _documents(seq_idx, chunk_size)
     with no_autocast(q.device):
         return ChunkGatedDeltaRule.apply(q, k, v, g, beta, state, documents, float(scale), chunk_size)
@@ -121,11 +116,22 @@ def _step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: T
     return (q.unsqueeze(-2) @ state).squeeze(-2), state
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+def fit_chunk_size(chunk_size: int, tokens: int) -> int:
+    """`chunk_size`, or less where the sequence is short and need not be padded to a whole chunk."""
+    if chunk_size < _MINIMUM_CHUNK or chunk_size & (chunk_size - 1):
+        raise ValueError(
+            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of 2, {_MINIMUM_CHUNK} or more."
+        )
+    while chunk_size > _MINIMUM_CHUNK and chunk_size // 2 >= tokens:
+        chunk_size //= 2
+    return chunk_size
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _initial_state(q: Tensor, v: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
+def first_state(q: Tensor, v: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
     if state is not None:
         return state.to(dtype)
     return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1], dtype=dtype)
@@ -144,8 +150,16 @@ def _documents(seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     return running, torch.cat([torch.zeros_like(running[:1, :, 0]), running[:-1, :, -1]])
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    *,
+    decay_per_channel: bool = False,
 ) -> None:
     """Raise ValueError where the shapes do not fit together, saying what to do."""
     if q.dim() != 4:
@@ -159,9 +173,12 @@ def _check(
             "expand q and k to all value heads (repeat_interleave over H) before the call."
         )
     state_shape = (batch, heads, key_dim, v.shape[-1])
+    decay = (tuple(q.shape[:3]), "[B, T, H], one log decay per token and head")
+    if decay_per_channel:
+        decay = (tuple(q.shape), "[B, T, H, K], one log decay per token, head and key channel")
     expected: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
         ("k", k, tuple(q.shape), "[B, T, H, K] as q: expand k to all heads"),
-        ("g", g, tuple(q.shape[:3]), "[B, T, H], one log decay per token and head"),
+        ("g", g, *decay),
         ("beta", beta, tuple(q.shape[:3]), "[B, T, H], one write strength per token and head"),
         (
             "initial_state",

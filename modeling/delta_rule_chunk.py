@@ -138,7 +138,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Ten
     return total
 
 
-def _invert_unit_lower(lower: Tensor) -> Tensor:
+def invert_unit_lower(lower: Tensor) -> Tensor:
     """(I + strictly lower part of `lower`)^-1 for [n, C, C], by substitution in small blocks and block doubling.
 
     A Neumann product over the whole width would be fewer operations, but its intermediate powers overflow when keys
@@ -218,7 +218,7 @@ def _segment(
     to_end = decay[..., -1, :].unsqueeze(-1).contiguous()
     key_products = _product(k, k.mT).mul_(decay)
     scores = _product(q, k.mT).mul_(decay)
-    inverse = _invert_unit_lower((key_products * beta).flatten(0, 1)).view_as(key_products)
+    inverse = invert_unit_lower((key_products * beta).flatten(0, 1)).view_as(key_products)
     k_from_start, k_to_end = k * from_start, k * to_end
     return _Segment(
         q, k, v, beta, visible, decay, from_start, to_end, key_products, scores, inverse, k_from_start, k_to_end
