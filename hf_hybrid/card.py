@@ -72,7 +72,12 @@ def _metadata(model: HybridForCausalLM, recipe: "Recipe | None") -> ModelCardDat
     data: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["hf-hybrid", "linear-attention", "hybrid-attention", model.config.mixer.replace("_", "-")],
+        "tags": [
+            "hf-hybrid",
+            "linear-attention",
+            "hybrid-attention",
+            *(name.replace("_", "-") for name in _mixers(model)),
+        ],
     }
     # A folder on the author's disk is nobody else's base model.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists():
@@ -80,6 +85,13 @@ def _metadata(model: HybridForCausalLM, recipe: "Recipe | None") -> ModelCardDat
     if recipe is not None and recipe.data.dataset and not Path(recipe.data.dataset).exists():
         data["datasets"] = [recipe.data.dataset]
     return ModelCardData(**data)
+
+
+def _mixers(model: HybridForCausalLM) -> list[str]:
+    """Names of the mixers in use; of the one in the config where no layer is linear."""
+    mixers = model.config.layer_mixers
+    names = {mixers[i] for i in model.linear_attention_layers or range(len(mixers))}
+    return sorted(name for name in names if name is not None)
 
 
 def _teacher_name(model: HybridForCausalLM, recipe: "Recipe | None") -> str:
@@ -92,11 +104,12 @@ def _teacher_name(model: HybridForCausalLM, recipe: "Recipe | None") -> str:
 def _introduction(model: HybridForCausalLM, recipe: "Recipe | None") -> str:
     kept, total = model.full_attention_layers, model.config.num_hidden_layers
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    mixers = ", ".join(f"`{name}`" for name in _mixers(model))
     return (
         f"# Hybrid of {_teacher_name(model, recipe).strip('`')}\n\n"
         f"A hybrid of softmax and linear attention, made from {_teacher_name(model, recipe)} with hf_hybrid: "
         f"{len(kept)} of {total} layers keep the teacher's softmax attention, the other {total - len(kept)} have "
-        f"linear attention (`{model.config.mixer}`), whose state does not grow with the context. "
+        f"linear attention ({mixers}), whose state does not grow with the context. "
         f"{parameters:,} parameters."
     )
 

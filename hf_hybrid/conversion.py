@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ def convert(
     teacher: PreTrainedModel | str | os.PathLike,
     full_attention_layers: Iterable[int],
     *,
-    mixer: str = "gated_deltanet",
+    mixer: str | Sequence[str | None] = "gated_deltanet",
     mixer_options: dict[str, Any] | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
@@ -68,10 +68,12 @@ def convert(
             The softmax model, or a Hub id or folder to load it from.
         full_attention_layers (`Iterable[int]`):
             Layers that keep softmax attention. `[]` makes all of them linear; `range(L)` keeps the teacher.
-        mixer (`str`, *optional*, defaults to `"gated_deltanet"`):
-            The linear-attention mixer of the other layers.
+        mixer (`str` or `list[str]`, *optional*, defaults to `"gated_deltanet"`):
+            The linear-attention mixer of the other layers, or a list with one name per layer of the model (None for
+            a layer that keeps softmax): `"gated_deltanet"`, `"gated_linear_attention"`, `"kimi_delta_attention"` or
+            `"sliding_window"`.
         mixer_options (`dict`, *optional*):
-            Options of the mixer, see [`LinearAttentionOptions`].
+            Options of the mixers, see [`LinearAttentionOptions`]; options of one mixer alone go under its name.
         kernel (`str`, *optional*, defaults to `"auto"`):
             `"auto"`, `"torch"` or `"fla"`, see [`HybridConfig`].
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -94,7 +96,11 @@ def convert(
         teacher = load_teacher(teacher, trust_remote_code=trust_remote_code)
     check_teacher(teacher)
     config = HybridConfig.from_teacher(
-        teacher.config, full_attention_layers, mixer=mixer, mixer_options=mixer_options, kernel=kernel
+        teacher.config,
+        full_attention_layers,
+        mixer=mixer if isinstance(mixer, str) else list(mixer),
+        mixer_options=mixer_options,
+        kernel=kernel,
     )
     with torch.device(teacher.device):
         student = HybridForCausalLM._from_config(config, dtype=teacher.dtype)

@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from transformers import set_seed
 
-from hf_hybrid.modeling import MIXERS, HybridConfig, LinearAttentionOptions
+from hf_hybrid.modeling import HybridConfig
+from hf_hybrid.modeling.modeling_hybrid import check_mixers
 from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
 from hf_hybrid.trainers.scoring import write_json
 
@@ -130,11 +131,11 @@ class _Run:
         """Finds what cannot work before hours are spent on the stages before it."""
         recipe = self.recipe
         check_training(recipe, self.folder)
-        if recipe.mixer not in MIXERS:
-            raise ValueError(f"mixer={recipe.mixer!r} is unknown; choose one of {sorted(MIXERS)}.")
-        LinearAttentionOptions.from_dict(recipe.mixer_options)
         check_teacher(self.teacher)
-        config = HybridConfig.from_teacher(self.teacher.config, [])
+        config = HybridConfig.from_teacher(
+            self.teacher.config, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options
+        )
+        check_mixers(config)
         # Any scores will do: this is about the number of layers.
         selector = "uniform" if recipe.select.layers is None else recipe.select.layers
         select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)

@@ -4,8 +4,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_hybrid import HybridConfig
 from .gated_deltanet import GatedDeltaNet
+from .gated_linear_attention import GatedLinearAttention
+from .kimi_delta_attention import KimiDeltaAttention
 from .linear_attention import LinearAttention, LinearAttentionOptions
 from .modeling_hybrid import MIXERS, HybridForCausalLM
+from .sliding_window_attention import SlidingWindowAttention
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
@@ -16,8 +19,11 @@ HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 __all__ = [
     "MIXERS",
     "GatedDeltaNet",
+    "GatedLinearAttention",
     "HybridConfig",
     "HybridForCausalLM",
+    "KimiDeltaAttention",
     "LinearAttention",
     "LinearAttentionOptions",
+    "SlidingWindowAttention",
 ]

@@ -42,10 +42,12 @@ class HybridConfig(PreTrainedConfig):
             teacher's own type (`"full_attention"`, `"sliding_attention"`, ...) for a layer that keeps softmax.
         softmax_layer_types (`list[str]`, *optional*):
             What each layer is when it keeps softmax attention; defaults to the teacher's own types.
-        mixer (`str`, *optional*, defaults to `"gated_deltanet"`):
-            Name of the linear-attention mixer.
+        mixer (`str` or `list[str]`, *optional*, defaults to `"gated_deltanet"`):
+            Name of the linear-attention mixer, or one name per layer (None for a layer that keeps softmax).
         mixer_options (`dict`, *optional*):
-            Options of the mixer, see [`LinearAttentionOptions`]; those left out keep their defaults.
+            Options of the mixers, see [`LinearAttentionOptions`]; those left out keep their defaults. An option holds
+            for all mixers, unless it stands in a dict under the name of one:
+            `{"rope": False, "gated_deltanet": {"short_convolution": 4}}`.
         kernel (`str`, *optional*, defaults to `"auto"`):
             `"auto"` runs fla's kernels on CUDA tensors where fla can be used and our torch forms everywhere else;
             `"torch"` and `"fla"` force one (a forced `"fla"` raises the reason when it cannot run).
@@ -69,7 +71,7 @@ class HybridConfig(PreTrainedConfig):
 
     text_config: Any = None
     softmax_layer_types: list[str] = field(default_factory=list)
-    mixer: str = "gated_deltanet"
+    mixer: str | list[str | None] = "gated_deltanet"
     mixer_options: dict[str, Any] | None = None
     kernel: str = "auto"
     teacher_name_or_path: str | None = None
@@ -88,6 +90,11 @@ class HybridConfig(PreTrainedConfig):
         if self.text_config.__dict__.get("layer_types") is None:
             self.text_config.layer_types = list(self.softmax_layer_types)
         self.mixer_options = dict(self.mixer_options or {})
+        if not isinstance(self.mixer, str) and len(self.mixer) != self.text_config.num_hidden_layers:
+            raise ValueError(
+                f"mixer lists {len(self.mixer)} names, but the model has {self.text_config.num_hidden_layers} decoder "
+                "layers; pass one name, or one per layer (None for a layer that keeps softmax)."
+            )
         if self.kernel not in ("auto", "torch", "fla"):
             raise ValueError(f"kernel={self.kernel!r} is unknown; choose 'auto', 'torch' or 'fla'.")
 
@@ -115,6 +122,19 @@ class HybridConfig(PreTrainedConfig):
         self.text_config.layer_types = [
             kind if i in keep else LINEAR_ATTENTION for i, kind in enumerate(self.softmax_layer_types)
         ]
+
+    @property
+    def layer_mixers(self) -> list[str | None]:
+        """The name of each layer's mixer, whether or not the layer is linear now."""
+        if isinstance(self.mixer, str):
+            return [self.mixer] * self.text_config.num_hidden_layers
+        return list(self.mixer)
+
+    def options_of(self, mixer: str | None) -> dict[str, Any]:
+        """The options that hold for the mixer of that name."""
+        options = self.mixer_options or {}
+        common = {key: value for key, value in options.items() if not isinstance(value, dict)}
+        return common | (options.get(mixer) or {} if mixer else {})
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key in _MIRRORED and isinstance(self.__dict__.get("text_config"), PreTrainedConfig):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernels import gated_delta_rule
-from .linear_attention import LinearAttention, widen
+from .linear_attention import LinearAttention, unit, widen
 
 
 class GatedDeltaNet(LinearAttention):
@@ -62,8 +62,8 @@ class GatedDeltaNet(LinearAttention):
             log_decay = log_decay * padding_mask[..., None]
             beta = beta * padding_mask[..., None]
         return gated_delta_rule(
-            _unit(query),
-            _unit(key),
+            unit(query),
+            unit(key),
             value,
             g=log_decay,
             beta=beta,
@@ -71,9 +71,3 @@ class GatedDeltaNet(LinearAttention):
             seq_idx=seq_idx,
             kernel=self.kernel,
         )
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """Unit vectors over the last axis, with the epsilon inside the root so that a zero row has a finite gradient."""
-    wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

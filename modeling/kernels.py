@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from .delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from .gla import chunk_gla, recurrent_gla
+from .kda import chunk_kda, recurrent_kda
 
 
 # Hopper computes wrong key, value and decay gradients with these Triton versions (fla issue 640, fixed in 3.7.1).
@@ -49,8 +51,54 @@ def gated_delta_rule(
         fp64 inputs).
     """
     if use_fla(q.device, kernel):
-        return _fla_gated_delta_rule(q, k, v, g, beta, initial_state, seq_idx)
+        inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta.to(v.dtype)}
+        return _fla("gated_delta_rule", inputs, initial_state, seq_idx)
     form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
+    return form(q, k, v, g=g, beta=beta, initial_state=initial_state, seq_idx=seq_idx)
+
+
+def gated_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    kernel: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Gated linear attention on whichever implementation suits the tensors.
+
+    Takes and returns what [`gated_delta_rule`] does, but for: no `beta`, q and k of any length, and `g`
+    `[B, T, H, D]`, a log decay for each key channel.
+    """
+    if use_fla(q.device, kernel):
+        return _fla("gla", {"q": q, "k": k, "v": v, "g": g}, initial_state, seq_idx)
+    form = recurrent_gla if q.shape[1] == 1 else chunk_gla
+    return form(q, k, v, g=g, initial_state=initial_state, seq_idx=seq_idx)
+
+
+def kimi_delta_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    kernel: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The delta rule of Kimi Delta Attention on whichever implementation suits the tensors.
+
+    Takes and returns what [`gated_delta_rule`] does, but for `g` `[B, T, H, D]`, a log decay for each key channel.
+    """
+    if use_fla(q.device, kernel):
+        inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta.to(v.dtype)}
+        return _fla("kda", inputs, initial_state, seq_idx)
+    form = recurrent_kda if q.shape[1] == 1 else chunk_kda
     return form(q, k, v, g=g, beta=beta, initial_state=initial_state, seq_idx=seq_idx)
 
 
@@ -87,29 +135,35 @@ def why_not_fla() -> str | None:
     return None
 
 
-def _fla_gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
+def _fla(
+    name: str,
+    inputs: dict[str, torch.Tensor],
     initial_state: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ops = importlib.import_module("fla.ops.gated_delta_rule")
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta))
-    short = not needs_grad and q.shape[1] <= _SHORT  # the recurrent kernel has no backward
-    op = ops.fused_recurrent_gated_delta_rule if short else ops.chunk_gated_delta_rule
-    options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "output_final_state": True}
+    """
+    Runs fla's operators in `fla.ops.<name>` on `inputs` `[B, T, ...]`, which go by keyword: the order of arguments
+    differs between the operators of a family.
+    """
+    ops = importlib.import_module(f"fla.ops.{name}")
+    tensors = list(inputs.values()) + ([] if initial_state is None else [initial_state])
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    batch, length = inputs["q"].shape[:2]
+    # The recurrent kernels have no backward, and some say so only by leaving the gradient out.
+    short = not needs_grad and length <= _SHORT
+    op = getattr(ops, f"fused_recurrent_{name}" if short else f"chunk_{name}")
+    if name == "gla" and short:
+        inputs = {"gk" if key == "g" else key: x for key, x in inputs.items()}
+    options: dict[str, Any] = {"scale": inputs["q"].shape[-1] ** -0.5, "output_final_state": True}
     if seq_idx is None:
-        return op(q, k, v, g=g, beta=beta.to(v.dtype), initial_state=initial_state, **options)
+        state = None if initial_state is None else initial_state.float()
+        return op(**inputs, initial_state=state, **options)
     if initial_state is not None:
         raise ValueError("packed rows (seq_idx) start from no state; got an initial_state. Unpack them to continue.")
-    batch, length = q.shape[:2]
-    flat = [x.reshape(1, batch * length, *x.shape[2:]) for x in (q, k, v, g, beta.to(v.dtype))]
+    flat = {key: x.reshape(1, batch * length, *x.shape[2:]) for key, x in inputs.items()}
     starts = seq_idx != torch.nn.functional.pad(seq_idx[:, :-1], (1, 0), value=-1)
     starts[:, 0] = True
     offsets = torch.nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length)
-    output, states = op(*flat[:3], g=flat[3], beta=flat[4], cu_seqlens=offsets.to(torch.int64), **options)
+    output, states = op(**flat, cu_seqlens=offsets.to(torch.int64), **options)
     last_document = starts.sum(dim=1).cumsum(0) - 1
     return output.reshape(batch, length, *output.shape[2:]), states[last_document]

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D ke
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -46,11 +46,12 @@ class LinearAttentionOptions:
     silu_qk: bool = False
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any] | None) -> "LinearAttentionOptions":
-        known = [field.name for field in fields(cls)]
+    def from_dict(cls, options: dict[str, Any] | None, mixer: str | None = None) -> Self:
+        """The options in a dict; `mixer` is only named in the error about those that it does not have."""
+        known = [field.name for field in fields(cls) if field.init]
         unknown = sorted(set(options or {}) - set(known))
         if unknown:
-            raise ValueError(f"mixer_options {unknown} are unknown; choose from {known}.")
+            raise ValueError(f"mixer_options {unknown} are unknown to {mixer or cls.__name__}; choose from {known}.")
         parsed = cls(**(options or {}))
         if parsed.output_gate is not None and parsed.output_gate not in _GATES:
             raise ValueError(
@@ -66,6 +67,12 @@ class LinearAttentionOptions:
 def widen(x: torch.Tensor) -> torch.Tensor:
     """`x` in fp32 where it is half precision, and as it is otherwise."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """Unit vectors over the last axis, with the epsilon inside the root so that a zero row has a finite gradient."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 class TokenCountingLinearAttentionLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override]
@@ -124,9 +131,11 @@ class LinearAttention(nn.Module):
 
     Args:
         attention (`nn.Module`): the teacher's `self_attn` of this layer.
-        config (`PreTrainedConfig`): the hybrid's config; `text_config` and `mixer_options` are read.
+        config (`HybridConfig`): the hybrid's config; `text_config`, `mixer`, `mixer_options` and `kernel` are read.
         layer_idx (`int`): the layer's index, which is also its index in the cache.
     """
+
+    options_class: ClassVar[type[LinearAttentionOptions]] = LinearAttentionOptions
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -141,7 +150,8 @@ class LinearAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__()
-        self.options = LinearAttentionOptions.from_dict(config.mixer_options)
+        mixer = config.layer_mixers[layer_idx]
+        self.options = self.options_class.from_dict(config.options_of(mixer), mixer)
         self.kernel = config.kernel
         self.layer_idx = layer_idx
         self._adopt(attention)
@@ -310,6 +320,10 @@ class LinearAttention(nn.Module):
         layer: Any = cache.layers[self.layer_idx]
         # Only a convolution's update marks the library's layer as filled; without one we must.
         layer.has_previous_state[0] = True
+        self._count_tokens(cache, num_tokens)
+
+    def _count_tokens(self, cache: Cache, num_tokens: int) -> None:
+        layer = cache.layers[self.layer_idx]
         if isinstance(layer, TokenCountingLinearAttentionLayer):
             layer.count(num_tokens)
 

@@ -19,10 +19,18 @@ from transformers.masking_utils import create_recurrent_attention_mask, find_pac
 
 from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
 from .gated_deltanet import GatedDeltaNet
+from .gated_linear_attention import GatedLinearAttention
+from .kimi_delta_attention import KimiDeltaAttention
 from .linear_attention import ADOPTED, LinearAttention, check_cache, count_tokens_in
+from .sliding_window_attention import SlidingWindowAttention
 
 
-MIXERS: dict[str, type[LinearAttention]] = {"gated_deltanet": GatedDeltaNet}
+MIXERS: dict[str, type[LinearAttention]] = {
+    "gated_deltanet": GatedDeltaNet,
+    "gated_linear_attention": GatedLinearAttention,
+    "kimi_delta_attention": KimiDeltaAttention,
+    "sliding_window": SlidingWindowAttention,
+}
 
 
 class HybridForCausalLM(PreTrainedModel, GenerationMixin):
@@ -37,7 +45,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     config: HybridConfig
     _is_stateful = True  # a recurrent state cannot be rolled back: the library then refuses assisted decoding
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "gk_bias"}
     _tp_plan = None
 
     def __new__(cls, config: HybridConfig | None = None, *args: Any, **kwargs: Any) -> "HybridForCausalLM":
@@ -48,14 +56,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         return super().__new__(_specialise(own, teacher_class(config.text_config)))
 
     def __init__(self, config: HybridConfig) -> None:
-        mixer = MIXERS.get(config.mixer)
-        if mixer is None:
-            raise ValueError(f"mixer={config.mixer!r} is unknown; choose one of {sorted(MIXERS)}.")
+        check_mixers(config)
         super().__init__(backbone_view(config.text_config, config.softmax_layer_types))
         self.config = config
         layers = decoder_layers(self)
         for i in self.linear_attention_layers:
-            layers[i].self_attn = mixer(layers[i].self_attn, config, i)
+            layers[i].self_attn = self._mixer(i, layers[i].self_attn)
         self.base_model.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
         self.post_init()
 
@@ -104,10 +110,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         for i in linearised:
             projection = own[i].self_attn.q_proj.weight
             with torch.device(projection.device):
-                mixer = MIXERS[self.config.mixer](own[i].self_attn, self.config, i)
+                mixer = self._mixer(i, own[i].self_attn)
             self._init_new_modules(mixer)
             own[i].self_attn = _cast(mixer, projection.dtype).train(self.training)
         self.config.full_attention_layers = keep
+
+    def _mixer(self, i: int, attention: nn.Module) -> LinearAttention:
+        name = self.config.layer_mixers[i]
+        if name is None:
+            raise ValueError(f"mixer names none for layer {i}, which is to be linear; name one of {sorted(MIXERS)}.")
+        return MIXERS[name](attention, self.config, i)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -140,6 +152,18 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
 class _Specialised:
     """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
+
+
+def check_mixers(config: HybridConfig) -> None:
+    """Raises a `ValueError` where `config` names a mixer that does not exist, or options that its mixers lack."""
+    names = {name for name in config.layer_mixers if name is not None}
+    for name in sorted(names, key=str):
+        if name not in MIXERS:
+            raise ValueError(f"mixer={name!r} is unknown; choose one of {sorted(MIXERS)}.")
+        MIXERS[name].options_class.from_dict(config.options_of(name), name)
+    for name, options in (config.mixer_options or {}).items():
+        if isinstance(options, dict) and name not in names:
+            raise ValueError(f"mixer_options has options for {name!r}, but the model's mixers are {sorted(names)}.")
 
 
 def teacher_class(text_config: Any) -> Any:

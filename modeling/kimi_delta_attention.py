@@ -1,0 +1,87 @@
+"""Kimi Delta Attention as a drop-in for a teacher's softmax attention."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .kernels import kimi_delta_attention
+from .linear_attention import LinearAttention, LinearAttentionOptions, unit, widen
+
+
+@dataclass
+class KimiDeltaAttentionOptions(LinearAttentionOptions):
+    """Options of [`KimiDeltaAttention`]: its output gate is a sigmoid (arXiv 2510.26692, eq. 10) unless told."""
+
+    output_gate: str | None = "sigmoid"
+
+
+class KimiDeltaAttention(LinearAttention):
+    r"""
+    Kimi Delta Attention, KDA (arXiv 2510.26692, eq. 1), with the teacher's projections.
+
+    Gated DeltaNet with a decay of its own for each key channel. Per head, with `q_t, k_t` of unit length and the state
+    `S` of shape `[D, V]`:
+
+        S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T
+        o_t = S_t^T q_t / sqrt(D)
+
+    with the log decay `log alpha_t = -exp(A_log) softplus(f_proj x_t + dt_bias)`, where `f_proj` has rank V, and the
+    write strength `beta_t = sigmoid(b_proj x_t)`; the layer returns `o_proj(norm(o_t) * sigmoid(g_proj x_t))`. Unlike
+    in the official layer, `g_proj` has full rank (all mixers share it), and there is no convolution by default.
+
+    Keeps of the teacher: q, k, v and output projections with their biases, q/k norms, rotary embedding, grouping of
+    heads. Adds, per layer: `f_proj` (hidden V + V H D), `dt_bias` (H D), `A_log` (H), `b_proj` (hidden x H), `g_proj`
+    (hidden x H V), `o_norm` (V), and a convolution where asked for. State: `4 H D V` bytes per sequence.
+    """
+
+    options_class = KimiDeltaAttentionOptions
+
+    def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
+        super().__init__(attention, config, layer_idx)
+        hidden_size, channels = self.q_proj.in_features, self.num_heads * self.head_dim
+        self.f_proj = nn.Sequential(
+            nn.Linear(hidden_size, self.value_dim, bias=False), nn.Linear(self.value_dim, channels, bias=False)
+        )
+        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+
+    def init_weights(self) -> None:
+        """Decay rates spread over heads and step sizes over channels, as in the official implementation."""
+        super().init_weights()
+        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1.0, 16.0)
+        init.copy_(self.A_log, rate.log())
+        step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) == step
+
+    def mix(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        state: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step = nn.functional.softplus(widen(self.f_proj(hidden_states)) + widen(self.dt_bias))
+        log_decay = -widen(self.A_log).exp()[:, None] * step.unflatten(-1, (self.num_heads, self.head_dim))
+        beta = torch.sigmoid(widen(self.b_proj(hidden_states)))
+        if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
+            log_decay = log_decay * padding_mask[..., None, None]
+            beta = beta * padding_mask[..., None]
+        return kimi_delta_attention(
+            unit(query),
+            unit(key),
+            value,
+            g=log_decay,
+            beta=beta,
+            initial_state=state,
+            seq_idx=seq_idx,
+            kernel=self.kernel,
+        )
