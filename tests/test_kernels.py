@@ -1,108 +1,105 @@
-"""Which kernel runs, and what fla's kernels are handed; the kernels themselves need a GPU."""
+"""What reaches fla: the right operator by name, arguments by keyword, packed rows as cumulative lengths."""
 
+import importlib
 import types
 
 import pytest
 import torch
+from recurrences import assert_close, seq_idx_of
 
 from hf_hybrid.modeling import kernels
-from hf_hybrid.modeling.delta_rule import recurrent_gated_delta_rule
+from hf_hybrid.modeling.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hf_hybrid.modeling.gla import chunk_gla, recurrent_gla
+from hf_hybrid.modeling.kda import chunk_kda, recurrent_kda
 
 
-def inputs(batch=2, length=40, heads=3, width=8):
-    q, k = (torch.nn.functional.normalize(torch.randn(batch, length, heads, width), dim=-1) for _ in range(2))
-    v = torch.randn(batch, length, heads, 5)
-    return (q, k, v), {"g": -torch.rand(batch, length, heads), "beta": torch.rand(batch, length, heads)}
+ENTRIES = {
+    "gated_delta_rule": (kernels.gated_delta_rule, chunk_gated_delta_rule, recurrent_gated_delta_rule),
+    "gla": (kernels.gated_linear_attention, chunk_gla, recurrent_gla),
+    "kda": (kernels.kimi_delta_attention, chunk_kda, recurrent_kda),
+}
+# The names of the operators' arguments, in their order, in fla 0.6.0.
+ARGUMENTS = {
+    "chunk_gated_delta_rule": ("q", "k", "v", "g", "beta"),
+    "fused_recurrent_gated_delta_rule": ("q", "k", "v", "g", "gk", "gv", "beta"),
+    "chunk_gla": ("q", "k", "v", "g"),
+    "fused_recurrent_gla": ("q", "k", "v", "gk", "gv"),
+    "chunk_kda": ("q", "k", "v", "g", "beta"),
+    "fused_recurrent_kda": ("q", "k", "v", "g", "beta", "A_log", "dt_bias"),
+}
 
 
 @pytest.fixture
-def fla(monkeypatch):
-    """A stand-in for fla's module with fla's signatures; computes by our reference and records which op was called."""
-    calls = []
+def called(monkeypatch):
+    """Stands in for `fla.ops`: our torch forms behind fla's arguments. Holds the names of the operators called."""
+    names = []
 
-    def op(name):
-        def run(q, k, v, *, g, beta, scale, initial_state=None, output_final_state, cu_seqlens=None):
-            calls.append(name)
-            assert output_final_state
+    def operator(name, form):
+        def call(*, scale, output_final_state, initial_state=None, cu_seqlens=None, **inputs):
+            names.append(name)
+            assert set(inputs) <= set(ARGUMENTS[name]) and output_final_state
+            assert initial_state is None or initial_state.dtype == torch.float32
+            if "gk" in inputs:
+                inputs["g"] = inputs.pop("gk")
             if cu_seqlens is None:
-                return recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, scale=scale, initial_state=initial_state)
-            assert q.shape[0] == 1 and initial_state is None and cu_seqlens.dtype == torch.int64
-            pieces = []
-            for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-                part = [x[:, start:stop] for x in (q, k, v, g, beta)]
-                pieces.append(recurrent_gated_delta_rule(*part[:3], g=part[3], beta=part[4], scale=scale))
-            return torch.cat([o for o, _ in pieces], 1), torch.cat([state for _, state in pieces])
+                return form(**inputs, scale=scale, initial_state=initial_state)
+            assert inputs["q"].shape[0] == 1 and cu_seqlens.dtype == torch.int64 and initial_state is None
+            parts = [{n: x[:, a:b] for n, x in inputs.items()} for a, b in cu_seqlens.unfold(0, 2, 1).tolist()]
+            results = [form(**part, scale=scale) for part in parts]
+            return torch.cat([o for o, _ in results], 1), torch.cat([state for _, state in results])
 
-        return run
+        return call
 
-    names = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
-    module = types.SimpleNamespace(**{name: op(name) for name in names})
-    monkeypatch.setattr(kernels, "use_fla", lambda device, kernel="auto": True)
-    monkeypatch.setattr(kernels.importlib, "import_module", lambda name: module)
-    return calls
+    def import_module(name):
+        kind = name.removeprefix("fla.ops.")
+        _, chunked, recurrent = ENTRIES[kind]
+        pairs = {f"chunk_{kind}": chunked, f"fused_recurrent_{kind}": recurrent}
+        return types.SimpleNamespace(**{n: operator(n, form) for n, form in pairs.items()})
 
-
-class TestChoice:
-    def test_cpu_tensors_never_go_to_fla(self):
-        assert not kernels.use_fla(torch.device("cpu"), "auto")
-        assert not kernels.use_fla(torch.device("cuda"), "torch")
-
-    def test_forced_fla_says_why_not(self):
-        with pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
-            kernels.use_fla(torch.device("cpu"), "fla")
-
-    def test_reason(self, monkeypatch):
-        kernels.why_not_fla.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert kernels.why_not_fla() == "torch sees no CUDA device"
-        with pytest.raises(RuntimeError, match="torch sees no CUDA device"):
-            kernels.use_fla(torch.device("cuda"), "fla")
-        assert not kernels.use_fla(torch.device("cuda"), "auto")
-
-    @pytest.mark.parametrize(
-        ("version", "broken"), [("3.3.1", False), ("3.5.0", True), ("3.7.0", True), ("3.7.1", False)]
-    )
-    def test_triton_versions_with_wrong_gradients_on_hopper(self, monkeypatch, version, broken):
-        kernels.why_not_fla.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-        monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
-        monkeypatch.setattr(kernels.importlib.metadata, "version", lambda name: version)
-        monkeypatch.setattr(kernels.importlib, "import_module", lambda name: None)
-        reason = kernels.why_not_fla()
-        kernels.why_not_fla.cache_clear()
-        assert (reason is not None and "wrong gradients on Hopper" in reason) == broken
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(kernels, "use_fla", lambda device, kernel="auto": kernel == "fla")
+    return names
 
 
-class TestCalls:
-    def test_plain_rows(self, fla):
-        tensors, options = inputs()
-        got = kernels.gated_delta_rule(*tensors, **options)
-        for x, y in zip(got, recurrent_gated_delta_rule(*tensors, **options), strict=True):
-            torch.testing.assert_close(x, y)
+def make_inputs(kind, tokens):
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(2, tokens, 3, 8) / 3 for name in "qkv"}
+    inputs["g"] = -torch.rand(2, tokens, 3) if kind == "gated_delta_rule" else -torch.rand(2, tokens, 3, 8)
+    return inputs if kind == "gla" else inputs | {"beta": torch.rand(2, tokens, 3)}
 
-    def test_packed_rows_become_one_row_of_documents(self, fla):
-        tensors, options = inputs()
-        seq_idx = torch.zeros(2, 40, dtype=torch.int32)
-        seq_idx[0, 11:], seq_idx[0, 12:], seq_idx[1, 30:] = 1, 2, 1
-        got = kernels.gated_delta_rule(*tensors, **options, seq_idx=seq_idx)
-        for x, y in zip(got, recurrent_gated_delta_rule(*tensors, **options, seq_idx=seq_idx), strict=True):
-            torch.testing.assert_close(x, y)
 
-    @pytest.mark.parametrize(
-        ("length", "grad", "recurrent"), [(1, False, True), (64, False, True), (65, False, False), (1, True, False)]
-    )
-    def test_recurrent_kernel_only_without_gradients(self, fla, length, grad, recurrent):
-        (q, k, v), options = inputs(length=length)
-        kernels.gated_delta_rule(q.requires_grad_(grad), k, v, **options)
-        assert fla == ["fused_recurrent_gated_delta_rule" if recurrent else "chunk_gated_delta_rule"]
+def both(entry, **inputs):
+    return [dict(zip("os", entry(**inputs, kernel=kernel), strict=True)) for kernel in ("fla", "torch")]
 
-    def test_packed_rows_start_from_no_state(self, fla):
-        tensors, options = inputs()
+
+@pytest.mark.parametrize("kind", ENTRIES)
+class TestFla:
+    def test_arguments_and_choice_of_operator(self, called, kind):
+        entry, state = ENTRIES[kind][0], torch.randn(2, 3, 8, 8)
+        for tokens, grad in ((1, False), (70, False), (1, True), (20, True)):
+            inputs = make_inputs(kind, tokens) | {"initial_state": state}
+            inputs["v"].requires_grad_(grad)
+            assert_close(*both(entry, **inputs), 1e-5) if not grad else both(entry, **inputs)
+        inputs = make_inputs(kind, 5) | {"initial_state": state.clone().requires_grad_()}
+        both(entry, **inputs)  # a gradient of the state alone is one too
+        assert called == [f"fused_recurrent_{kind}"] + [f"chunk_{kind}"] * 4
+
+    def test_packed_rows(self, called, kind):
+        seq_idx = torch.stack([seq_idx_of([3, 60, 7]), seq_idx_of([70])])
+        assert_close(*both(ENTRIES[kind][0], **make_inputs(kind, 70), seq_idx=seq_idx), 1e-5)
         with pytest.raises(ValueError, match="start from no state"):
-            kernels.gated_delta_rule(
-                *tensors,
-                **options,
-                seq_idx=torch.zeros(2, 40, dtype=torch.int32),
-                initial_state=torch.zeros(2, 3, 8, 5),
+            ENTRIES[kind][0](
+                **make_inputs(kind, 70), seq_idx=seq_idx, initial_state=torch.zeros(2, 3, 8, 8), kernel="fla"
             )
+
+    def test_half_precision_state_is_widened(self, called, kind):
+        inputs = make_inputs(kind, 70) | {"initial_state": torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)}
+        assert_close(*both(ENTRIES[kind][0], **inputs), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_cpu_tensors_never_reach_fla(kind):
+    inputs = make_inputs(kind, 3)
+    ENTRIES[kind][0](**inputs)
+    with pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
+        ENTRIES[kind][0](**inputs, kernel="fla")
