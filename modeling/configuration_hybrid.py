@@ -215,3 +215,29 @@ def backbone_view(text_config: PreTrainedConfig, softmax_layer_types: list[str])
     object.__setattr__(view, "_source", text_config)
     object.__setattr__(view, "_softmax_layer_types", softmax_layer_types)
     return view
+
+
+@functools.cache
+def _attention_view_class(config_class: Any, implementation: str) -> Any:
+    def deepcopy(view: Any, memo: dict) -> Any:
+        return attention_view(copy.deepcopy(view._viewed, memo), implementation)
+
+    namespace = {
+        "__module__": __name__,
+        "__slots__": ("_viewed",),
+        "__deepcopy__": deepcopy,
+        "__reduce__": lambda view: (attention_view, (view._viewed, implementation)),
+        "_attn_implementation": property(lambda view: implementation),
+    }
+    return type(config_class.__name__, (config_class,), namespace)
+
+
+def attention_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig:
+    """Returns a live view of `config`, for one attention module, whose attention implementation is another."""
+    view = object.__new__(_attention_view_class(type(config), implementation))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "_viewed", config)
+    if isinstance(config, _BackboneView):
+        object.__setattr__(view, "_source", config._source)
+        object.__setattr__(view, "_softmax_layer_types", config._softmax_layer_types)
+    return view

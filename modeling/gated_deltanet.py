@@ -23,16 +23,16 @@ class GatedDeltaNet(LinearAttention):
     with the log decay `g_t = -exp(A_log) softplus(a_proj x_t + dt_bias)` and the write strength
     `beta_t = sigmoid(b_proj x_t)`; the layer returns `o_proj(norm(o_t) * silu(g_proj x_t))`.
 
-    Keeps of the teacher: q, k, v and output projections with their biases, q/k norms, rotary embedding, grouping of
-    heads. Adds, per layer: `a_proj`, `b_proj` (hidden x H each), `A_log`, `dt_bias` (H each), `g_proj`
-    (hidden x H V), `o_norm` (V), and a convolution where asked for. State: `4 H D V` bytes per sequence.
+    Keeps of the teacher: everything in its attention but the softmax, from the projections to q, k and v (biases,
+    norms, rotary embedding, grouping of heads) to the output projection. Adds, per layer: `a_proj`, `b_proj` (hidden
+    x H each), `A_log`, `dt_bias` (H each), `g_proj` (hidden x H V) unless the teacher has a gate, `o_norm` (V), and a
+    convolution where asked for. State: `4 H D V` bytes per sequence.
     """
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
-        hidden_size = self.q_proj.in_features
-        self.a_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
-        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        self.a_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
+        self.b_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
         # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
         self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))

@@ -38,7 +38,7 @@ class GatedLinearAttention(LinearAttention):
         super().__init__(attention, config, layer_idx)
         channels = self.num_heads * self.head_dim
         self.gk_proj = nn.Sequential(
-            nn.Linear(self.q_proj.in_features, _LOW_RANK, bias=False), nn.Linear(_LOW_RANK, channels, bias=False)
+            nn.Linear(self.hidden_size, _LOW_RANK, bias=False), nn.Linear(_LOW_RANK, channels, bias=False)
         )
         # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
         self.gk_bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))

@@ -42,7 +42,7 @@ class KimiDeltaAttention(LinearAttention):
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
-        hidden_size, channels = self.q_proj.in_features, self.num_heads * self.head_dim
+        hidden_size, channels = self.hidden_size, self.num_heads * self.head_dim
         self.f_proj = nn.Sequential(
             nn.Linear(hidden_size, self.value_dim, bias=False), nn.Linear(self.value_dim, channels, bias=False)
         )

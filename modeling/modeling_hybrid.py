@@ -7,7 +7,6 @@ scaling, tied heads, parameter names) is the teacher's code. Nothing here knows 
 
 import copy
 import functools
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -17,11 +16,12 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
+from .adopted_attention import positional_names
 from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
 from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
-from .linear_attention import ADOPTED, LinearAttention, check_cache, count_tokens_in
+from .linear_attention import LinearAttention, check_cache, count_tokens_in
 from .sliding_window_attention import SlidingWindowAttention
 
 
@@ -62,7 +62,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         layers = decoder_layers(self)
         for i in self.linear_attention_layers:
             layers[i].self_attn = self._mixer(i, layers[i].self_attn)
-        self.base_model.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
+        decoder(self).register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
         self.post_init()
 
     @property
@@ -102,13 +102,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                     f"the teacher has {len(sources)} decoder layers, the hybrid {len(own)}; pass its teacher."
                 )
         for i in restored:
-            projection = own[i].self_attn.q_proj.weight
+            projection = _projection(own[i].self_attn)
             attention = copy.deepcopy(sources[i].self_attn).to(projection.device, projection.dtype)
-            attention.config = self.base_model.config
+            attention.config = decoder(self).config
             attention.requires_grad_(True)
             own[i].self_attn = attention.train(self.training)
         for i in linearised:
-            projection = own[i].self_attn.q_proj.weight
+            projection = _projection(own[i].self_attn)
             with torch.device(projection.device):
                 mixer = self._mixer(i, own[i].self_attn)
             self._init_new_modules(mixer)
@@ -132,7 +132,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_new_modules(self, mixer: LinearAttention) -> None:
         for name, child in mixer.named_children():
-            if name not in ADOPTED:
+            if name not in mixer.adopted:
                 for module in child.modules():
                     self._initialize_weights(module)
         mixer.init_weights()
@@ -184,21 +184,35 @@ def _specialise(cls: Any, teacher: Any) -> Any:
     return type(cls.__name__, (cls, teacher, _Specialised), namespace)
 
 
+def decoder(model: PreTrainedModel) -> Any:
+    """The module of `model` that holds its decoder layers and calls them one by one."""
+    count = model.config.num_hidden_layers
+    for module in (model.base_model, *model.base_model.modules()):
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == count and hasattr(layers[0], "self_attn"):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {count} decoder layers with a self_attn and cannot be converted; its "
+        f"base model has children {[name for name, _ in model.base_model.named_children()]}."
+    )
+
+
 def decoder_layers(model: PreTrainedModel) -> Sequence[Any]:
     """The decoder layers of `model`, each of which must have a `self_attn`."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
-            f"{type(model).__name__} has no list of decoder layers at base_model.layers and cannot be converted; its "
-            f"base model has children {[name for name, _ in model.base_model.named_children()]}."
-        )
+    layers = decoder(model).layers
     for i, layer in enumerate(layers):
-        if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+        attention = getattr(layer, "self_attn", None)
+        if not isinstance(attention, nn.Module) or isinstance(attention, nn.ModuleList):
             raise ValueError(
-                f"{type(model).__name__} has no self_attn in decoder layer {i} and cannot be converted; the layer has "
-                f"children {[name for name, _ in layer.named_children()]}."
+                f"{type(model).__name__} has no single self_attn in decoder layer {i} and cannot be converted; the "
+                f"layer has children {[name for name, _ in layer.named_children()]}."
             )
     return cast(Sequence[Any], layers)
+
+
+def _projection(attention: nn.Module) -> torch.Tensor:
+    """A weight of `attention` that has the model's dtype, which decay parameters may not have."""
+    return next(parameter for child in attention.children() for parameter in child.parameters())
 
 
 def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
@@ -211,11 +225,6 @@ def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
     return mixer
 
 
-@functools.cache
-def _positional_names(backbone_class: Any) -> list[str]:
-    return [name for name in inspect.signature(backbone_class.forward).parameters if name != "self"]
-
-
 def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
     Runs before the backbone's forward, whoever calls it, and hands the mixers what they need beside the teacher's own
@@ -223,7 +232,7 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
     softmax layers only.
     """
     backbone_class: Any = type(backbone)
-    kwargs = dict(zip(_positional_names(backbone_class), args, strict=False)) | kwargs
+    kwargs = dict(zip(positional_names(backbone_class), args, strict=False)) | kwargs
     inputs = kwargs.get("inputs_embeds")
     if inputs is None:
         inputs = kwargs.get("input_ids")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .adopted_attention import AttentionCall
 from .linear_attention import LinearAttention, LinearAttentionOptions
 
 
@@ -64,31 +65,19 @@ class SlidingWindowAttention(LinearAttention):
             )
         self.scale = float(getattr(attention, "scaling", None) or self.head_dim**-0.5)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        padding_mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """See [`LinearAttention.forward`]; the cache holds the window `[B, G (D + V) + 1, W]`."""
-        query, key, value = self.project(hidden_states, position_embeddings)
-        # One of each group of equal heads, as the teacher caches them.
-        groups = self.num_heads // self.num_kv_heads
-        key, value = key[:, :, ::groups], value[:, :, ::groups]
-        valid = torch.ones_like(hidden_states[..., :1])
-        if padding_mask is not None:
-            valid = padding_mask.to(valid.dtype)[..., None]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        """See [`AdoptedAttention.attend`]; the cache holds the window `[B, G (D + V) + 1, W]`."""
+        valid = torch.ones_like(call.hidden_states[..., :1])
+        if call.padding_mask is not None:
+            valid = call.padding_mask.to(valid.dtype)[..., None]
         slots = torch.cat([key.flatten(2), value.flatten(2), valid], dim=-1)
-        if past_key_values is not None:
-            slots = self._remember(past_key_values, slots)
-        plain = padding_mask is None and slots.shape[1] == hidden_states.shape[1]
+        if call.cache is not None:
+            slots = self._remember(call.cache, slots)
+        plain = call.padding_mask is None and slots.shape[1] == call.hidden_states.shape[1]
+        seq_idx = call.seq_idx
         if seq_idx is not None:
             seq_idx = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
-        output = self._attend(query, slots, seq_idx, plain=plain)
-        return self.o_proj(output.flatten(2)), None
+        return self._attend(query, slots, seq_idx, plain=plain)
 
     def _remember(self, cache: Cache, slots: Tensor) -> Tensor:
         """Puts `slots` into the cache; returns them behind the window before them, where there is one."""

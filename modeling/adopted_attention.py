@@ -1,0 +1,273 @@
+"""A teacher's attention without its softmax: projections, norms, positions, gates and output stay the teacher's code.
+
+Attention in the library makes one call in its middle, `attention_interface(module, q, k, v, ...)`. Here that call goes
+to the mixer, so what comes before it (fused or latent projections, q/k norms of any placement, biases, rotary
+embeddings of any kind, layers without positions) and after it (gates, sub-norms, the output projection) is right for
+each family without a line about any of them.
+
+Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D key and V value width of a head.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from .configuration_hybrid import attention_view
+
+
+INTERFACE = "hf_hybrid_linear"
+_OUTPUTS = ("o_proj", "out_proj", "dense")
+_INPUTS = ("q_proj", "q_a_proj", "qkv_proj", "query_key_value", "q_gate_proj")
+_GATES = ("gate_proj", "g_proj", "q_gate_proj")
+# What belongs to the softmax alone: it is not carried over, and conversion reports it.
+_SOFTMAX_PARAMETERS = ("sinks",)
+_SOFTMAX_MODULES = ("indexer",)
+_REFUSED = {
+    "lambda_q1": "subtracts two softmaxes (differential attention), which one recurrence does not replace",
+    "dt_proj": "learns a mask over its values, which a recurrence has no use for",
+    "is_kv_shared_layer": "reads the keys and values of an earlier layer",
+    "store_full_length_kv": "keeps its keys and values for later layers, which would miss them",
+}
+
+
+@dataclass
+class AttentionCall:
+    """One call of a mixer: what its [`AdoptedAttention.attend`] needs beside q, k and v."""
+
+    hidden_states: torch.Tensor
+    cache: Cache | None = None
+    padding_mask: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    capture: bool = False
+    done: bool = False
+
+
+def _to_mixer(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    attention_call: AttentionCall | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What the teacher's code calls in the place of softmax: q `[B, H, T, D]` to the output `[B, T, H, V]`."""
+    if attention_call is None or attention_call.done:
+        raise RuntimeError(
+            f"{module.teacher_class.__name__} calls its attention without the arguments it was given, or more than "
+            "once; keep its layers in full_attention_layers."
+        )
+    attention_call.done = True
+    module.check_heads(query, key, value)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if attention_call.capture:
+        attention_call.captured = query, *expand_groups(key, value, query.shape[2])
+        return value.new_zeros(*query.shape[:3], value.shape[-1]), None
+    return module.attend(query, key, value, attention_call), None
+
+
+# The library's own way to run another attention; nothing but a mixer's view of its config names it.
+AttentionInterface.register(INTERFACE, _to_mixer)
+
+
+class NoIndexer(nn.Module):
+    """In the place of a module that picks tokens for a sparse softmax: picks none."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class AdoptedAttention(nn.Module):
+    """
+    The teacher's attention module with its parameters, names and code, but [`attend`] in the place of its softmax.
+
+    Calling the class gives an instance of a class that also inherits the teacher's attention class.
+
+    Args:
+        attention (`nn.Module`): the teacher's `self_attn` of this layer. Its modules and parameters are taken over.
+        layer_idx (`int`): the layer's index.
+    """
+
+    teacher_class: Any = None
+    hidden_size: int
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    value_dim: int
+    adopted: tuple[str, ...]
+
+    def __new__(cls, attention: nn.Module | None = None, *args: Any, **kwargs: Any) -> "AdoptedAttention":
+        # Copying calls this on a class that is already specialised, without a module.
+        if attention is None or cls.teacher_class is not None:
+            return super().__new__(cls)
+        own: Any = cls
+        return super().__new__(_specialise(own, type(attention)))
+
+    def __init__(self, attention: nn.Module, layer_idx: int) -> None:
+        nn.Module.__init__(self)  # not the teacher's, which would build its modules a second time
+        self._refuse(attention, layer_idx)
+        for key, value in vars(attention).items():
+            if key[0] != "_" and key != "forward":  # its settings; not the hooks that someone put on it
+                self.__dict__[key] = value
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[name] = dict(getattr(attention, name))
+        self.layer_idx = layer_idx
+        self.config = attention_view(attention.config, INTERFACE)
+        self._read_layout(layer_idx)
+        for name in _SOFTMAX_PARAMETERS:
+            if self._parameters.pop(name, None) is not None:
+                setattr(self, name, torch.empty(0))  # the teacher's code still hands it on
+        for name in _SOFTMAX_MODULES:
+            if name in self._modules:
+                self._modules[name] = NoIndexer()
+        self.adopted = (*self._parameters, *self._modules)
+
+    @staticmethod
+    def _refuse(attention: Any, layer_idx: int) -> None:
+        """Raises a `ValueError` where the module cannot do without its softmax, or does not hand it over."""
+        kind = f"{type(attention).__name__} of layer {layer_idx}"
+        forward = inspect.unwrap(type(attention).forward)
+        reasons = [reason for name, reason in _REFUSED.items() if getattr(attention, name, None) not in (None, False)]
+        if "get_interface" not in forward.__code__.co_names:
+            reasons.append("computes its softmax itself, not through transformers' AttentionInterface")
+        elif not forward.__code__.co_flags & inspect.CO_VARKEYWORDS:
+            reasons.append("takes no further keyword arguments, so padding and packing cannot reach a mixer")
+        if reasons:
+            raise ValueError(
+                f"{kind} cannot become linear attention: it {'; it '.join(reasons)}. Keep the layer in "
+                "full_attention_layers."
+            )
+
+    def _read_layout(self, layer_idx: int) -> None:
+        """Reads the heads off the teacher's modules: names differ between families, the widths do not lie."""
+        own: Any = self
+        modules = {name: module for name, module in own._modules.items() if hasattr(module, "weight")}
+        inputs = next((modules[name] for name in _INPUTS if name in modules), None)
+        output = next((modules[name] for name in _OUTPUTS if name in modules), None)
+        kind = f"{self.teacher_class.__name__} of layer {layer_idx}"
+        if inputs is None or output is None:
+            raise ValueError(
+                f"{kind} cannot become linear attention: it has children {list(own._modules)}; the mixers know an "
+                f"input projection {_INPUTS} and an output {_OUTPUTS}. Keep the layer in full_attention_layers."
+            )
+        self.hidden_size = inputs.in_features
+        self.head_dim = int(getattr(own, "qk_head_dim", None) or own.head_dim)
+        if "q_proj" in modules:
+            self.num_heads = own.q_proj.out_features // self.head_dim
+        else:
+            self.num_heads = int(getattr(own, "num_heads", None) or own.config.num_attention_heads)
+        if "k_proj" in modules:
+            self.num_kv_heads = own.k_proj.out_features // self.head_dim
+        elif "kv_b_proj" in modules:  # keys and values come out of a latent, already for each head
+            self.num_kv_heads = self.num_heads
+        else:
+            self.num_kv_heads = self.num_heads // int(getattr(own, "num_key_value_groups", 1))
+        self.value_dim = output.in_features // self.num_heads
+        if self.num_heads * self.value_dim != output.in_features or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{kind} has {self.num_heads} heads of width {self.head_dim}, {self.num_kv_heads} for keys, and an "
+                f"output projection of {output.in_features} inputs, which is no grouping of heads. Keep the layer in "
+                "full_attention_layers."
+            )
+
+    @property
+    def has_output_gate(self) -> bool:
+        """Whether the teacher gates its attention's output, which goes on here as it did there."""
+        return any(name in self.adopted for name in _GATES)
+
+    def check_heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raises where the teacher's q, k, v `[B, H or G, T, D or V]` are not of the widths that were read off."""
+        found = (*query.shape[1::2], *key.shape[1::2], *value.shape[1::2], key.shape[2])
+        tokens = query.shape[2]
+        expected = (self.num_heads, self.head_dim, self.num_kv_heads, self.head_dim, self.num_kv_heads, self.value_dim)
+        if found != (*expected, tokens):
+            raise RuntimeError(
+                f"{self.teacher_class.__name__} gives q {tuple(query.shape)}, k {tuple(key.shape)} and v "
+                f"{tuple(value.shape)}; expected heads and widths {expected} over {tokens} tokens. Keep its layers in "
+                "full_attention_layers."
+            )
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """From the teacher's q `[B, T, H, D]`, k `[B, T, G, D]` and v `[B, T, G, V]` to the output `[B, T, H, V]`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        past_key_values: Cache | None = None,
+        padding_mask: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Args:
+            hidden_states: `[B, T, hidden]`.
+            past_key_values: the library's cache, which the teacher's code does not get to see.
+            padding_mask: `[B, T]`, 1 for tokens and 0 for padding; None when nothing is padding.
+            seq_idx: `[B, T]`, the document each token of a packed row belongs to; None when rows are not packed.
+            args, kwargs: what else the teacher's attention takes.
+
+        Returns:
+            What the teacher's attention returns: the output `[B, T, hidden]` first, None for the attention weights.
+        """
+        if padding_mask is not None:
+            padding_mask = padding_mask.to(hidden_states.dtype)
+        call = AttentionCall(hidden_states, past_key_values, padding_mask, seq_idx)
+        return self._teacher_forward(call, *args, **kwargs)
+
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The teacher's q, k `[B, T, H, D]` and v `[B, T, H, V]`: projected, normed, rotated, expanded to all heads.
+        Softmax attention over them, followed by the teacher's output projection, is the teacher's attention.
+        """
+        if position_embeddings is not None:
+            kwargs["position_embeddings"] = position_embeddings
+        call = AttentionCall(hidden_states, capture=True)
+        self._teacher_forward(call, **kwargs)
+        if call.captured is None:
+            raise RuntimeError(f"{self.teacher_class.__name__} did not call its attention; it cannot be linear.")
+        return call.captured
+
+    def _teacher_forward(self, call: AttentionCall, *args: Any, **kwargs: Any) -> Any:
+        names = positional_names(self.teacher_class)
+        kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
+        kwargs["past_key_values"] = None  # keys and values are not cached
+        if "attention_mask" in names:
+            kwargs.setdefault("attention_mask", None)
+        output = self.teacher_class.forward(self, call.hidden_states, attention_call=call, **kwargs)
+        if not call.done:
+            raise RuntimeError(
+                f"{self.teacher_class.__name__} did not go through transformers' AttentionInterface; keep its layers "
+                "in full_attention_layers."
+            )
+        return output
+
+
+def expand_groups(key: torch.Tensor, value: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v `[B, T, G, .]` for all H heads, as activations: repeating a projection's rows would scramble heads."""
+    groups = num_heads // key.shape[2]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+
+
+@functools.cache
+def positional_names(module_class: Any) -> list[str]:
+    """Names of the arguments of a module's forward, in order."""
+    return [name for name in inspect.signature(module_class.forward).parameters if name != "self"]
+
+
+@functools.cache
+def _specialise(cls: Any, teacher: Any) -> Any:
+    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "teacher_class": teacher}
+    return type(cls.__name__, (cls, teacher), namespace)
