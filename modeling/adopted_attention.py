@@ -70,7 +70,7 @@ def _to_mixer(
     if attention_call.capture:
         attention_call.captured = query, *expand_groups(key, value, query.shape[2])
         return value.new_zeros(*query.shape[:3], value.shape[-1]), None
-    return module.attend(query, key, value, attention_call), None
+    return module.attend(query, key, value, attention_call).contiguous(), None
 
 
 # The library's own way to run another attention; nothing but a mixer's view of its config names it.
@@ -101,6 +101,7 @@ class AdoptedAttention(nn.Module):
     num_heads: int
     num_kv_heads: int
     value_dim: int
+    fused_gate: bool
     adopted: tuple[str, ...]
 
     def __new__(cls, attention: nn.Module | None = None, *args: Any, **kwargs: Any) -> "AdoptedAttention":
@@ -108,9 +109,10 @@ class AdoptedAttention(nn.Module):
         if attention is None or cls.teacher_class is not None:
             return super().__new__(cls)
         own: Any = cls
-        return super().__new__(_specialise(own, type(attention)))
+        teacher: Any = type(attention)
+        return super().__new__(_specialise(own, teacher))
 
-    def __init__(self, attention: nn.Module, layer_idx: int) -> None:
+    def __init__(self, attention: Any, layer_idx: int) -> None:
         nn.Module.__init__(self)  # not the teacher's, which would build its modules a second time
         self._refuse(attention, layer_idx)
         for key, value in vars(attention).items():
@@ -134,7 +136,8 @@ class AdoptedAttention(nn.Module):
         """Raises a `ValueError` where the module cannot do without its softmax, or does not hand it over."""
         kind = f"{type(attention).__name__} of layer {layer_idx}"
         forward = inspect.unwrap(type(attention).forward)
-        reasons = [reason for name, reason in _REFUSED.items() if getattr(attention, name, None) not in (None, False)]
+        present = (name for name in _REFUSED if getattr(attention, name, None) is not None)
+        reasons = [_REFUSED[name] for name in present if getattr(attention, name) is not False]
         if "get_interface" not in forward.__code__.co_names:
             reasons.append("computes its softmax itself, not through transformers' AttentionInterface")
         elif not forward.__code__.co_flags & inspect.CO_VARKEYWORDS:
@@ -159,10 +162,14 @@ class AdoptedAttention(nn.Module):
             )
         self.hidden_size = inputs.in_features
         self.head_dim = int(getattr(own, "qk_head_dim", None) or own.head_dim)
-        if "q_proj" in modules:
+        count = int(getattr(own, "num_heads", None) or own.config.num_attention_heads)
+        # Some families project a gate beside each head's query: twice the width that comes out of attention.
+        self.fused_gate = "q_proj" in modules and own.q_proj.out_features == 2 * count * self.head_dim
+        self.fused_gate = self.fused_gate and output.in_features == count * self.head_dim
+        if "q_proj" in modules and not self.fused_gate:
             self.num_heads = own.q_proj.out_features // self.head_dim
         else:
-            self.num_heads = int(getattr(own, "num_heads", None) or own.config.num_attention_heads)
+            self.num_heads = count
         if "k_proj" in modules:
             self.num_kv_heads = own.k_proj.out_features // self.head_dim
         elif "kv_b_proj" in modules:  # keys and values come out of a latent, already for each head
@@ -180,7 +187,7 @@ class AdoptedAttention(nn.Module):
     @property
     def has_output_gate(self) -> bool:
         """Whether the teacher gates its attention's output, which goes on here as it did there."""
-        return any(name in self.adopted for name in _GATES)
+        return self.fused_gate or any(name in self.adopted for name in _GATES)
 
     def check_heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raises where the teacher's q, k, v `[B, H or G, T, D or V]` are not of the widths that were read off."""

@@ -234,7 +234,8 @@ def _attention_view_class(config_class: Any, implementation: str) -> Any:
 
 def attention_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig:
     """Returns a live view of `config`, for one attention module, whose attention implementation is another."""
-    view = object.__new__(_attention_view_class(type(config), implementation))
+    config_class: Any = type(config)
+    view = object.__new__(_attention_view_class(config_class, implementation))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
     if isinstance(config, _BackboneView):
