@@ -14,7 +14,7 @@ from .linear_attention import LinearAttention, LinearAttentionOptions, unit, wid
 
 @dataclass
 class KimiDeltaAttentionOptions(LinearAttentionOptions):
-    """Options of [`KimiDeltaAttention`]: its output gate is a sigmoid (arXiv 2510.26692, eq. 10) unless told."""
+    """Options of [`KimiDeltaAttention`]: its output gate is a sigmoid (arXiv 2510.26692, section 4) unless told."""
 
     output_gate: str | None = "sigmoid"
 

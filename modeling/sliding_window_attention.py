@@ -44,7 +44,8 @@ class SlidingWindowAttention(LinearAttention):
         o_t = sum_j softmax_j(q_t . k_j * scale) v_j        over t - W < j <= t
 
     with the teacher's scale; the layer returns `o_proj(o_t)`. With W no less than the context it is the teacher's
-    layer. As in the library's sliding-window layers, W counts positions of the row, so padding between tokens counts.
+    layer. As in the library's sliding-window layers, W counts positions of the row, so padding between tokens counts;
+    a window that the teacher's layer has itself does not narrow W, and attention dropout is not applied.
 
     Keeps of the teacher: everything. Adds no parameters. State: the rotated keys and the values of the last W tokens,
     in the model's dtype, `W (G (D + V) + 1)` numbers per sequence, the last of which says what is padding.
