@@ -35,6 +35,10 @@ demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to e
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
+.PHONY: families
+families: $(READY) ## convert a tiny model of every type in transformers, write docs/supported_models.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py
+
 .PHONY: style
 style: $(READY) ## check lint, format and types
 	$(BIN)/ruff check .

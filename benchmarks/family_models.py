@@ -35,6 +35,8 @@ _SIZES: dict[str, Any] = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "num_expert_group": 1,
     "moe_k": 2,
     "moe_topk": 2,
     "n_shared_experts": 1,
@@ -89,6 +91,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": _DECODER,
     "blenderbot": _DECODER,
     "blenderbot-small": _DECODER,
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dots3_note_text": {"per_layer_config": {}, "layer_types": ["indexed_attention", "sliding_attention"] * 2},
     "gemma3n_text": _PER_LAYER | {"activation_sparsity_pattern": [0.0] * LAYERS},
     "gemma4_text": _PER_LAYER | {"global_head_dim": 16, "num_global_key_value_heads": 2},
     "gemma4_unified_text": {"num_kv_shared_layers": 0, "global_head_dim": 16},

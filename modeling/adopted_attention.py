@@ -130,6 +130,7 @@ class AdoptedAttention(nn.Module):
             if name in self._modules:
                 self._modules[name] = NoIndexer()
         self.adopted = (*self._parameters, *self._modules)
+        self.row: dict[str, Any] = {}
 
     @staticmethod
     def _refuse(attention: Any, layer_idx: int) -> None:
@@ -225,6 +226,9 @@ class AdoptedAttention(nn.Module):
         Returns:
             What the teacher's attention returns: the output `[B, T, hidden]` first, None for the attention weights.
         """
+        row, self.row = self.row, {}
+        padding_mask = row.get("padding_mask") if padding_mask is None else padding_mask
+        seq_idx = row.get("seq_idx") if seq_idx is None else seq_idx
         if padding_mask is not None:
             padding_mask = padding_mask.to(hidden_states.dtype)
         call = AttentionCall(hidden_states, past_key_values, padding_mask, seq_idx)
@@ -266,6 +270,19 @@ def expand_groups(key: torch.Tensor, value: torch.Tensor, num_heads: int) -> tup
     if groups == 1:
         return key, value
     return key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+
+
+def hand_over(layer: Any, args: tuple, kwargs: dict) -> None:
+    """Runs before a decoder layer's forward: some layers take keyword arguments and give none to their attention."""
+    attention = layer.self_attn
+    if isinstance(attention, AdoptedAttention):
+        attention.row = {name: kwargs[name] for name in ("padding_mask", "seq_idx") if name in kwargs}
+
+
+def takes_keywords(module: Any) -> bool:
+    """Whether the module's forward takes keyword arguments that it does not name."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 @functools.cache

@@ -87,6 +87,11 @@ class HybridConfig(PreTrainedConfig):
                 f"softmax_layer_types={self.softmax_layer_types} names a linear layer; the teacher must be a softmax "
                 "model. Pass the teacher's own layer types."
             )
+        if any(kind.startswith("hybrid") for kind in self.softmax_layer_types):
+            raise ValueError(
+                f"{type(self.text_config).__name__} has layers of type {sorted(set(self.softmax_layer_types))} that "
+                "keep a recurrent state beside their softmax; only softmax attention can be converted."
+            )
         if self.text_config.__dict__.get("layer_types") is None:
             self.text_config.layer_types = list(self.softmax_layer_types)
         self.mixer_options = dict(self.mixer_options or {})

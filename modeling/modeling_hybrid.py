@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
-from .adopted_attention import positional_names
+from .adopted_attention import hand_over, positional_names, takes_keywords
 from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
 from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
@@ -59,10 +59,18 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         check_mixers(config)
         super().__init__(backbone_view(config.text_config, config.softmax_layer_types))
         self.config = config
-        layers = decoder_layers(self)
+        backbone, layers = decoder(self), decoder_layers(self)
         for i in self.linear_attention_layers:
             layers[i].self_attn = self._mixer(i, layers[i].self_attn)
-        decoder(self).register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
+        for module in (backbone, *layers):
+            if not takes_keywords(module):
+                raise ValueError(
+                    f"{type(module).__name__} takes no further keyword arguments, so padding and packing cannot reach "
+                    "linear attention; this model cannot be converted."
+                )
+        backbone.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
+        for layer in layers:
+            layer.register_forward_pre_hook(hand_over, with_kwargs=True)
         self.post_init()
 
     @property
@@ -186,14 +194,14 @@ def _specialise(cls: Any, teacher: Any) -> Any:
 
 def decoder(model: PreTrainedModel) -> Any:
     """The module of `model` that holds its decoder layers and calls them one by one."""
-    count = model.config.num_hidden_layers
+    count = getattr(model.config, "num_hidden_layers", None)
     for module in (model.base_model, *model.base_model.modules()):
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) == count and hasattr(layers[0], "self_attn"):
             return module
     raise ValueError(
-        f"{type(model).__name__} has no list of {count} decoder layers with a self_attn and cannot be converted; its "
-        f"base model has children {[name for name, _ in model.base_model.named_children()]}."
+        f"{type(model).__name__} has no list of {count or 'its'} decoder layers with a self_attn and cannot be "
+        f"converted; its base model has children {[name for name, _ in model.base_model.named_children()]}."
     )
 
 

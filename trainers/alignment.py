@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.adopted_attention import positional_names
 from ..modeling.modeling_hybrid import decoder_layers, packed_documents
 from .losses import alignment_loss
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, mixer_parameters
@@ -60,12 +61,7 @@ class AlignmentTrainer(TeacherTrainer):
         layers = decoder_layers(student)
         losses = {}
         for i, (given, wanted) in self._attention_of_teacher(student.linear_attention_layers, inputs).items():
-            output, _ = layers[i].self_attn(
-                given["hidden_states"],
-                position_embeddings=given.get("position_embeddings"),
-                padding_mask=padding_mask,
-                seq_idx=seq_idx,
-            )
+            output = layers[i].self_attn(**given, padding_mask=padding_mask, seq_idx=seq_idx)[0]
             losses[i] = alignment_loss(wanted, output, padding_mask)
         return losses
 
@@ -80,8 +76,9 @@ class AlignmentTrainer(TeacherTrainer):
 
         def record(i: int) -> Any:
             def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-                given = kwargs if "hidden_states" in kwargs else {"hidden_states": args[0], **kwargs}
-                seen[i] = (given, output[0])
+                kind: Any = type(module)
+                given = dict(zip(positional_names(kind), args, strict=False)) | kwargs
+                seen[i] = ({**given, "past_key_values": None}, output[0])
 
             return hook
 
