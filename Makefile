@@ -39,6 +39,12 @@ test: $(READY) ## run the tests
 families: $(READY) ## convert a tiny model of every type in transformers, write docs/supported_models.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py
 
+.PHONY: benchmarks
+benchmarks: $(READY) ## time the recurrence and decoding on the CPU, write docs/performance.md
+	$(BIN)/python benchmarks/delta_rule.py --output benchmarks/results/delta_rule.json
+	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
+	$(BIN)/python benchmarks/report.py
+
 .PHONY: style
 style: $(READY) ## check lint, format and types
 	$(BIN)/ruff check .
