@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
-from family_models import LAYERS, skeleton, tiny_config, tiny_model, tokens
+from family_models import LAYERS, NOTES, skeleton, tiny_config, tiny_model, tokens
 from transformers import PreTrainedModel
 
 import hf_hybrid as hh
@@ -253,7 +253,8 @@ def check_type(model_type: str) -> dict:
     try:
         config = tiny_config(model_type)
         if config.get_text_config(decoder=True) is not config:
-            raise ValueError("a composite model: its language model is a type of its own")
+            kind = "an encoder-decoder" if config.is_encoder_decoder else "a composite model, not a decoder alone"
+            raise ValueError(kind)
         model = skeleton(model_type)
         check_teacher(model)
         if (size := sum(p.numel() for p in model.parameters())) > MAX_PARAMETERS:
@@ -262,6 +263,8 @@ def check_type(model_type: str) -> dict:
     except Exception as error:
         result["refused"] = one_line(error)
         return result
+    if model_type in NOTES:
+        result["notes"].append(NOTES[model_type])
     dropped = sorted({name.split(".self_attn.")[-1] for name in subject.hybrid.conversion_report.not_carried})
     if dropped:
         result["notes"].append("not carried over: " + ", ".join(dropped))

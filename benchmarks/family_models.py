@@ -118,6 +118,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "trocr": _DECODER,
     "whisper": _DECODER,
 }
+# What a passing type does not cover.
+_OTHER_LAYERS = "with softmax in every layer; a checkpoint with layers of another kind is refused"
+_SHARED = "layers that read or keep other layers' keys and values are refused"
+NOTES = {name: _OTHER_LAYERS for name, changes in OVERRIDES.items() if changes is _SOFTMAX}
+NOTES |= {name: _SHARED for name, changes in OVERRIDES.items() if "num_kv_shared_layers" in changes}
 
 
 def causal_types() -> list[str]:
