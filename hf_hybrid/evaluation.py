@@ -12,13 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_hybrid.trainers import held_out_kl
 from hf_hybrid.trainers.held_out import batches
-from hf_hybrid.trainers.losses import check_logit_function, logit_function
+from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
 from hf_hybrid.trainers.scoring import write_json
 
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
-
-
-_CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
 
 
 @dataclass
@@ -123,7 +120,7 @@ def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
     """
     check_logit_function(model)
     logits = logit_function(model)
-    chunk = max(1, _CHUNK_ELEMENTS // model.config.get_text_config().vocab_size)
+    chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
     training = model.training
     model.eval()
     total, count = 0.0, 0

@@ -1,14 +1,12 @@
 """Gated DeltaNet as a drop-in for a teacher's softmax attention."""
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
 from .kernels import gated_delta_rule
-from .linear_attention import LinearAttention, unit, widen
+from .linear_attention import LinearAttention, init_decay, unit, widen
 
 
 class GatedDeltaNet(LinearAttention):
@@ -40,10 +38,7 @@ class GatedDeltaNet(LinearAttention):
     def init_weights(self) -> None:
         """Decay rates and step sizes spread over heads as in the official implementation of Gated DeltaNet."""
         super().init_weights()
-        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1.0, 16.0)
-        init.copy_(self.A_log, rate.log())
-        step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) == step
+        init_decay(self.A_log, self.dt_bias)
 
     def mix(
         self,

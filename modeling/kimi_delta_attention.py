@@ -1,15 +1,13 @@
 """Kimi Delta Attention as a drop-in for a teacher's softmax attention."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
 from .kernels import kimi_delta_attention
-from .linear_attention import LinearAttention, LinearAttentionOptions, unit, widen
+from .linear_attention import LinearAttention, LinearAttentionOptions, init_decay, unit, widen
 
 
 @dataclass
@@ -54,10 +52,7 @@ class KimiDeltaAttention(LinearAttention):
     def init_weights(self) -> None:
         """Decay rates spread over heads and step sizes over channels, as in the official implementation."""
         super().init_weights()
-        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1.0, 16.0)
-        init.copy_(self.A_log, rate.log())
-        step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) == step
+        init_decay(self.A_log, self.dt_bias)
 
     def mix(
         self,

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D key and V value width of a head.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -65,6 +66,14 @@ class LinearAttentionOptions:
 def widen(x: torch.Tensor) -> torch.Tensor:
     """`x` in fp32 where it is half precision, and as it is otherwise."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def init_decay(rates: torch.Tensor, steps: torch.Tensor) -> None:
+    """Initialises `A_log` and `dt_bias`, spread out as in the official implementations of the gated delta rules."""
+    rate = torch.empty_like(rates, dtype=torch.float32).uniform_(1.0, 16.0)
+    init.copy_(rates, rate.log())
+    step = torch.empty_like(steps, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    init.copy_(steps, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) == step
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
-        GenerationMixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+        base: Any = super()
+        base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
             count_tokens_in(model_kwargs["past_key_values"])
 

@@ -10,8 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..modeling.linear_attention import widen
 
-# Logits of one chunk of tokens, both models together: 2 * 2**24 numbers, 128 MiB in fp32.
+
+# Logits of one chunk of tokens, of one model: 64 MiB in fp32.
 _CHUNK_ELEMENTS = 2**24
 
 LogitFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -32,9 +34,14 @@ def kl_per_token(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> 
             f"teacher logits have shape {tuple(teacher_logits.shape)}, student logits {tuple(student_logits.shape)}; "
             "both models must share one vocabulary and see the same tokens."
         )
-    log_teacher = _widen(teacher_logits).log_softmax(-1)
-    log_student = _widen(student_logits).log_softmax(-1)
+    log_teacher = widen(teacher_logits).log_softmax(-1)
+    log_student = widen(student_logits).log_softmax(-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+
+
+def tokens_per_chunk(vocab_size: int) -> int:
+    """How many tokens' logits are held at once, by default: as many as stay within 64 MiB in fp32."""
+    return max(1, _CHUNK_ELEMENTS // vocab_size)
 
 
 def chunked_kl_per_token(
@@ -61,7 +68,7 @@ def chunked_kl_per_token(
         `[N]`, in nats.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, _CHUNK_ELEMENTS // vocab_size)
+        chunk_tokens = tokens_per_chunk(vocab_size)
 
     def chunk_kl(teacher_chunk: torch.Tensor, student_chunk: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -94,7 +101,7 @@ def alignment_loss(
         A scalar, in units of the root mean square of an activation.
     """
     width = teacher_output.shape[-1]
-    distance = (_widen(teacher_output) - _widen(student_output)).norm(dim=-1) * width**-0.5
+    distance = (widen(teacher_output) - widen(student_output)).norm(dim=-1) * width**-0.5
     return masked_mean(distance, mask)
 
 
@@ -146,7 +153,3 @@ def check_logit_function(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does more to its logits than its config says (they differ by {error:.3g}); its "
             "KL cannot be computed in chunks. Please report the model family."
         )
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
