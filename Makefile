@@ -1,5 +1,5 @@
 # `make` alone lists the verbs. Verbs that run something set up .venv first, and again only when
-# setup.py or constraints.txt changed. Settings, given as `make test NAME=value`:
+# setup.py or constraints.txt changed; what needs fla has .venv-fla. Settings, given as `make test NAME=value`:
 #   PYTHON          interpreter that creates .venv (3.11 or newer)
 #   PIP_TORCH_ARGS  more arguments to the installation of torch, such as --index-url for another build
 #   PYTEST_ARGS     more arguments to pytest, such as "-k cache"
@@ -13,6 +13,8 @@ OUTPUT ?= demo_output
 
 BIN := .venv/bin
 READY := .venv/.ready
+FLA_BIN := .venv-fla/bin
+FLA_READY := .venv-fla/.ready
 
 .DEFAULT_GOAL := help
 
@@ -27,6 +29,14 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
 	@touch $@
 
+# fla and triton stay out of .venv: where they can be imported, transformers' own linear-attention models call fla's
+# kernels on CPU tensors too.
+$(FLA_READY): tests_fla/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-fla
+	$(FLA_BIN)/python -m pip install $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(FLA_BIN)/python -m pip install -c constraints.txt -r tests_fla/requirements.txt
+	@touch $@
+
 .PHONY: demo
 demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to end
 	$(BIN)/hf-hybrid demo --output $(OUTPUT)
@@ -35,13 +45,17 @@ demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to e
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
+.PHONY: test-fla
+test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU, in Triton's interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(FLA_BIN)/python -m pytest tests_fla $(PYTEST_ARGS)
+
 .PHONY: families
 families: $(READY) ## convert a tiny model of every type in transformers, write docs/supported_models.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py
 
 .PHONY: benchmarks
-benchmarks: $(READY) ## time the recurrence and decoding on the CPU, write docs/performance.md
-	$(BIN)/python benchmarks/delta_rule.py --output benchmarks/results/delta_rule.json
+benchmarks: $(READY) $(FLA_READY) ## time the recurrence and decoding on the CPU, write docs/performance.md
+	PYTHONPATH=. $(FLA_BIN)/python benchmarks/delta_rule.py --output benchmarks/results/delta_rule.json
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 	$(BIN)/python benchmarks/report.py
 
@@ -57,6 +71,6 @@ format: $(READY) ## fix lint and format
 	$(BIN)/ruff format .
 
 .PHONY: clean
-clean: ## remove builds, caches and the demo's output (.venv stays)
+clean: ## remove builds, caches and the demo's output (.venv and .venv-fla stay)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,142 @@
+"""Our torch forms and what `modeling/kernels.py` hands to fla, against fla's own kernels.
+
+Everything is compared with the token-by-token torch form in float64, which tests/ checks against the papers: our
+chunked form in fp32, and fla's kernels in fp32 as `modeling/kernels.py` calls them.
+"""
+
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_delta_rule
+from fla.ops.gla import chunk_gla as fla_chunk_gla
+from fla.ops.kda import chunk_kda as fla_chunk_kda
+from recurrences import assert_close, run, seq_idx_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_hybrid.modeling import kernels
+from hf_hybrid.modeling.delta_rule import recurrent_gated_delta_rule
+from hf_hybrid.modeling.gla import recurrent_gla
+from hf_hybrid.modeling.kda import recurrent_kda
+
+
+# Our entry, its reference, and fla's chunked operator.
+ENTRIES = {
+    "gated_delta_rule": (kernels.gated_delta_rule, recurrent_gated_delta_rule, fla_chunk_gated_delta_rule),
+    "gla": (kernels.gated_linear_attention, recurrent_gla, fla_chunk_gla),
+    "kda": (kernels.kimi_delta_attention, recurrent_kda, fla_chunk_kda),
+}
+# Keys and values differ in width, so that a transposed state does not pass.
+BATCH, HEADS, KEY, VALUE = 2, 2, 16, 32
+DECAYS = {"near 1": lambda g: g * 1e-4, "near 0": lambda g: g - 8}
+# fp32: what both chunked forms lose grows with the decay summed over a chunk.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets `kernel="fla"` run on CPU tensors, and holds the names of fla's operators that were called."""
+    names: list[str] = []
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.module = importlib.import_module(name)
+
+        def __getattr__(self, name: str) -> Any:
+            names.append(name)
+            return getattr(self.module, name)
+
+    monkeypatch.setattr(kernels, "use_fla", lambda device, kernel="auto": kernel == "fla")
+    monkeypatch.setattr(kernels, "importlib", types.SimpleNamespace(import_module=Recorded))
+    return names
+
+
+def make_inputs(kind: str, tokens: int, *, batch: int = BATCH, state: bool = True) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shape = (batch, tokens, HEADS)
+    inputs = {
+        "q": F.normalize(torch.randn(*shape, KEY), dim=-1),
+        "k": F.normalize(torch.randn(*shape, KEY), dim=-1),
+        "v": torch.randn(*shape, VALUE),
+        "g": -torch.rand(*shape) if kind == "gated_delta_rule" else -torch.rand(*shape, KEY),
+    }
+    if kind != "gla":
+        inputs["beta"] = torch.rand(*shape)
+    if state:
+        inputs["initial_state"] = torch.randn(batch, HEADS, KEY, VALUE)
+    return inputs
+
+
+def check(kind: str, inputs: dict[str, Tensor], **options: Tensor) -> None:
+    """Outputs, final states and gradients of our chunked form and of fla's, against the reference in float64."""
+    entry, reference, _ = ENTRIES[kind]
+    expected = run(reference, {name: x.double() for name, x in inputs.items()}, **options)
+    for kernel in ("torch", "fla"):
+        found = run(entry, inputs, kernel=kernel, **options)
+        assert found["o"].dtype == found["final_state"].dtype == torch.float32
+        assert_close(found, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+class TestAgainstFla:
+    @pytest.mark.parametrize(("tokens", "state"), [(1, True), (63, False), (130, True)])
+    def test_training(self, called: list[str], kind: str, tokens: int, state: bool) -> None:
+        check(kind, make_inputs(kind, tokens, state=state))
+        assert called == [f"chunk_{kind}"]
+
+    @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS.keys())
+    def test_decays(self, kind: str, decay: Callable[[Tensor], Tensor]) -> None:
+        inputs = make_inputs(kind, 65)
+        inputs["g"] = decay(inputs["g"])
+        check(kind, inputs)
+
+    @pytest.mark.parametrize(("tokens", "state"), [(1, True), (5, False), (64, True), (65, True)])
+    @torch.no_grad()
+    def test_inference(self, called: list[str], kind: str, tokens: int, state: bool) -> None:
+        """Short calls without gradients go to fla's recurrent operator, whose arguments are ordered otherwise."""
+        entry, reference, _ = ENTRIES[kind]
+        inputs = make_inputs(kind, tokens, state=state)
+        expected = dict(zip("os", reference(**{n: x.double() for n, x in inputs.items()}), strict=True))
+        for kernel in ("torch", "fla"):
+            found = dict(zip("os", entry(**inputs, kernel=kernel), strict=True))
+            assert_close(found, expected, TOLERANCE)
+        assert called == [f"chunk_{kind}" if tokens > 64 else f"fused_recurrent_{kind}"]
+
+    def test_packed_rows(self, kind: str) -> None:
+        """Two rows, which fla gets as one with cumulative lengths; the states returned are the rows' last ones."""
+        seq_idx = torch.stack([seq_idx_of([3, 60, 7]), seq_idx_of([69, 1])])
+        check(kind, make_inputs(kind, 70, state=False), seq_idx=seq_idx)
+
+    @torch.no_grad()
+    def test_packed_rows_without_gradients(self, called: list[str], kind: str) -> None:
+        entry, reference, _ = ENTRIES[kind]
+        seq_idx = torch.stack([seq_idx_of([3, 6, 1]), seq_idx_of([9, 1])])
+        inputs = make_inputs(kind, 10, state=False)
+        found = dict(zip("os", entry(**inputs, seq_idx=seq_idx, kernel="fla"), strict=True))
+        expected = reference(**{n: x.double() for n, x in inputs.items()}, seq_idx=seq_idx)
+        assert_close(found, dict(zip("os", expected, strict=True)), TOLERANCE)
+        assert called == [f"fused_recurrent_{kind}"]
+
+    @torch.no_grad()
+    def test_prefill_by_one_and_decoding_by_the_other(self, kind: str) -> None:
+        """States have one layout, so that either implementation goes on from the other's."""
+        entry, reference, _ = ENTRIES[kind]
+        inputs = make_inputs(kind, 68, state=False)
+        expected, state = reference(**{name: x.double() for name, x in inputs.items()})
+        head, tail = ({n: x[:, part] for n, x in inputs.items()} for part in (slice(66), slice(66, None)))
+        for first, second in (("torch", "fla"), ("fla", "torch")):
+            _, between = entry(**head, kernel=first)
+            o, end = entry(**tail, initial_state=between, kernel=second)
+            assert_close({"o": o, "s": end}, {"o": expected[:, 66:], "s": state}, TOLERANCE)
+
+    def test_reference_against_fla_called_plainly(self, kind: str) -> None:
+        """Without our dispatch in between: the documented call of fla's chunked operator."""
+        _, reference, operator = ENTRIES[kind]
+        inputs = make_inputs(kind, 65)
+        expected = reference(**{name: x.double() for name, x in inputs.items()}, scale=0.3)
+        found = operator(**inputs, scale=0.3, output_final_state=True)
+        assert_close(dict(zip("os", found, strict=True)), dict(zip("os", expected, strict=True)), TOLERANCE)
