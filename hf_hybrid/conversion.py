@@ -103,7 +103,9 @@ def convert(
         kernel=kernel,
     )
     with torch.device(teacher.device):
-        student = HybridForCausalLM._from_config(config, dtype=teacher.dtype)
+        student = HybridForCausalLM._from_config(
+            config, dtype=teacher.dtype, attn_implementation=teacher.config._attn_implementation
+        )
     student.conversion_report = _copy_weights(teacher, student)
     if teacher.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)

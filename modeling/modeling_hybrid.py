@@ -59,6 +59,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         check_mixers(config)
         super().__init__(backbone_view(config.text_config, config.softmax_layer_types))
         self.config = config
+        # Trainers that build a second model like this one (a reference model) read it here.
+        config._attn_implementation = config.text_config._attn_implementation
         backbone, layers = decoder(self), decoder_layers(self)
         for i in self.linear_attention_layers:
             layers[i].self_attn = self._mixer(i, layers[i].self_attn)
@@ -152,6 +154,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if isinstance(model_kwargs.get("past_key_values"), Cache):
             count_tokens_in(model_kwargs["past_key_values"])
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused where a layer is linear: the library pages keys and values, and has no pages for states."""
+        if self.linear_attention_layers:
+            raise ValueError(
+                f"continuous batching cannot hold the recurrent states of layers {self.linear_attention_layers}; use "
+                "generate(). In TRL, leave use_transformers_continuous_batching off."
+            )
+        base: Any = super()
+        return base.init_continuous_batching(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
