@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_hybrid.trainers.durable import read_json, write_json
 from hf_hybrid.trainers.held_out import held_out_kl
-from hf_hybrid.trainers.scoring import write_json
 
 from .data import load_rows
 from .embedded import embedded_teacher, embedded_tokenizer
-from .folder import publish, read_json
+from .folder import publish
 from .loading import load_model
 from .recipe import Recipe, find_recipe
 from .run import run_recipe

@@ -11,9 +11,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_hybrid.trainers import held_out_kl
+from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches
 from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
-from hf_hybrid.trainers.scoring import write_json
 
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
 

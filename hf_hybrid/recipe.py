@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from hf_hybrid.trainers.durable import write_text
+
 from .data import DataConfig
 from .schema import parse
 from .selection import check_selector
@@ -215,9 +217,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike, header: str = "") -> None:
         """Writes the recipe with all of its values as YAML, in one step or not at all; `header` is a comment."""
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        partial.write_text(header + yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
-        os.replace(partial, path)
+        write_text(path, header + yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def fingerprint(self) -> str:
         """Canonical JSON of what decides the result: equal for equal recipes."""

@@ -1,6 +1,5 @@
 """A recipe from start to end. A run is a folder: each stage leaves an artefact there, and is skipped where it has."""
 
-import json
 import os
 import shutil
 import time
@@ -11,22 +10,33 @@ from typing import Any, cast
 
 import torch
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_hybrid.modeling import HybridConfig
 from hf_hybrid.modeling.modeling_hybrid import check_mixers
 from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
-from hf_hybrid.trainers.scoring import write_json
+from hf_hybrid.trainers.durable import read_json, read_record, write_json
 
 from .card import save_model
 from .conversion import check_teacher, convert
 from .data import build_rows, load_rows
 from .evaluation import Evaluation, evaluate_model
-from .folder import ARTEFACTS, claim, locked, publish, read_json
+from .folder import ARTEFACTS, check_whole, claim, locked, publish
 from .loading import load_model, load_pair
 from .plots import plot_scores
 from .recipe import Recipe
 from .selection import select_layers
-from .stages import Event, Listener, check_training, cut_for, rows_needed, steps_of, train, training_arguments
+from .stages import (
+    Event,
+    Listener,
+    check_finite,
+    check_training,
+    cut_for,
+    rows_needed,
+    steps_of,
+    train,
+    training_arguments,
+)
 
 
 @dataclass
@@ -84,8 +94,8 @@ def run_recipe(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a run is one process; start it without a launcher, or use the trainers from Python.")
     folder = Path(output_dir)
-    claim(folder, recipe)
     with locked(folder):
+        claim(folder, recipe)
         run = _Run(recipe, folder, progress or (lambda event: None))
         stages = [name for name in ARTEFACTS if name not in ("score", "finetune") or name in recipe.stages()]
         already_finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
@@ -93,6 +103,7 @@ def run_recipe(
         for name in stages:
             done[name] = "found" if already_finished or (folder / ARTEFACTS[name]).exists() else "done"
             if done[name] == "found":
+                run.clean(name)  # a kill may have come after the artefact and before this
                 run.listener(Event(name, "found"))
             else:
                 run.make(name)
@@ -120,12 +131,15 @@ class _Run:
         start = time.perf_counter()
         set_seed(self.recipe.seed)
         getattr(self, f"_{name}")()
-        checkpoints = self._checkpoints(name)
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
+        self.clean(name)
         seconds = read_json(self.folder / "seconds.json") or {}
         write_json(self.folder / "seconds.json", seconds | {name: round(time.perf_counter() - start, 2)})
         self.listener(Event(name, "done", text=f"{time.perf_counter() - start:.1f} s"))
+
+    def clean(self, name: str) -> None:
+        """Removes the checkpoints of a stage whose artefact is there."""
+        if self._checkpoints(name).exists():
+            shutil.rmtree(self._checkpoints(name))
 
     def _check(self) -> None:
         """Finds what cannot work before hours are spent on the stages before it."""
@@ -164,11 +178,12 @@ class _Run:
 
     @cached_property
     def rows(self) -> dict[str, Any]:
+        check_whole(self.folder / ARTEFACTS["data"], "data")
         return load_rows(self.folder / ARTEFACTS["data"])
 
     @property
     def selected(self) -> list[int]:
-        return json.loads((self.folder / ARTEFACTS["select"]).read_text())["layers"]
+        return read_json(self.folder / ARTEFACTS["select"])["layers"]
 
     @property
     def scores(self) -> LayerScores | None:
@@ -179,6 +194,10 @@ class _Run:
         """The student as `stage` left it, always from disk, so that a run that was killed ends like any other."""
         mixed = self.recipe.training.get("bf16") or self.recipe.training.get("fp16")
         dtype = torch.float32 if mixed else self.teacher.dtype
+        return self._load(stage, dtype)
+
+    def _load(self, stage: str, dtype: torch.dtype) -> Any:
+        check_whole(self.folder / ARTEFACTS[stage], stage)
         return load_model(self.folder / ARTEFACTS[stage], dtype=dtype).to(self.device)
 
     def _checkpoints(self, name: str) -> Path:
@@ -186,12 +205,14 @@ class _Run:
 
     def _train(self, name: str, student: Any) -> None:
         rows = cut_for(self.recipe, name, self.rows["train"])
-        train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
-        with publish(self.folder / ARTEFACTS[name]) as partial:
+        state = train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
+        with publish(self.folder / ARTEFACTS[name], listed=True) as partial:
             student.save_pretrained(partial)
+            state.save_to_json(str(partial / TRAINER_STATE_NAME))
+            check_finite(partial)
 
     def _data(self) -> None:
-        with publish(self.folder / ARTEFACTS["data"]) as partial:
+        with publish(self.folder / ARTEFACTS["data"], listed=True) as partial:
             vocabulary = self.teacher.config.vocab_size
             needed = rows_needed(self.recipe)
             rows = build_rows(self.recipe.data, self.tokenizer, needed, self.recipe.seed, partial, vocabulary)
@@ -254,7 +275,7 @@ class _Run:
 
     def _finished_student(self) -> Any:
         last = "distill" if self.recipe.finetune is None else "finetune"
-        return load_model(self.folder / ARTEFACTS[last], dtype=self.teacher.dtype).to(self.device)
+        return self._load(last, self.teacher.dtype)
 
     def _evaluate(self) -> None:
         stage = self.recipe.distill
@@ -269,7 +290,7 @@ class _Run:
         evaluation.save(self.folder / ARTEFACTS["evaluate"])
 
     def _model(self) -> None:
-        evaluation = Evaluation(**json.loads((self.folder / ARTEFACTS["evaluate"]).read_text()))
+        evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])
         with publish(self.folder / ARTEFACTS["model"]) as partial:
             card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe}
             save_model(self._finished_student(), self.tokenizer, partial, **card)

@@ -1,9 +1,7 @@
 """The training stages of a run: arguments from the recipe, checkpoints to go on from, progress to whoever listens."""
 
-import json
 import math
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
 
 from .data import CutRows
+from .folder import damage, seal
 from .recipe import Recipe
 
 
@@ -96,6 +96,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         "save_steps": math.ceil(steps / stage.checkpoints),
         "save_total_limit": 2,
         "logging_steps": max(1, steps // 50),
+        "logging_nan_inf_filter": False,  # it shows a loss that is not finite as the mean of those before
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -123,8 +124,13 @@ def check_training(recipe: Recipe, folder: Path) -> None:
 
 def train(
     recipe: Recipe, name: str, student: Any, teacher: Any, rows: CutRows, folder: Path, listener: Listener
-) -> None:
-    """Trains `student` through the stage `name`, from the newest complete checkpoint in `folder` if there is one."""
+) -> TrainerState:
+    """
+    Trains `student` through the stage `name`, from the newest complete checkpoint in `folder` if there is one.
+
+    Returns the Trainer's state: its `log_history` holds the losses since the stage's start, whatever killed it in
+    between, as if nothing had. A loss or gradient that is not finite raises a `ValueError`.
+    """
     args = training_arguments(recipe, name, folder)
     set_seed(recipe.seed)
     if name == "finetune":
@@ -137,10 +143,26 @@ def train(
     checkpoint = newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text)))
     if checkpoint is not None:
         listener(Event(name, "note", text=f"going on from {checkpoint.name}"))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (SafetensorError, RuntimeError) as error:
+        # What a full disk looks like from torch's and safetensors' writers.
+        if isinstance(error, SafetensorError) or any(mark in str(error) for mark in _WRITE_ERRORS):
+            first = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"{name}: a checkpoint could not be written to {folder} ({first}); the ones before it are kept. Free "
+                "some space, and the same command goes on."
+            ) from error
+        raise
+    return trainer.state
+
+
+_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left", "iostream error")
 
 
 class _Steps(TrainerCallback):
+    """Reports steps, stops at a loss that is not finite before it reaches a checkpoint, and seals checkpoints."""
+
     def __init__(self, name: str, listener: Listener) -> None:
         self.name = name
         self.listener = listener
@@ -148,25 +170,48 @@ class _Steps(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
+            # With fp16, gradients that overflow are skipped and the scale lowered: no error.
+            watched = ("loss",) if args.fp16 else ("loss", "grad_norm")
+            for what in watched:
+                if not math.isfinite(float(logs.get(what, 0.0))):
+                    raise ValueError(self._diverged(what, logs[what], args, state))
             self.text = f"loss {float(logs['loss']):.4f}"
             self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
 
+    def _diverged(self, what: str, value: float, args: Any, state: Any) -> str:
+        whole = [path for path in _checkpoints(Path(args.output_dir)) if damage(path) is None]
+        kept = f"{whole[0].name}, from before it, is kept" if whole else "there is no checkpoint from before it"
+        return (
+            f"{self.name}: the {what} is {value} at step {state.global_step} of {state.max_steps}; nothing is saved "
+            f"of it, and {kept}. Try a lower {self.name}.learning_rate, more {self.name}.warmup_steps, or another "
+            "precision; where it is so from the first step, look for nan in the teacher's weights."
+        )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
+        last = state.global_step >= state.max_steps
+        # A mean of losses that spans a checkpoint would be another one after a resume; and no checkpoint is written
+        # of weights whose loss was not looked at.
+        control.should_log = control.should_log or control.should_save or last
+        if last:
             # The artefact follows at once. And resumed from its last step, the Trainer would train one step more.
             control.should_save = False
         self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
     """
     The newest complete checkpoint of the Trainer in `folder`. Newer ones that a kill left half-written are removed.
 
-    The Trainer writes `trainer_state.json` last, so a checkpoint without a readable one is incomplete.
+    The Trainer writes into place and, where there are too many, removes from place, so what is complete is what
+    [`~hf_hybrid.folder.seal`] marked and still has all of its files.
     """
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        problem = _problem(path)
+    for path in _checkpoints(folder):
+        problem = damage(path)
         if problem is None:
             return path
         note(f"{path.name} is incomplete ({problem}); it is removed and the one before it used")
@@ -174,19 +219,19 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads headers and tables of contents, not weights."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return "no readable trainer_state.json"
-    for file in sorted(checkpoint.iterdir()):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except (SafetensorError, OSError):
-                return f"{file.name} is truncated"
-        elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
-            return f"{file.name} is truncated"
-    return None
+def _checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in `folder`, complete or not, the newest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+
+
+def check_finite(folder: Path) -> None:
+    """Raises a `ValueError` where a weight among the safetensors files in `folder` is not finite."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  no mapping
+                if not torch.isfinite(tensors.get_tensor(name)).all():
+                    raise ValueError(
+                        f"{name} has weights that are not finite after the last step; no model is made of them. Try a "
+                        "lower learning rate, or another precision."
+                    )

@@ -29,3 +29,7 @@ def seed() -> int:
     """Seeds Python, NumPy and torch before each test, and returns the seed."""
     set_seed(0)
     return 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kill-seed", type=int, default=0, help="seed of the random kills; by default from the clock")

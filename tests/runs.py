@@ -1,7 +1,11 @@
 """A tiny teacher with its tokenizer, texts, a recipe that runs in seconds, and runs that die where they are told."""
 
+import hashlib
+import json
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +92,105 @@ def run_and_die(recipe: dict[str, Any], folder: str, where: str, name: str) -> N
 
     os.replace, TrainerState.save_to_json = replace, save_to_json
     run_recipe(Recipe.from_dict(recipe), folder, progress=listen)
+
+
+def run_and_report(
+    recipe: dict[str, Any], folder: str, stage: str, pipe: Any, operation: int | None = None, tear: bool = False
+) -> None:
+    """
+    Runs `recipe` up to `stage`, or all of it for `""`, and sends through `pipe` when a stage starts, and at its end
+    how many files and folders it changed in `folder` and in how many seconds.
+
+    With `operation`, it kills itself before that change of `stage`, or of the whole call; with `tear`, it first cuts
+    the newest file that is not published yet in half, as a kill amid a write leaves it.
+    """
+    from hf_hybrid.recipe import Recipe
+    from hf_hybrid.run import run_recipe
+
+    changes, start = 0, 0.0
+    armed = stage == ""
+
+    def listen(event: Any) -> None:
+        nonlocal changes, start, armed
+        if event.kind == "start":
+            start = time.perf_counter()
+            changes = 0 if stage else changes
+            armed = event.stage == stage or armed
+            pipe.send(event.stage)
+        elif event.kind == "done":
+            pipe.send((event.stage, changes, time.perf_counter() - start))
+
+    def watch(event: str, arguments: tuple) -> None:
+        nonlocal changes
+        if _changes(event, arguments, folder):
+            changes += 1
+            if armed and changes == operation:
+                if tear:
+                    tear_newest(Path(folder))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    run_recipe(Recipe.from_dict(recipe), folder, stop_after=stage or None, progress=listen)
+
+
+def _changes(event: str, arguments: tuple, folder: str) -> bool:
+    """Whether an audit event is about to change something in `folder`."""
+    if event == "open":
+        path, mode, flags = arguments
+        return isinstance(path, str | os.PathLike) and folder in str(path) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+    if event in ("os.remove", "os.rmdir"):
+        path, descriptor = arguments
+        return folder in str(path) or descriptor != -1  # what rmtree removes has names relative to a descriptor
+    return event in ("os.rename", "os.mkdir") and folder in str(arguments[0])
+
+
+def tear_newest(folder: Path) -> None:
+    """Cuts in half the newest file of what is not published: partial files and folders, unsealed checkpoints."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.name != ".lock"
+        and (
+            ".partial" in str(path.relative_to(folder))
+            or (path.parent.name.startswith("checkpoint-") and not (path.parent / "files.json").exists())
+        )
+    ]
+    if files:
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+        os.truncate(newest, newest.stat().st_size // 2)
+
+
+def contents(folder: Path, artefacts: list[str]) -> dict[str, tuple[str, int]]:
+    """Hash and time of change of every file of `artefacts` in `folder`."""
+    found = [path for name in artefacts for path in [folder / name, *(folder / name).rglob("*")]]
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in found
+        if path.is_file()
+    }
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """All that was computed in a run, without times: rows, losses, hashes of weights, scores, layers, figures."""
+    from hf_hybrid.data import load_rows
+
+    found: dict[str, Any] = {}
+    for path in [*folder.glob("*.json"), *folder.glob("*/trainer_state.json"), *folder.glob("*/*.safetensors")]:
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            continue
+        data = json.loads(path.read_text())
+        if path.name == "trainer_state.json":
+            keys = ("step", "loss", "grad_norm", "learning_rate")
+            data = [[entry[key] for key in keys] for entry in data["log_history"] if "loss" in entry]
+        elif path.name == "scores.json":
+            data = [[score["layer"], score["kl"], score["per_sequence"]] for score in data["scores"]]
+        elif path.name == "report.json":
+            del data["seconds"]
+        if path.name != "seconds.json":
+            found[name] = data
+    if (folder / "data").exists():
+        found["data"] = {name: [row["input_ids"] for row in rows] for name, rows in load_rows(folder / "data").items()}
+    return found

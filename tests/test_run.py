@@ -1,19 +1,20 @@
 """A run from start to end, killed everywhere, and refused where it must be."""
 
-import hashlib
 import json
 import multiprocessing
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import run_and_die, save_teacher, save_texts, tiny_recipe
+from runs import contents, run_and_die, save_teacher, save_texts, tiny_recipe
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hybrid import run as run_module
-from hf_hybrid.folder import ARTEFACTS, claim, locked, publish
+from hf_hybrid.folder import ARTEFACTS, claim, locked, publish, seal
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import RunResult, run_recipe
 from hf_hybrid.stages import Event, newest_checkpoint
@@ -56,16 +57,6 @@ def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
 
 
-def contents(folder: Path) -> dict[str, tuple[str, int]]:
-    """Hash and time of change of every file of complete artefacts."""
-    found = [path for name in ARTEFACTS.values() for path in [folder / name, *(folder / name).rglob("*")]]
-    return {
-        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in found
-        if path.is_file()
-    }
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -96,12 +87,12 @@ def test_the_card_holds_what_was_measured(finished: RunResult) -> None:
 
 
 def test_a_finished_run_says_so_and_does_nothing(finished: RunResult, sources: tuple[Path, Path]) -> None:
-    before = contents(finished.folder)
+    before = contents(finished.folder, [*ARTEFACTS.values()])
     events: list[Event] = []
     again = run_recipe(Recipe.from_dict(tiny_recipe(*sources)), finished.folder, progress=events.append)
     assert again.already_finished and again.report == finished.report
     assert {event.kind for event in events} == {"found"}
-    assert contents(finished.folder) == before
+    assert contents(finished.folder, [*ARTEFACTS.values()]) == before
 
 
 def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[Path, Path], tmp_path: Path) -> None:
@@ -114,11 +105,11 @@ def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"
-        now = contents(tmp_path / "run")
+        now = contents(tmp_path / "run", [*ARTEFACTS.values()])
         assert before.items() <= now.items(), f"complete artefacts changed before {where} {name}"
         before = now
     result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
-    assert before.items() <= contents(tmp_path / "run").items()
+    assert before.items() <= contents(tmp_path / "run", [*ARTEFACTS.values()]).items()
     assert result.finished and result.selected == finished.selected
     expected, given = weights(finished.folder / "model"), weights(tmp_path / "run" / "model")
     for key, tensor in expected.items():
@@ -135,12 +126,12 @@ def test_stop_after(sources: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused(finished: RunResult, sources: tuple[Path, Path]) -> None:
-    before = contents(finished.folder)
+    before = contents(finished.folder, [*ARTEFACTS.values()])
     other = tiny_recipe(*sources)
     other["distill"] = other["distill"] | {"tokens": 999}
     with pytest.raises(ValueError, match=r"belongs to another recipe \(distill.tokens: 2048 here, 999 there"):
         run_recipe(Recipe.from_dict(other), finished.folder)
-    assert contents(finished.folder) == before
+    assert contents(finished.folder, [*ARTEFACTS.values()]) == before
 
 
 def test_a_folder_of_something_else_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
@@ -158,9 +149,13 @@ def test_a_recipe_may_be_corrected_before_there_is_any_work(sources: tuple[Path,
 
 
 def test_two_processes_cannot_share_a_folder(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    claim(tmp_path / "run", Recipe.from_dict(tiny_recipe(*sources)))
-    with locked(tmp_path / "run"), pytest.raises(ValueError, match="another process"), locked(tmp_path / "run"):
-        pass
+    folder = tmp_path / "run"
+    with locked(folder):
+        claim(folder, Recipe.from_dict(tiny_recipe(*sources)))
+        before = (folder / "recipe.yaml").read_bytes()
+        with pytest.raises(ValueError, match=rf"another process is running in .* \(process {os.getpid()} on "):
+            run_recipe(Recipe.from_dict(tiny_recipe(*sources, seed=4)), folder)
+        assert (folder / "recipe.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -196,16 +191,25 @@ def test_a_truncated_artefact_is_named(sources: tuple[Path, Path], finished: Run
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    for step in (2, 4, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"\x10\x00")
+    for step in (2, 4, 6, 8, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"moments")
+        save_file({"weight": torch.ones(3)}, folder / "model.safetensors")
+        if step != 10:
+            seal(folder)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"mom")
+    weights = bytearray((tmp_path / "checkpoint-8" / "model.safetensors").read_bytes())
+    weights[10] ^= 0x80  # in the header
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(weights)
     notes: list[str] = []
     assert newest_checkpoint(tmp_path, notes.append) == tmp_path / "checkpoint-2"
-    assert [note.split(";")[0] for note in notes] == [
-        "checkpoint-10 is incomplete (no readable trainer_state.json)",
-        "checkpoint-4 is incomplete (model.safetensors is truncated)",
+    assert [note.split("); it is removed")[0].split(": ")[0] for note in notes] == [
+        "checkpoint-10 is incomplete (it has no files.json",
+        "checkpoint-8 is incomplete (model.safetensors is no safetensors file",
+        "checkpoint-6 is incomplete (optimizer.pt has 3 bytes of 7",
+        "checkpoint-4 is incomplete (optimizer.pt is missing",
     ]
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 import os
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import PrinterCallback, set_seed
 
 from .distillation import DistillationConfig, DistillationTrainer
+from .durable import read_json, read_record, write_json
 from .held_out import HeldOutKL, held_out_kl
 
 
@@ -59,6 +59,10 @@ class LayerScores:
     evaluation_tokens: int = 0
     baseline: float = float("nan")
 
+    def __post_init__(self) -> None:
+        # JSON gives dictionaries.
+        self.scores = [LayerScore(**score) if isinstance(score, dict) else score for score in self.scores]
+
     @property
     def tokens(self) -> int:
         """Tokens trained on for all scores."""
@@ -96,8 +100,7 @@ class LayerScores:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LayerScores":
         """Reads what [`LayerScores.save`] wrote."""
-        data = json.loads(Path(path).read_text())
-        return cls(**{**data, "scores": [LayerScore(**score) for score in data["scores"]]})
+        return read_record(cls, path)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -157,6 +160,7 @@ def score_layers(
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
     folder = None if output_dir is None else Path(output_dir)
     baseline = held_out_kl(student, teacher, eval_dataset, args.per_device_eval_batch_size)
+    _check_finite("the aligned student", baseline.mean)
     if folder is not None:
         _claim(folder, _settings(args, method, tokens_per_layer, baseline.mean))
     aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in student.state_dict().items()}
@@ -164,13 +168,14 @@ def score_layers(
     for layer in wanted:
         kept = None if folder is None else folder / f"layer_{layer:03d}.json"
         if kept is not None and kept.is_file():
-            score = LayerScore(**json.loads(kept.read_text()))
+            score = read_record(LayerScore, kept)
         else:
             try:
                 score = _score_layer(student, teacher, layer, train_dataset, eval_dataset, args, tokens_per_layer)
             finally:
                 student.set_full_attention_layers([])
                 student.load_state_dict(aligned)
+            _check_finite(f"layer {layer}", score.kl)
             if kept is not None:
                 write_json(kept, dataclasses.asdict(score))
         scores.append(score)
@@ -196,6 +201,14 @@ def _check(student: Any, method: str, layers: Iterable[int] | None) -> list[int]
     return wanted
 
 
+def _check_finite(what: str, kl: float) -> None:
+    if not math.isfinite(kl):
+        raise ValueError(
+            f"{what} has a held-out KL of {kl}, which ranks nothing, and is not kept; lower the learning rates of the "
+            "scores, or look for nan in the weights that they start from."
+        )
+
+
 def _settings(
     args: DistillationConfig, method: str, tokens_per_layer: int | None, baseline: float
 ) -> dict[str, float | int | str | None]:
@@ -211,7 +224,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, settings)
         return
-    for name, there in json.loads(path.read_text()).items():
+    for name, there in read_json(path).items():
         here = settings[name]
         same = math.isclose(there, here, rel_tol=1e-3) if name == "baseline" else there == here
         if not same:
@@ -257,15 +270,3 @@ def tokens_per_step(dataset: Any, args: Any) -> int:
 def steps_for(tokens: int, dataset: Any, args: Any) -> int:
     """Optimizer steps that cover `tokens`, rounded up."""
     return max(1, -(-tokens // tokens_per_step(dataset, args)))
-
-
-def write_json(path: str | os.PathLike, data: Any) -> None:
-    """Writes `data` as JSON so that a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as stream:
-        json.dump(data, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

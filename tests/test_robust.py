@@ -1,0 +1,153 @@
+"""A plug pulled at any moment: kills in every stage at random, and what a run makes of them."""
+
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import contents, results, run_and_report, save_teacher, save_texts, tiny_recipe
+
+from hf_hybrid.folder import ARTEFACTS
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import run_recipe
+
+
+STAGES = list(ARTEFACTS)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["hf_hybrid.run", "hf_hybrid.plots", "matplotlib.pyplot", "runs"])
+
+
+class Reference:
+    """A run that nothing killed, with the changes of files that each stage makes, and its seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        # Few texts: alignment and distillation go over them more than once, so resumes fall into later epochs too.
+        texts = save_texts(folder / "texts")
+        for text in sorted(texts.iterdir())[4:]:
+            text.unlink()
+        # And losses are means over steps that checkpoints do not divide.
+        self.recipe = tiny_recipe(
+            save_teacher(folder / "teacher"), texts, training={"use_cpu": True, "logging_steps": 3}
+        )
+        self.folder = folder / "run"
+        self.cost: dict[str, tuple[int, float]] = {}
+        here, process = start(self.recipe, self.folder, "report")
+        for stage in STAGES:
+            assert here.recv() == stage
+            self.cost[stage] = here.recv()[1:]
+        process.join()
+        self.results = results(self.folder)
+
+    def until(self, stage: str, folder: Path) -> None:
+        """Makes `folder` a copy of the run as it was when `stage` started; for the first one, nothing."""
+        later = STAGES[STAGES.index(stage) :]
+        gone = [ARTEFACTS[name] for name in later]
+        gone += [other for other, of in (("scores", "score"), ("scores.png", "select")) if of in later]
+        if stage != "data":
+            ignore = lambda path, names: gone if Path(path) == self.folder else []  # noqa: E731
+            shutil.copytree(self.folder, folder, ignore=ignore)
+
+
+def start(recipe: dict[str, Any], folder: Path, stage: str, *fate: Any) -> tuple[Any, Any]:
+    """A process that runs `recipe`, and the end of its pipe."""
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=run_and_report, args=(recipe, str(folder), stage, there, *fate))
+    process.start()
+    there.close()
+    return here, process
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("robust"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Seeded from the clock; the seed is printed, and `--kill-seed` gives it back."""
+    number = request.config.getoption("--kill-seed") or time.time_ns() % 10**9
+    print(f"--kill-seed {number}")
+    return random.Random(number)
+
+
+def kill(reference: Reference, folder: Path, stage: str, rng: random.Random, by: str) -> str | None:
+    """Runs in `folder` until it is killed in `stage`; says how, or None where the stage was over before."""
+    changes, seconds = reference.cost[stage]
+    operation, delay, tear = rng.randint(1, changes), rng.uniform(0, seconds), rng.random() < 0.5
+    here, process = start(reference.recipe, folder, stage, operation if by == "operation" else None, tear)
+    if by == "time":
+        assert here.recv() == stage
+        process.join(delay)
+        process.kill()
+    process.join(120)
+    if process.exitcode == 0:
+        return None
+    assert process.exitcode == -signal.SIGKILL
+    return f"before change {operation} of {changes}, torn: {tear}" if by == "operation" else f"after {delay:.3f} s"
+
+
+def kill_and_finish(reference: Reference, folder: Path, stage: str, rng: random.Random, kinds: list[str]) -> int:
+    """Kills `stage` once for each of `kinds`, one upon the other, then lets it end; returns how often it died."""
+    reference.until(stage, folder)
+    whole = [ARTEFACTS[name] for name in STAGES[: STAGES.index(stage)]]
+    before = contents(folder, whole)
+    deaths = 0
+    for by in kinds:
+        how = kill(reference, folder, stage, rng, by)
+        print(f"{stage}: {f'killed {how}' if how else 'it ended before'}")
+        deaths += how is not None
+        assert before.items() <= contents(folder, whole).items(), f"artefacts from before {stage} changed"
+        if (folder / ARTEFACTS[stage]).exists():
+            # Complete, as its name says, whether the kill came right after it or not at all.
+            whole = [*whole, ARTEFACTS[stage]]
+            before = contents(folder, whole)
+            break
+        assert how is not None
+    run_recipe(Recipe.from_dict(reference.recipe), folder, stop_after=stage)
+    assert contents(folder, whole) == before
+    given = results(folder)
+    assert set(given) == {name for name in reference.results if Path(name).parts[0] in [*whole, ARTEFACTS[stage]]}
+    for name in given:
+        assert given[name] == reference.results[name], name
+    assert [*folder.glob("*_checkpoints"), *folder.glob("*.partial*")] == []
+    return deaths
+
+
+def test_killed_at_random_each_stage_ends_as_if_it_was_not(
+    reference: Reference, tmp_path: Path, rng: random.Random
+) -> None:
+    for stage, kinds in {
+        "data": ["operation"],
+        "align": ["operation", "time"],
+        "score": ["operation"],
+        "distill": ["time"],
+        "model": ["operation"],
+    }.items():
+        kill_and_finish(reference, tmp_path / stage, stage, rng, kinds)
+
+
+@pytest.mark.slow
+def test_killed_at_random_twenty_times_and_more(reference: Reference, tmp_path: Path, rng: random.Random) -> None:
+    deaths = rounds = 0
+    while deaths < 20:
+        rounds += 1
+        for stage in STAGES:
+            kinds = rng.choice([["operation", "time"], ["time", "operation"], ["operation", "operation", "operation"]])
+            deaths += kill_and_finish(reference, tmp_path / f"{stage}_{rounds}", stage, rng, kinds)
+    print(f"{deaths} kills")
+
+
+@pytest.mark.parametrize("tear", [False, True])
+def test_killed_while_it_claims_a_new_folder(reference: Reference, tmp_path: Path, tear: bool) -> None:
+    for operation in range(1, 7):
+        folder = tmp_path / str(operation)
+        for _ in range(2):
+            _, process = start(reference.recipe, folder, "", operation, tear)
+            process.join(120)
+            assert process.exitcode == -signal.SIGKILL
+        run_recipe(Recipe.from_dict(reference.recipe), folder, stop_after="data")
+        assert results(folder)["data"] == reference.results["data"]

@@ -1,0 +1,80 @@
+"""Files that outlive a kill and a power cut: under its name, a file or folder is complete or not there."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+Record = TypeVar("Record")
+PARTIAL = ".partial"
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` as UTF-8 so that a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """[`write_text`] of `data` as JSON."""
+    write_text(path, json.dumps(data, indent=1))
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds, or None where there is none; a `ValueError` that names it where it is no JSON."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the same call makes it again.") from error
+
+
+def read_record(kind: type[Record], path: str | os.PathLike) -> Record:
+    """The dataclass `kind` of a JSON file with its fields; a `ValueError` that names the file where it has others."""
+    data = read_json(path)
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise ValueError(
+            f"{path} holds no {kind.__name__} ({error}); delete it, and the same call makes it again."
+        ) from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Brings every file below `folder` to the disk, then the folders that name them."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_directory(path)
+
+
+def sync_directory(folder: Path) -> None:
+    """Brings the names in `folder` to the disk: until then a power cut may undo a rename."""
+    if os.name == "nt":  # no directory can be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems order renames themselves and refuse this.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
