@@ -1,0 +1,384 @@
+"""The same comparisons on a GPU, at the shapes of Qwen2.5-1.5B with random weights, in bf16.
+
+    python benchmarks/gpu.py --output benchmarks/results/gpu.json
+    python benchmarks/gpu.py --part recurrence --mixers gated_deltanet
+    python benchmarks/gpu.py --device cpu --tiny          # does everything once in a minute; its times say nothing
+
+Parts: `correctness` holds fla's kernels and our torch forms against our torch forms in float64, gradients, packed rows
+and decoding included; `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation
+step, teacher and KL included, the optimizer not; `inference` times prefill and decoding. Hybrids keep softmax in the
+last of every four layers.
+
+Every row is written to the file as soon as it is measured, and rows of an earlier run of the same part are kept where
+this run does not measure them again. What cannot run here is said and left out.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from decode import cache_bytes
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2Config
+
+import hf_hybrid as hh
+from hf_hybrid.modeling import kernels
+
+
+RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "gated_deltanet": kernels.gated_delta_rule,
+    "gated_linear_attention": kernels.gated_linear_attention,
+    "kimi_delta_attention": kernels.kimi_delta_attention,
+}
+PARTS = ("correctness", "recurrence", "training", "inference")
+# What makes a row of each part another row.
+KEYS = {
+    "correctness": ("mixer", "kernel", "dtype", "case"),
+    "recurrence": ("impl", "tokens", "mode"),
+    "training": ("model", "batch"),
+    "inference": ("model", "context"),
+}
+SIZES = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(0)
+    results = Results(args)
+    for part in args.part:
+        globals()[part](args, results)
+    results.show()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--mixers", nargs="+", choices=RECURRENCES, default=list(RECURRENCES))
+    parser.add_argument("--kernels", nargs="+", choices=("fla", "torch"), default=["fla", "torch"])
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768], help="recurrence")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="training, rows of 4096 tokens")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096 * n for n in (1, 4, 8, 16, 32)])
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each cell")
+    parser.add_argument("--steps", type=int, default=32, help="decoded tokens of each cell")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small models and lengths, to try the program itself")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --device cpu --tiny tries the program without one")
+    args.train_tokens = 4096
+    if args.tiny:
+        args.tokens, args.batches, args.contexts, args.train_tokens = [64, 200], [1, 2], [64, 130], 128
+        args.repeats, args.steps = 2, 3
+    args.sizes = TINY if args.tiny else SIZES
+    args.heads = args.sizes["num_attention_heads"]
+    args.width = args.sizes["hidden_size"] // args.heads
+    reason = "the tensors are on the CPU" if args.device == "cpu" else kernels.why_not_fla()
+    if reason is not None and "fla" in args.kernels:
+        sys.stderr.write(f"fla is left out: {reason}\n")
+        args.kernels = [name for name in args.kernels if name != "fla"]
+    if "fla" in args.kernels:
+        shorten_autotuning()
+    return args
+
+
+def shorten_autotuning() -> None:
+    """fla tries dozens of configurations of each kernel, for 125 ms each: 25 ms tell them apart as well."""
+    from triton.runtime import driver
+    from triton.testing import do_bench
+
+    short = functools.partial(do_bench, warmup=5, rep=20)
+    type(driver.active).get_benchmarker = lambda self: short
+
+
+class Results:
+    """The rows of each part, in a file where one was named."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.file: Path | None = args.output
+        self.parts: dict[str, Any] = {}
+        if self.file and self.file.exists():
+            self.parts = json.loads(self.file.read_text("utf-8"))
+        now = environment(args.device)
+        if self.parts.setdefault("environment", now) != now:
+            raise ValueError(
+                f"{self.file} has rows measured with {self.parts['environment']}, this is {now}; name another file."
+            )
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        """Keeps `row` in place of an earlier one of the same name, prints it, and saves all."""
+        name = [row[key] for key in KEYS[part]]
+        rows = [other for other in self.parts.get(part, []) if [other[key] for key in KEYS[part]] != name]
+        self.parts[part] = [*rows, row]
+        sys.stdout.write(f"{part} {json.dumps(row)}\n")
+        sys.stdout.flush()
+        if self.file:
+            partial = self.file.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(self.parts, indent=1) + "\n", "utf-8")
+            partial.replace(self.file)
+
+    def show(self) -> None:
+        sys.stdout.write(f"{json.dumps(self.parts['environment'])}\n")
+
+
+def environment(device: str) -> dict[str, str]:
+    """The card and the versions that the numbers depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    for package in ("triton", "fla-core"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return found
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Mixers and the implementations of their recurrence."""
+    for mixer in args.mixers:
+        for kernel in args.kernels:
+            yield mixer, kernel
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ms(function: Callable[[], object], args: argparse.Namespace, repeats: int, warmup: int = 2) -> float:
+    """Median milliseconds of `function`, the host waiting for the device before and after each call."""
+    times = []
+    for i in range(warmup + repeats):
+        synchronize(args.device)
+        start = time.perf_counter()
+        function()
+        synchronize(args.device)
+        if i >= warmup:
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def peak_mb(args: argparse.Namespace, function: Callable[[], object], over: int = 0) -> float | None:
+    """Megabytes (10^6) of device memory at the peak of one call, less `over` bytes."""
+    if args.device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - over) / 1e6
+
+
+def inputs_of(mixer: str, batch: int, tokens: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Tensor]:
+    """q, k, v, g, and beta where there is one, as the mixers hand them over: g and beta in fp32."""
+    shape = (batch, tokens, args.heads)
+    new = functools.partial(torch.randn, device=args.device)
+    q, k = (F.normalize(new(*shape, args.width), dim=-1).to(dtype) for _ in range(2))
+    inputs = {"q": q, "k": k, "v": new(*shape, args.width).to(dtype)}
+    if mixer == "gated_deltanet":
+        return inputs | {"g": F.logsigmoid(new(*shape)), "beta": new(*shape).sigmoid()}
+    inputs["g"] = F.logsigmoid(new(*shape, args.width) + 3)
+    return inputs if mixer == "gated_linear_attention" else inputs | {"beta": new(*shape).sigmoid()}
+
+
+# --- correctness
+
+
+def correctness(args: argparse.Namespace, results: Results) -> None:
+    """Relative errors ||x - reference|| / ||reference|| of outputs, states and gradients."""
+    tokens = 300
+    for mixer, kernel in cells(args):
+        entry = RECURRENCES[mixer]
+        for dtype in (getattr(torch, name) for name in args.dtypes):
+            inputs = inputs_of(mixer, 2, tokens, args, dtype)
+            state = torch.randn(2, args.heads, args.width, args.width, device=args.device)
+            starts = torch.tensor([[100], [163]], device=args.device)  # of each row's second document
+            seq_idx = (torch.arange(tokens, device=args.device) >= starts).int()
+            for case, options in (("with state", {"initial_state": state}), ("packed rows", {"seq_idx": seq_idx})):
+                found = with_gradients(entry, inputs, kernel=kernel, **options)
+                exact = with_gradients(entry, doubled(inputs), kernel="torch", **doubled(options))
+                row = {"mixer": mixer, "kernel": kernel, "dtype": str(dtype)[6:], "case": case}
+                results.add("correctness", row | {"errors": relative_errors(found, exact)})
+            found = decoded(entry, inputs, tokens - 8, kernel)
+            exact = dict(zip(("o", "final_state"), entry(**doubled(inputs), kernel="torch"), strict=True))
+            row = {"mixer": mixer, "kernel": kernel, "dtype": str(dtype)[6:], "case": "prefill, 8 tokens decoded"}
+            results.add("correctness", row | {"errors": relative_errors(found, exact)})
+
+
+def doubled(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Floating tensors in float64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def with_gradients(entry: Callable[..., Any], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    if "initial_state" in options:
+        options["initial_state"] = leaves["initial_state"] = options["initial_state"].clone().requires_grad_()
+    o, state = entry(**{name: leaves[name] for name in inputs}, **options)
+    generator = torch.Generator(o.device).manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, device=o.device).bfloat16() for x in (o, state)]
+    loss = sum((x * weight.to(x.dtype)).sum() for x, weight in zip((o, state), weights, strict=True))
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"o": o, "final_state": state} | {f"d_{n}": x for n, x in zip(leaves, gradients, strict=True)}
+
+
+@torch.no_grad()
+def decoded(entry: Callable[..., Any], inputs: dict[str, Tensor], prefill: int, kernel: str) -> dict[str, Tensor]:
+    """Output and state of a call on the first tokens and one call for each that follows."""
+    o, state = entry(**{name: x[:, :prefill] for name, x in inputs.items()}, kernel=kernel)
+    outputs = [o]
+    for t in range(prefill, inputs["q"].shape[1]):
+        one = {name: x[:, t : t + 1] for name, x in inputs.items()}
+        o, state = entry(**one, initial_state=state, kernel=kernel)
+        outputs.append(o)
+    return {"o": torch.cat(outputs, dim=1), "final_state": state}
+
+
+def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: float(f"{((found[name].double() - x.double()).norm() / x.double().norm()).item():.3g}")
+        for name, x in exact.items()
+    }
+
+
+# --- recurrence
+
+
+def recurrence(args: argparse.Namespace, results: Results) -> None:
+    """One layer's recurrence, one sequence: forward, and forward with backward."""
+    dtype = torch.bfloat16
+    for tokens in args.tokens:
+        operators: list[tuple[str, Callable[..., Any], dict[str, Tensor]]] = []
+        for mixer, kernel in cells(args):
+            entry = functools.partial(RECURRENCES[mixer], kernel=kernel)
+            operators.append((f"{mixer}, {kernel}", entry, inputs_of(mixer, 1, tokens, args, dtype)))
+        heads_first = (1, args.heads, tokens, args.width)
+        qkv = {name: torch.randn(heads_first, device=args.device, dtype=dtype) for name in ("query", "key", "value")}
+        for name, operator, inputs in [("sdpa", softmax_attention, qkv), *operators]:
+            for mode in ("forward", "forward_backward"):
+                call = functools.partial(run_operator, operator, inputs, mode == "forward_backward")
+                over = torch.cuda.memory_allocated() if args.device == "cuda" else 0
+                ms = median_ms(call, args, args.repeats)
+                row = {"impl": name, "tokens": tokens, "mode": mode, "ms": ms, "peak_mb": peak_mb(args, call, over)}
+                results.add("recurrence", row)
+
+
+def softmax_attention(**inputs: Tensor) -> tuple[Tensor]:
+    return (F.scaled_dot_product_attention(**inputs, is_causal=True),)
+
+
+def run_operator(operator: Callable[..., Any], inputs: dict[str, Tensor], backward: bool) -> None:
+    if not backward:
+        with torch.no_grad():
+            operator(**inputs)
+        return
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    o = operator(**leaves)[0]
+    torch.autograd.grad(o, list(leaves.values()), torch.ones_like(o))
+
+
+# --- models
+
+
+def make_teacher(args: argparse.Namespace) -> PreTrainedModel:
+    config = Qwen2Config(
+        **args.sizes, tie_word_embeddings=True, max_position_embeddings=1 << 18, rope_parameters={"rope_theta": 1e6}
+    )
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The softmax model, and a hybrid for each mixer and implementation, one after another."""
+    layers = args.sizes["num_hidden_layers"]
+    yield "softmax", hh.convert(teacher, range(layers))
+    for mixer, kernel in cells(args):
+        yield f"{mixer}, {kernel}", hh.convert(teacher, range(3, layers, 4), mixer=mixer, kernel=kernel)
+
+
+def training(args: argparse.Namespace, results: Results) -> None:
+    """A distillation step without its optimizer: teacher forward, student forward, KL of all tokens, backward."""
+    from hf_hybrid.trainers.distillation import kl_of_batch
+
+    teacher = make_teacher(args).requires_grad_(False)
+    for name, student in students(args, teacher):
+        student.train()
+        for batch in args.batches:
+            ids = torch.randint(args.sizes["vocab_size"], (batch, args.train_tokens), device=args.device)
+
+            def step(student: Any = student, ids: Tensor = ids) -> None:
+                kl_of_batch(student, teacher, {"input_ids": ids}).mean().backward()
+                student.zero_grad(set_to_none=True)
+
+            try:
+                ms = median_ms(step, args, min(3, args.repeats))
+                peak = peak_mb(args, step)
+            except torch.OutOfMemoryError:
+                sys.stderr.write(f"training {name}, batch {batch} is left out: out of memory\n")
+                student.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                continue
+            row = {"model": name, "batch": batch, "tokens_per_second": 1000 * ids.numel() / ms, "peak_mb": peak}
+            results.add("training", row)
+
+
+@torch.no_grad()
+def inference(args: argparse.Namespace, results: Results) -> None:
+    """Prefill of one prompt, and decoding after it, eagerly: every operation is launched by Python."""
+    teacher = make_teacher(args)
+    for name, model in students(args, teacher):
+        for context in args.contexts:
+            ids = torch.randint(args.sizes["vocab_size"], (1, context), device=args.device)
+            cache = DynamicCache(config=model.config)
+
+            def prefill(model: Any = model, ids: Tensor = ids) -> DynamicCache:
+                cache = DynamicCache(config=model.config)
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                return cache
+
+            try:
+                prefill_ms = median_ms(prefill, args, min(2, args.repeats), warmup=1)
+                cache = prefill()
+                size = cache_bytes(cache)
+
+                def step(model: Any = model, cache: DynamicCache = cache, token: Tensor = ids[:, :1]) -> None:
+                    model(token, past_key_values=cache, use_cache=True)
+
+                ms = median_ms(step, args, args.steps, warmup=3)
+            except torch.OutOfMemoryError:
+                sys.stderr.write(f"inference {name}, context {context} is left out: out of memory\n")
+                torch.cuda.empty_cache()
+                continue
+            row = {"model": name, "context": context, "prefill_ms": prefill_ms, "decode_ms": ms, "cache_bytes": size}
+            results.add("inference", row)
+
+
+if __name__ == "__main__":
+    main()
