@@ -7,6 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_hybrid.modeling import HybridConfig
+
 
 VOCABULARY = 99
 LAYERS = 4
@@ -127,7 +129,7 @@ NOTES |= {name: _SHARED for name, changes in OVERRIDES.items() if "num_kv_shared
 
 def causal_types() -> list[str]:
     """Every model type that transformers has a causal language model for."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name != HybridConfig.model_type]
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:

@@ -1,6 +1,7 @@
 """The hybrid model: what travels with each checkpoint. Importing this registers it with the Auto classes."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_hybrid import HybridConfig
 from .gated_deltanet import GatedDeltaNet
@@ -13,6 +14,9 @@ from .sliding_window_attention import SlidingWindowAttention
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+# Looked up by name: Trainer shifts the labels before it smooths them for the classes in here alone, and pipelines
+# call every other class unsupported.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridForCausalLM.__name__
 HybridConfig.register_for_auto_class()
 HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 

@@ -26,8 +26,12 @@ _MIRRORED = frozenset(
         "eos_token_id",
         "tie_word_embeddings",
         "output_router_logits",
+        "_attn_implementation_internal",
+        "_experts_implementation_internal",
     }
 )
+# Read from either config, so kept in both.
+_SET_ON_BOTH = frozenset({"output_attentions", "output_hidden_states"})
 # Probed by the library on every config: answering from the nested config would make it process them twice.
 _NOT_INHERITED = frozenset({"text_config", "rope_parameters", "per_layer_config"})
 
@@ -79,6 +83,10 @@ class HybridConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        # The library would set its default on the nested config, which may have an implementation already.
+        for name in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.text_config, f"_{name}")
         super().__post_init__(**kwargs)
         if not self.softmax_layer_types:
             self.softmax_layer_types = get_layer_types_and_kwargs(self.text_config)[0]
@@ -102,6 +110,17 @@ class HybridConfig(PreTrainedConfig):
             )
         if self.kernel not in ("auto", "torch", "fla"):
             raise ValueError(f"kernel={self.kernel!r} is unknown; choose 'auto', 'torch' or 'fla'.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the library's, but refuses the config of another model, whose settings would be lost without a word."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"this is the config of a {model_type!r} model, not of a hybrid; convert the model with "
+                "hf_hybrid.convert, or pass config=HybridConfig.from_teacher(its config, full_attention_layers)."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_teacher(
@@ -142,14 +161,16 @@ class HybridConfig(PreTrainedConfig):
         return common | (options.get(mixer) or {} if mixer else {})
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key in _MIRRORED and isinstance(self.__dict__.get("text_config"), PreTrainedConfig):
+        nested = isinstance(self.__dict__.get("text_config"), PreTrainedConfig)
+        if nested and (key in _MIRRORED or key in _SET_ON_BOTH):
             setattr(self.text_config, key, value)
-        else:
+        if not nested or key not in _MIRRORED:
             super().__setattr__(key, value)
 
     def __getattr__(self, key: str) -> Any:
         text_config = self.__dict__.get("text_config")
-        if key.startswith("_") or key in _NOT_INHERITED or not isinstance(text_config, PreTrainedConfig):
+        private = key.startswith("_") and key not in _MIRRORED
+        if private or key in _NOT_INHERITED or not isinstance(text_config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
         return getattr(text_config, key)
 
@@ -185,40 +206,46 @@ class _BackboneView:
     whatever is set on one (attention implementation, `use_cache`, vocabulary size) is set on both.
     """
 
-    __slots__ = ("_source", "_softmax_layer_types")
+    __slots__ = ("_hybrid",)
 
-    _source: PreTrainedConfig
-    _softmax_layer_types: list[str]
+    _hybrid: HybridConfig
 
     @property
     def layer_types(self) -> list[str]:
-        return self._softmax_layer_types
+        return self._hybrid.softmax_layer_types
 
     @layer_types.setter
     def layer_types(self, value: list[str]) -> None:
         raise AttributeError("the backbone's layer_types are the teacher's; set layer_types on the hybrid's config")
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the hybrid's config: a backbone that is saved alone has linear layers all the same."""
+        self._hybrid.save_pretrained(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict) -> PreTrainedConfig:
-        return backbone_view(copy.deepcopy(self._source, memo), list(self._softmax_layer_types))
+        return backbone_view(copy.deepcopy(self._hybrid, memo))
 
     def __reduce__(self) -> tuple:
-        return backbone_view, (self._source, self._softmax_layer_types)
+        return backbone_view, (self._hybrid,)
 
 
 @functools.cache
 def _view_class(config_class: Any) -> Any:
-    # Without the teacher's plan: tensor parallelism would shard q_proj, k_proj, ... by name, and cut mixers' heads.
-    namespace = {"__module__": __name__, "base_model_tp_plan": None}
+    # Without the plan for attention: tensor parallelism shards q_proj, k_proj, ... by name, and would cut mixers'
+    # heads. Every rank computes attention whole; the rest of the teacher's plan goes on from its output as before.
+    plan = config_class.base_model_tp_plan
+    if plan is not None:
+        plan = {name: style for name, style in plan.items() if "self_attn" not in name.split(".")}
+    namespace = {"__module__": __name__, "base_model_tp_plan": plan}
     return type(config_class.__name__, (_BackboneView, config_class), namespace)
 
 
-def backbone_view(text_config: PreTrainedConfig, softmax_layer_types: list[str]) -> PreTrainedConfig:
-    """Returns a live view of `text_config` whose `layer_types` are `softmax_layer_types`."""
-    config_class: Any = type(text_config)
+def backbone_view(config: HybridConfig) -> PreTrainedConfig:
+    """Returns a live view of `config.text_config` whose `layer_types` are `config.softmax_layer_types`."""
+    config_class: Any = type(config.text_config)
     view = object.__new__(_view_class(config_class))
-    object.__setattr__(view, "__dict__", text_config.__dict__)
-    object.__setattr__(view, "_source", text_config)
-    object.__setattr__(view, "_softmax_layer_types", softmax_layer_types)
+    object.__setattr__(view, "__dict__", config.text_config.__dict__)
+    object.__setattr__(view, "_hybrid", config)
     return view
 
 
@@ -244,6 +271,5 @@ def attention_view(config: PreTrainedConfig, implementation: str) -> PreTrainedC
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
     if isinstance(config, _BackboneView):
-        object.__setattr__(view, "_source", config._source)
-        object.__setattr__(view, "_softmax_layer_types", config._softmax_layer_types)
+        object.__setattr__(view, "_hybrid", config._hybrid)
     return view

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .kernels import gated_delta_rule
-from .linear_attention import LinearAttention, init_decay, unit, widen
+from .linear_attention import LinearAttention, decay_parameter, init_decay, unit, widen
 
 
 class GatedDeltaNet(LinearAttention):
@@ -27,13 +27,14 @@ class GatedDeltaNet(LinearAttention):
     convolution where asked for. State: `4 H D V` bytes per sequence.
     """
 
+    decay_parameters = ("A_log", "dt_bias")
+
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
         self.a_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
         self.b_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
-        # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        self.A_log = decay_parameter(self.num_heads)
+        self.dt_bias = decay_parameter(self.num_heads)
 
     def init_weights(self) -> None:
         """Decay rates and step sizes spread over heads as in the official implementation of Gated DeltaNet."""

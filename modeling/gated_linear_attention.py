@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernels import gated_linear_attention
-from .linear_attention import LinearAttention, widen
+from .linear_attention import LinearAttention, decay_parameter, widen
 
 
 # Rank of the decay's projection and what its log is divided by: arXiv 2312.06635, section 4.4.
@@ -34,14 +34,15 @@ class GatedLinearAttention(LinearAttention):
     a convolution where asked for. State: `4 H D V` bytes per sequence.
     """
 
+    decay_parameters = ("gk_bias",)
+
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
         channels = self.num_heads * self.head_dim
         self.gk_proj = nn.Sequential(
             nn.Linear(self.hidden_size, _LOW_RANK, bias=False), nn.Linear(_LOW_RANK, channels, bias=False)
         )
-        # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
-        self.gk_bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.gk_bias = decay_parameter(channels)
 
     def init_weights(self) -> None:
         """A bias of zero, as in the official implementation: a decay of 0.958 per token to begin with."""

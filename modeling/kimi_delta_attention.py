@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .kernels import kimi_delta_attention
-from .linear_attention import LinearAttention, LinearAttentionOptions, init_decay, unit, widen
+from .linear_attention import LinearAttention, LinearAttentionOptions, decay_parameter, init_decay, unit, widen
 
 
 @dataclass
@@ -37,6 +37,7 @@ class KimiDeltaAttention(LinearAttention):
     """
 
     options_class = KimiDeltaAttentionOptions
+    decay_parameters = ("A_log", "dt_bias")
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
@@ -45,9 +46,8 @@ class KimiDeltaAttention(LinearAttention):
             nn.Linear(hidden_size, self.value_dim, bias=False), nn.Linear(self.value_dim, channels, bias=False)
         )
         self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
-        # In fp32 whatever the model's dtype: a rounding of the log decay compounds over every token.
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.A_log = decay_parameter(self.num_heads)
+        self.dt_bias = decay_parameter(channels)
 
     def init_weights(self) -> None:
         """Decay rates spread over heads and step sizes over channels, as in the official implementation."""

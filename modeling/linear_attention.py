@@ -68,6 +68,11 @@ def widen(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def decay_parameter(width: int) -> nn.Parameter:
+    """A parameter of the decay: fp32 in a model of half precision, for a rounding of it compounds over every token."""
+    return nn.Parameter(torch.zeros(width, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
 def init_decay(rates: torch.Tensor, steps: torch.Tensor) -> None:
     """Initialises `A_log` and `dt_bias`, spread out as in the official implementations of the gated delta rules."""
     rate = torch.empty_like(rates, dtype=torch.float32).uniform_(1.0, 16.0)
@@ -143,6 +148,8 @@ class LinearAttention(AdoptedAttention):
     """
 
     options_class: ClassVar[type[LinearAttentionOptions]] = LinearAttentionOptions
+    # Names of the parameters made by `decay_parameter`.
+    decay_parameters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, layer_idx)

@@ -45,8 +45,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     config: HybridConfig
     _is_stateful = True  # a recurrent state cannot be rolled back: the library then refuses assisted decoding
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "gk_bias"}
-    _tp_plan = None
+    # For whoever asks the class before there is a teacher; an instance has its teacher's own, see `_specialise`.
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __new__(cls, config: HybridConfig | None = None, *args: Any, **kwargs: Any) -> "HybridForCausalLM":
         # Copying and unpickling call this on a class that is already specialised, without a config.
@@ -57,7 +62,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridConfig) -> None:
         check_mixers(config)
-        super().__init__(backbone_view(config.text_config, config.softmax_layer_types))
+        super().__init__(backbone_view(config))
         self.config = config
         # Trainers that build a second model like this one (a reference model) read it here.
         config._attn_implementation = config.text_config._attn_implementation
@@ -73,7 +78,23 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         backbone.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
         for layer in layers:
             layer.register_forward_pre_hook(hand_over, with_kwargs=True)
+        self._keep_in_fp32_modules_strict = self._decay_parameters()
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """The teacher's forward, which takes its place in an instance; see the library's docs of the teacher."""
+        raise NotImplementedError  # only its signature is ever used
 
     @property
     def linear_attention_layers(self) -> list[int]:
@@ -124,6 +145,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             self._init_new_modules(mixer)
             own[i].self_attn = _cast(mixer, projection.dtype).train(self.training)
         self.config.full_attention_layers = keep
+        self._keep_in_fp32_modules_strict = self._decay_parameters()
+
+    def _decay_parameters(self) -> set[str]:
+        """Names of the mixers' parameters that stay in fp32, each once and only those that there are."""
+        layers = decoder_layers(self)
+        return {name for i in self.linear_attention_layers for name in layers[i].self_attn.decay_parameters}
 
     def _mixer(self, i: int, attention: nn.Module) -> LinearAttention:
         name = self.config.layer_mixers[i]
@@ -171,6 +198,18 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         return attention_mask
 
 
+# What `HybridForCausalLM` says of itself in general and an instance in particular.
+_OF_THE_TEACHER = (
+    "forward",
+    "base_model_prefix",
+    "supports_gradient_checkpointing",
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+)
+
+
 class _Specialised:
     """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
 
@@ -202,6 +241,7 @@ def teacher_class(text_config: Any) -> Any:
 def _specialise(cls: Any, teacher: Any) -> Any:
     # The name and module are what save_pretrained writes into config.json and where it finds the code to copy.
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": cls.config_class}
+    namespace |= {name: getattr(teacher, name) for name in _OF_THE_TEACHER}
     return type(cls.__name__, (cls, teacher, _Specialised), namespace)
 
 
@@ -237,12 +277,11 @@ def _projection(attention: nn.Module) -> torch.Tensor:
 
 
 def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
-    """`mixer` in `dtype`, except for the parameters that stay in fp32."""
-    kept = {name: p.data for name, p in mixer.named_parameters(recurse=False) if p.dtype == torch.float32}
+    """`mixer` in `dtype`, except for the decay parameters, which are never in half precision."""
+    kept = {name: getattr(mixer, name).data for name in mixer.decay_parameters}
     mixer.to(dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        for name, data in kept.items():
-            getattr(mixer, name).data = data
+    for name, data in kept.items():
+        getattr(mixer, name).data = data.to(torch.promote_types(dtype, torch.float32))
     return mixer
 
 
@@ -259,7 +298,7 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
         inputs = kwargs.get("input_ids")
     if inputs is None:
         return (), kwargs  # the backbone raises its own error
-    config = backbone.config._source
+    config = backbone.config._hybrid.text_config
     linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     padding_mask = None
