@@ -10,7 +10,16 @@ ROOT = Path(__file__).parent
 # Read as text: importing the package here would need torch at build time.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_hybrid" / "__init__.py").read_text("utf-8"), re.M)[1]
 
-TEST = ["build", "mypy", "pytest", "pytest-xdist", "ruff", "setuptools>=77", "types-PyYAML"]
+TEST = [
+    "bitsandbytes; sys_platform == 'linux'",
+    "build",
+    "mypy",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+    "types-PyYAML",
+]
 
 setup(
     name="hf_hybrid",

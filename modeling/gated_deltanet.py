@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .kernels import gated_delta_rule
-from .linear_attention import LinearAttention, decay_parameter, init_decay, unit, widen
+from .linear_attention import GateProjection, LinearAttention, decay_parameter, init_decay, unit, widen
 
 
 class GatedDeltaNet(LinearAttention):
@@ -31,8 +31,8 @@ class GatedDeltaNet(LinearAttention):
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
-        self.a_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
-        self.b_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
+        self.a_proj = GateProjection(self.hidden_size, self.num_heads)
+        self.b_proj = GateProjection(self.hidden_size, self.num_heads)
         self.A_log = decay_parameter(self.num_heads)
         self.dt_bias = decay_parameter(self.num_heads)
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernels import gated_linear_attention
-from .linear_attention import LinearAttention, decay_parameter, widen
+from .linear_attention import GateProjection, LinearAttention, decay_parameter, widen
 
 
 # Rank of the decay's projection and what its log is divided by: arXiv 2312.06635, section 4.4.
@@ -39,9 +39,7 @@ class GatedLinearAttention(LinearAttention):
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
         super().__init__(attention, config, layer_idx)
         channels = self.num_heads * self.head_dim
-        self.gk_proj = nn.Sequential(
-            nn.Linear(self.hidden_size, _LOW_RANK, bias=False), nn.Linear(_LOW_RANK, channels, bias=False)
-        )
+        self.gk_proj = nn.Sequential(GateProjection(self.hidden_size, _LOW_RANK), GateProjection(_LOW_RANK, channels))
         self.gk_bias = decay_parameter(channels)
 
     def init_weights(self) -> None:

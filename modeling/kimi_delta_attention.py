@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from .kernels import kimi_delta_attention
-from .linear_attention import LinearAttention, LinearAttentionOptions, decay_parameter, init_decay, unit, widen
+from .linear_attention import (
+    GateProjection,
+    LinearAttention,
+    LinearAttentionOptions,
+    decay_parameter,
+    init_decay,
+    unit,
+    widen,
+)
 
 
 @dataclass
@@ -43,9 +51,9 @@ class KimiDeltaAttention(LinearAttention):
         super().__init__(attention, config, layer_idx)
         hidden_size, channels = self.hidden_size, self.num_heads * self.head_dim
         self.f_proj = nn.Sequential(
-            nn.Linear(hidden_size, self.value_dim, bias=False), nn.Linear(self.value_dim, channels, bias=False)
+            GateProjection(hidden_size, self.value_dim), GateProjection(self.value_dim, channels)
         )
-        self.b_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        self.b_proj = GateProjection(hidden_size, self.num_heads)
         self.A_log = decay_parameter(self.num_heads)
         self.dt_bias = decay_parameter(channels)
 

@@ -73,6 +73,16 @@ def decay_parameter(width: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(width, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
+class GateProjection(nn.Linear):
+    """
+    The projection of a decay or a write strength, a few outputs wide, which bitsandbytes leaves as it is: it quantizes
+    what is an `nn.Linear` and no subclass. There is nothing to save here, and its kernels refuse such widths.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+
 def init_decay(rates: torch.Tensor, steps: torch.Tensor) -> None:
     """Initialises `A_log` and `dt_bias`, spread out as in the official implementations of the gated delta rules."""
     rate = torch.empty_like(rates, dtype=torch.float32).uniform_(1.0, 16.0)
