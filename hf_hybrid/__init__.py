@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .adapters import AdapterCoverage, adapter_coverage, lora_config, lora_targets
     from .conversion import ConversionReport, convert
     from .embedded import embedded_teacher, embedded_tokenizer
     from .modeling import HybridConfig, HybridForCausalLM
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Imported on first use: torch and transformers take seconds, `--help` must not.
 _HOME = {
+    "AdapterCoverage": "adapters",
     "AlignmentConfig": "trainers",
     "AlignmentTrainer": "trainers",
     "ConversionReport": "conversion",
@@ -31,16 +33,20 @@ _HOME = {
     "HybridConfig": "modeling",
     "HybridForCausalLM": "modeling",
     "LayerScores": "trainers",
+    "adapter_coverage": "adapters",
     "convert": "conversion",
     "embedded_teacher": "embedded",
     "embedded_tokenizer": "embedded",
     "held_out_kl": "trainers",
+    "lora_config": "adapters",
+    "lora_targets": "adapters",
     "score_layers": "trainers",
     "select_layers": "selection",
     "uniform_layers": "selection",
 }
 
 __all__ = [
+    "AdapterCoverage",
     "AlignmentConfig",
     "AlignmentTrainer",
     "ConversionReport",
@@ -49,10 +55,13 @@ __all__ = [
     "HybridConfig",
     "HybridForCausalLM",
     "LayerScores",
+    "adapter_coverage",
     "convert",
     "embedded_teacher",
     "embedded_tokenizer",
     "held_out_kl",
+    "lora_config",
+    "lora_targets",
     "score_layers",
     "select_layers",
     "uniform_layers",

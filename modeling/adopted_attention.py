@@ -274,9 +274,9 @@ def expand_groups(key: torch.Tensor, value: torch.Tensor, num_heads: int) -> tup
 
 def hand_over(layer: Any, args: tuple, kwargs: dict) -> None:
     """Runs before a decoder layer's forward: some layers take keyword arguments and give none to their attention."""
-    attention = layer.self_attn
-    if isinstance(attention, AdoptedAttention):
-        attention.row = {name: kwargs[name] for name in ("padding_mask", "seq_idx") if name in kwargs}
+    for module in layer.self_attn.modules():  # an adapter that trains the whole mixer wraps it
+        if isinstance(module, AdoptedAttention):
+            module.row = {name: kwargs[name] for name in ("padding_mask", "seq_idx") if name in kwargs}
 
 
 def takes_keywords(module: Any) -> bool:

@@ -72,7 +72,7 @@ def prompts() -> Dataset:
 
 
 def settings(folder: Any, rows: int, **changes: Any) -> dict[str, Any]:
-    """Arguments that all of TRL's configs share: three steps in fp32 on the CPU, each on all rows, all losses logged."""
+    """Arguments that all of TRL's configs share: three fp32 steps on the CPU, each on all rows, every loss logged."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": rows,

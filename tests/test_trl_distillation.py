@@ -3,6 +3,7 @@
 import pytest
 import torch
 from finetuning import CHATS, chats, hybrid, losses, plain_training, prompts, settings, tokenizer
+from peft import get_peft_model
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -85,6 +86,16 @@ def test_distillation_of_a_hybrid_that_is_the_teacher_is_zero(tmp_path):
 def test_distillation_learns(tmp_path):
     trainer = distill(hybrid(), tmp_path, max_steps=8, beta=0.0)
     assert sum(losses(trainer)[-2:]) < sum(losses(trainer)[:2])
+
+
+def test_distillation_into_an_adapter(tmp_path):
+    student = hybrid()
+    adapted = get_peft_model(student, hh.lora_config(student, r=4))
+    trainer = distill(adapted, tmp_path)
+    loss = of_completions(hybrid(), hh.embedded_teacher(), trainer.rows, 1.0)
+    assert losses(trainer)[0] == pytest.approx(loss.item(), abs=1e-4)
+    moved = [(p != 0).any() for name, p in trainer.model.named_parameters() if ".lora_B." in name]
+    assert len(moved) == 24 and all(moved)
 
 
 def gkd(student, tmp_path, **changes):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from finetuning import hybrid, losses, nats, plain_training, preferences, prompts, settings, tokenizer
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
@@ -76,6 +77,15 @@ def test_dpo_of_a_hybrid_in_memory_needs_its_reference_named(tmp_path):
     trainer = dpo(hybrid(), tmp_path, precompute_ref_log_probs=True)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_dpo_of_an_adapter_has_the_hybrid_as_its_reference(tmp_path):
+    model = hybrid()
+    adapted = get_peft_model(model, hh.lora_config(model, r=4))
+    trainer = dpo(adapted, tmp_path, learning_rate=1e-2)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses(trainer)[-1] < math.log(2) - 0.05
 
 
 def test_reference_models_keep_the_attention_implementation():

@@ -1,0 +1,158 @@
+"""LoRA on a hybrid: targets that reach softmax and linear attention alike, and what an adapter does reach."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .modeling.modeling_hybrid import decoder_layers
+
+
+MIXER_TRAINING = ("lora", "gates", "full")
+
+
+@dataclass(frozen=True)
+class AdapterCoverage:
+    """
+    Which decoder layers' attention an adapter trains a part of.
+
+    Args:
+        softmax (`dict[int, bool]`): for each layer that keeps softmax attention, whether the adapter reaches it.
+        linear (`dict[int, bool]`): the same for each layer with linear attention.
+    """
+
+    softmax: dict[int, bool]
+    linear: dict[int, bool]
+
+    @property
+    def missed(self) -> list[int]:
+        """Indices of the layers whose attention the adapter leaves as it is, ascending."""
+        return sorted(i for kind in (self.softmax, self.linear) for i, reached in kind.items() if not reached)
+
+    def __str__(self) -> str:
+        total = len(self.softmax) + len(self.linear)
+        line = (
+            f"the adapter reaches the attention of {total - len(self.missed)} of {total} layers: "
+            f"softmax {_reached(self.softmax)}, linear {_reached(self.linear)}"
+        )
+        return f"{line}; it misses {self.missed}" if self.missed else line
+
+
+def lora_config(model: Any, *, mixers: str = "lora", **kwargs: Any) -> LoraConfig:
+    """
+    Returns a `peft.LoraConfig` whose targets are the attention projections of every layer, softmax and linear, for any
+    trainer that takes a `peft_config` and for `peft.get_peft_model`.
+
+    PEFT's own defaults go by model type and know no hybrid. A hybrid's projections have its teacher's names (`q_proj`,
+    `qkv_proj`, `q_a_proj`, ...), so the targets are read off the model.
+
+    Args:
+        model ([`HybridForCausalLM`]): the hybrid, from `hf_hybrid` or loaded with `trust_remote_code`.
+        mixers (`str`, defaults to `"lora"`): what is trained of the linear layers' mixers.
+
+            - `"lora"`: adapters on the projections that mixers share with softmax attention.
+            - `"gates"`: these, and in full what only mixers have: gates, write strengths, decay projections, norms and
+              convolutions. PEFT trains and stores modules in full, so raw decay parameters (`A_log`, `dt_bias`,
+              `gk_bias`) are not among them.
+            - `"full"`: the mixers in full, raw decay parameters included; adapters in the softmax layers only.
+        **kwargs: arguments of `peft.LoraConfig`: `r`, `lora_alpha`, `use_rslora`, `use_dora`, `target_modules`, ...
+            With other `target_modules`, a warning names the layers whose attention they miss.
+    """
+    if mixers not in MIXER_TRAINING:
+        raise ValueError(f"mixers={mixers!r} is unknown; choose one of {MIXER_TRAINING}.")
+    kwargs.setdefault("task_type", "CAUSAL_LM")
+    saved = list(kwargs.pop("modules_to_save", None) or [])
+    linear = model.linear_attention_layers
+    if mixers == "gates":
+        saved += mixer_modules(model)
+    elif mixers == "full":
+        saved += [f"layers.{i}.self_attn" for i in linear]
+    if kwargs.get("target_modules") is None:
+        kwargs["target_modules"] = lora_targets(model)
+    config = LoraConfig(modules_to_save=saved or None, **kwargs)
+    _warn(_coverage(model, lambda name, module: _is_trained(config, name, module)))
+    return config
+
+
+def lora_targets(model: Any) -> list[str]:
+    """Returns the names of the attention's linear modules that softmax and linear layers share, as PEFT's targets."""
+    names = set()
+    for i, layer in enumerate(decoder_layers(model)):
+        own = set(layer.self_attn.adopted) if i in model.linear_attention_layers else None
+        for name, module in layer.self_attn.named_modules():
+            if isinstance(module, nn.Linear) and (own is None or name.split(".")[0] in own):
+                names.add(f"self_attn.{name}")
+    return sorted(names)
+
+
+def mixer_modules(model: Any) -> list[str]:
+    """Returns the names of the modules that only linear attention has, as PEFT's `modules_to_save`."""
+    names = set()
+    for i in model.linear_attention_layers:
+        mixer = decoder_layers(model)[i].self_attn
+        names |= {f"self_attn.{name}" for name, _ in mixer.named_children() if name not in mixer.adopted}
+    return sorted(names)
+
+
+def adapter_coverage(model: Any) -> AdapterCoverage:
+    """
+    Returns which layers' attention the adapter on `model` reaches; a warning names those it misses. Printed, it is one
+    line: `the adapter reaches the attention of 6 of 6 layers: softmax [2, 3], linear [0, 1, 4, 5]`.
+
+    Args:
+        model (`peft.PeftModel`): a hybrid with an adapter, such as a trainer's `model`.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"model is a {type(model).__name__} without an adapter; pass peft.get_peft_model(...).")
+    coverage = _coverage(model.get_base_model(), lambda _, module: _has_adapter(module))
+    _warn(coverage)
+    return coverage
+
+
+def _coverage(model: Any, reaches: Any) -> AdapterCoverage:
+    kinds: tuple[dict[int, bool], dict[int, bool]] = ({}, {})
+    for i, parts in enumerate(_attention_modules(model)):
+        is_linear = i in model.linear_attention_layers
+        kinds[is_linear][i] = any(reaches(name, module) for name, module in parts)
+    return AdapterCoverage(*kinds)
+
+
+def _attention_modules(model: Any) -> Iterator[list[tuple[str, nn.Module]]]:
+    """For each layer, its attention and all that is in it, with their names in the model."""
+    names = {module: name for name, module in model.named_modules()}
+    for layer in decoder_layers(model):
+        yield [(names[module], module) for module in layer.self_attn.modules()]
+
+
+def _is_trained(config: LoraConfig, name: str, module: nn.Module) -> bool:
+    """Whether PEFT would put LoRA on a module, or train it in full."""
+    if any(name == saved or name.endswith(f".{saved}") for saved in config.modules_to_save or []):
+        return True
+    if config.target_modules == "all-linear":
+        return isinstance(module, nn.Linear)
+    if isinstance(config.target_modules, str):  # a pattern may match containers too
+        return bool(check_target_module_exists(config, name)) and not list(module.children())
+    return bool(check_target_module_exists(config, name))
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def _reached(layers: dict[int, bool]) -> list[int]:
+    return [i for i, reached in layers.items() if reached]
+
+
+def _warn(coverage: AdapterCoverage) -> None:
+    if coverage.missed:
+        warnings.warn(
+            f"{coverage}. Their attention stays as it is; hf_hybrid.lora_targets(model) names projections that all "
+            "layers have.",
+            UserWarning,
+            stacklevel=3,
+        )
