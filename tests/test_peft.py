@@ -182,7 +182,7 @@ def test_padding_reaches_a_mixer_that_an_adapter_wraps():
     torch.manual_seed(0)
     model = hh.convert(AutoModelForCausalLM.from_config(NemotronConfig(**TINY)), [1])
     adapted = get_peft_model(model, hh.lora_config(model, mixers="full")).eval()
-    alone, padded = tokens(1, 7), torch.nn.functional.pad(tokens(1, 7), (4, 0))
+    alone, padded = tokens(1, 7), torch.nn.functional.pad(tokens(1, 7), (4, 0), value=5)
     mask = torch.ones_like(padded)
     mask[:, :4] = 0
     got = adapted(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, 4:]
@@ -205,7 +205,7 @@ import sys
 for name in ("hf_hybrid", "modeling", "trainers", "fla"):
     sys.modules[name] = None
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 ids = load_file("ids.safetensors")["ids"]
