@@ -80,7 +80,8 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--mixers", nargs="+", choices=RECURRENCES, default=list(RECURRENCES))
+    mixers = ["softmax", *RECURRENCES]
+    parser.add_argument("--mixers", nargs="+", choices=mixers, default=mixers, help="softmax: the model as it was")
     parser.add_argument("--kernels", nargs="+", choices=("fla", "torch"), default=["fla", "torch"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768], help="recurrence")
@@ -163,7 +164,7 @@ def environment(device: str) -> dict[str, str]:
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Mixers and the implementations of their recurrence."""
-    for mixer in args.mixers:
+    for mixer in [name for name in args.mixers if name in RECURRENCES]:
         for kernel in args.kernels:
             yield mixer, kernel
 
@@ -173,17 +174,20 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def median_ms(function: Callable[[], object], args: argparse.Namespace, repeats: int, warmup: int = 2) -> float:
-    """Median milliseconds of `function`, the host waiting for the device before and after each call."""
-    times = []
+def median_ms(
+    function: Callable[[], Any], args: argparse.Namespace, repeats: int, warmup: int = 2
+) -> tuple[float, Any]:
+    """Median milliseconds of `function`, the host waiting for the device before and after each call; what it gives."""
+    times, result = [], None
     for i in range(warmup + repeats):
         synchronize(args.device)
+        result = None  # a cache that is made again is not held twice
         start = time.perf_counter()
-        function()
+        result = function()
         synchronize(args.device)
         if i >= warmup:
             times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return statistics.median(times), result
 
 
 def peak_mb(args: argparse.Namespace, function: Callable[[], object], over: int = 0) -> float | None:
@@ -276,16 +280,18 @@ def recurrence(args: argparse.Namespace, results: Results) -> None:
     dtype = torch.bfloat16
     for tokens in args.tokens:
         operators: list[tuple[str, Callable[..., Any], dict[str, Tensor]]] = []
+        if "softmax" in args.mixers:
+            shape = (1, args.heads, tokens, args.width)
+            qkv = {name: torch.randn(shape, device=args.device, dtype=dtype) for name in ("query", "key", "value")}
+            operators.append(("sdpa", softmax_attention, qkv))
         for mixer, kernel in cells(args):
             entry = functools.partial(RECURRENCES[mixer], kernel=kernel)
             operators.append((f"{mixer}, {kernel}", entry, inputs_of(mixer, 1, tokens, args, dtype)))
-        heads_first = (1, args.heads, tokens, args.width)
-        qkv = {name: torch.randn(heads_first, device=args.device, dtype=dtype) for name in ("query", "key", "value")}
-        for name, operator, inputs in [("sdpa", softmax_attention, qkv), *operators]:
+        for name, operator, inputs in operators:
             for mode in ("forward", "forward_backward"):
                 call = functools.partial(run_operator, operator, inputs, mode == "forward_backward")
                 over = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-                ms = median_ms(call, args, args.repeats)
+                ms, _ = median_ms(call, args, args.repeats)
                 row = {"impl": name, "tokens": tokens, "mode": mode, "ms": ms, "peak_mb": peak_mb(args, call, over)}
                 results.add("recurrence", row)
 
@@ -318,7 +324,8 @@ def make_teacher(args: argparse.Namespace) -> PreTrainedModel:
 def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
     """The softmax model, and a hybrid for each mixer and implementation, one after another."""
     layers = args.sizes["num_hidden_layers"]
-    yield "softmax", hh.convert(teacher, range(layers))
+    if "softmax" in args.mixers:
+        yield "softmax", hh.convert(teacher, range(layers))
     for mixer, kernel in cells(args):
         yield f"{mixer}, {kernel}", hh.convert(teacher, range(3, layers, 4), mixer=mixer, kernel=kernel)
 
@@ -338,7 +345,7 @@ def training(args: argparse.Namespace, results: Results) -> None:
                 student.zero_grad(set_to_none=True)
 
             try:
-                ms = median_ms(step, args, min(3, args.repeats))
+                ms, _ = median_ms(step, args, min(3, args.repeats))
                 peak = peak_mb(args, step)
             except torch.OutOfMemoryError:
                 sys.stderr.write(f"training {name}, batch {batch} is left out: out of memory\n")
@@ -356,7 +363,6 @@ def inference(args: argparse.Namespace, results: Results) -> None:
     for name, model in students(args, teacher):
         for context in args.contexts:
             ids = torch.randint(args.sizes["vocab_size"], (1, context), device=args.device)
-            cache = DynamicCache(config=model.config)
 
             def prefill(model: Any = model, ids: Tensor = ids) -> DynamicCache:
                 cache = DynamicCache(config=model.config)
@@ -364,14 +370,13 @@ def inference(args: argparse.Namespace, results: Results) -> None:
                 return cache
 
             try:
-                prefill_ms = median_ms(prefill, args, min(2, args.repeats), warmup=1)
-                cache = prefill()
+                prefill_ms, cache = median_ms(prefill, args, min(2, args.repeats), warmup=1)
                 size = cache_bytes(cache)
 
                 def step(model: Any = model, cache: DynamicCache = cache, token: Tensor = ids[:, :1]) -> None:
                     model(token, past_key_values=cache, use_cache=True)
 
-                ms = median_ms(step, args, args.steps, warmup=3)
+                ms, _ = median_ms(step, args, args.steps, warmup=3)
             except torch.OutOfMemoryError:
                 sys.stderr.write(f"inference {name}, context {context} is left out: out of memory\n")
                 torch.cuda.empty_cache()
