@@ -1,13 +1,19 @@
 """Model cards that hold what was measured and nothing else, and saving of finished models."""
 
+import dataclasses
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import EvalResult
 
 from hf_hybrid.modeling import HybridForCausalLM
+from hf_hybrid.modeling import model_card as plain
+
+from . import __version__
 
 
 if TYPE_CHECKING:
@@ -16,183 +22,257 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation
     from .recipe import Recipe
 
-_PAPERS = (
-    ("2512.20569", "layer selection by distilled KL (GA-S2), the pipeline"),
-    ("2505.03005", "RADLADS: alignment and distillation into linear attention"),
-    ("2412.06464", "Gated DeltaNet"),
-)
+PLOT = "scores.png"
+# Where a card is to be read before the model has a name on the Hub.
+HERE = "."
 
 
-def save_model(model: HybridForCausalLM, tokenizer: Any, folder: str | os.PathLike, **card: Any) -> None:
-    """Saves model, code, generation config, tokenizer and card ([`write_card`]) into `folder`."""
+@dataclass
+class Provenance:
+    """
+    How a model was made, as far as it is known. What is left out here is left out of the card.
+
+    Args:
+        evaluation ([`Evaluation`], *optional*): what was measured.
+        scores ([`LayerScores`], *optional*): how the softmax layers were chosen.
+        recipe ([`Recipe`], *optional*): what it was trained on.
+        tokens (`dict[str, int]`): tokens trained on, by stage.
+        version (`str`, *optional*): of hf_hybrid, then.
+        note (`str`): a paragraph that comes first.
+    """
+
+    evaluation: "Evaluation | None" = None
+    scores: "LayerScores | None" = None
+    recipe: "Recipe | None" = None
+    tokens: dict[str, int] = field(default_factory=dict)
+    version: str | None = __version__
+    note: str = ""
+
+
+def save_model(model: HybridForCausalLM, tokenizer: Any, folder: str | os.PathLike, **made: Any) -> None:
+    """Saves model, code, generation config, tokenizer and card into `folder`; `made` is what [`Provenance`] takes."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_card(folder, model, **card)
+    write_card(folder, model.config, model.num_parameters(), Provenance(**made))
 
 
 def write_card(
     folder: str | os.PathLike,
-    model: HybridForCausalLM,
+    config: Any,
+    parameters: int,
+    made: Provenance,
     *,
-    evaluation: "Evaluation | None" = None,
-    scores: "LayerScores | None" = None,
-    recipe: "Recipe | None" = None,
-    note: str = "",
+    repo_id: str = HERE,
+    base_model: str | None = None,
 ) -> Path:
     """
-    Writes `folder/README.md` and returns its path.
+    Writes `folder/README.md` and, where layers were scored, the plot of the scores beside it.
 
     Args:
         folder (`str`): where the model is saved.
-        model ([`HybridForCausalLM`]): the hybrid.
-        evaluation ([`Evaluation`], *optional*): its numbers go into the card; what was not measured does not.
-        scores ([`LayerScores`], *optional*): how the softmax layers were chosen.
-        recipe ([`Recipe`], *optional*): what it was trained on.
-        note (`str`, *optional*): a paragraph that comes first.
+        config ([`HybridConfig`]): the hybrid's.
+        parameters (`int`): how many it has.
+        made ([`Provenance`]): how it was made.
+        repo_id (`str`): its name on the Hub.
+        base_model (`str`, *optional*): the teacher's name on the Hub, where it was loaded from elsewhere.
+
+    Returns:
+        `Path` of the card.
     """
     path = Path(folder) / "README.md"
-    sections = [
-        f"---\n{_metadata(model, recipe).to_yaml()}\n---",
-        _introduction(model, recipe),
-        note,
-        _loading(),
-        _choice(model, scores, recipe),
-        _numbers(evaluation),
-        _training(scores, recipe),
-        _limits(),
-        "## Papers\n\n"
-        + "\n".join(f"- [arXiv {number}](https://arxiv.org/abs/{number}): {what}" for number, what in _PAPERS),
-    ]
-    path.write_text("\n\n".join(section for section in sections if section) + "\n", "utf-8")
+    path.write_text(card_text(config, parameters, made, repo_id=repo_id, base_model=base_model), "utf-8")
+    if made.scores is not None:
+        from .plots import plot_scores
+
+        plot_scores(made.scores, config.full_attention_layers, path.with_name(PLOT))
     return path
 
 
-def _metadata(model: HybridForCausalLM, recipe: "Recipe | None") -> ModelCardData:
-    teacher = model.config.teacher_name_or_path or ""
-    data: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [
-            "hf-hybrid",
-            "linear-attention",
-            "hybrid-attention",
-            *(name.replace("_", "-") for name in _mixers(model)),
-        ],
-    }
-    # A folder on the author's disk is nobody else's base model.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists():
-        data |= {"base_model": teacher, "base_model_relation": "finetune"}
-    if recipe is not None and recipe.data.dataset and not Path(recipe.data.dataset).exists():
-        data["datasets"] = [recipe.data.dataset]
-    return ModelCardData(**data)
+def card_text(
+    config: Any, parameters: int, made: Provenance, *, repo_id: str = HERE, base_model: str | None = None
+) -> str:
+    """Returns what [`write_card`] writes to `README.md`."""
+    base, revision = (base_model, None) if base_model else plain.base_model_of(config, repo_id)
+    licence = _licence(base or _teacher_folder(config, made.recipe), revision)
+    data = plain.metadata(config, base, licence)
+    if made.recipe is not None and _looks_public(made.recipe.data.dataset):
+        data.datasets = [made.recipe.data.dataset]
+    data.eval_results = _results(made) or None
+    data.model_name = (repo_id if repo_id != HERE else _teacher_name(config, base, made.recipe)).split("/")[-1]
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n{plain.GENERATED}",
+        plain.introduction(config, _teacher_name(config, base, made.recipe), parameters),
+        made.note,
+        plain.usage(repo_id),
+        _choice(config, made),
+        _numbers(made.evaluation),
+        _training(config, made),
+        plain.limits(base, licence),
+        plain.citation(),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _mixers(model: HybridForCausalLM) -> list[str]:
-    """Names of the mixers in use; of the one in the config where no layer is linear."""
-    mixers = model.config.layer_mixers
-    names = {mixers[i] for i in model.linear_attention_layers or range(len(mixers))}
-    return sorted(name for name in names if name is not None)
+def _teacher_folder(config: Any, recipe: "Recipe | None") -> str | None:
+    """Where a teacher that is not on the Hub keeps its card, on this machine."""
+    if recipe is not None and recipe.teacher == "embedded":
+        return str(Path(__file__).parent / "embedded_teacher")
+    name = config.teacher_name_or_path
+    return name if name and Path(name).is_dir() else None
 
 
-def _teacher_name(model: HybridForCausalLM, recipe: "Recipe | None") -> str:
+def _licence(name: str | None, revision: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    try:
+        return plain.licence_of(name, revision)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"the licence of {name} cannot be read from its README.md ({' '.join(str(error).split())}); correct the "
+            "YAML at its top."
+        ) from error
+
+
+def _teacher_name(config: Any, base: str | None, recipe: "Recipe | None") -> str:
     if recipe is not None and recipe.teacher == "embedded":
         return "the small teacher that ships with hf_hybrid"
-    name = model.config.teacher_name_or_path
-    return f"`{Path(name).name if Path(name).exists() else name}`" if name else "a softmax-attention model"
+    name = base or config.teacher_name_or_path
+    return _public(name) if name else "a softmax-attention model"
 
 
-def _introduction(model: HybridForCausalLM, recipe: "Recipe | None") -> str:
-    kept, total = model.full_attention_layers, model.config.num_hidden_layers
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    mixers = ", ".join(f"`{name}`" for name in _mixers(model))
-    return (
-        f"# Hybrid of {_teacher_name(model, recipe).strip('`')}\n\n"
-        f"A hybrid of softmax and linear attention, made from {_teacher_name(model, recipe)} with hf_hybrid: "
-        f"{len(kept)} of {total} layers keep the teacher's softmax attention, the other {total - len(kept)} have "
-        f"linear attention ({mixers}), whose state does not grow with the context. "
-        f"{parameters:,} parameters."
-    )
+def _looks_public(name: str | None) -> TypeGuard[str]:
+    """Whether `name` has the form of an id on the Hub, and is no path here."""
+    return name is not None and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def _loading() -> str:
-    return (
-        "## Use\n\nNeeds torch and transformers only; the code lies beside the weights, hence `trust_remote_code`.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'path = "."  # this folder, or its id on the Hub\n'
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n"
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))\n```"
-    )
+def _public(name: str) -> str:
+    """An id as it is, of a path only the last part: where somebody keeps files is nobody else's business."""
+    return name if _looks_public(name) else Path(name).name
 
 
-def _choice(model: HybridForCausalLM, scores: "LayerScores | None", recipe: "Recipe | None") -> str:
-    lines = ["## Layers", "", f"Softmax attention in layers {model.full_attention_layers} (counted from 0)."]
-    if recipe is not None and recipe.select.layers is not None:
+def _choice(config: Any, made: Provenance) -> str:
+    lines = ["## Layers", "", plain.kept_layers(config)]
+    if made.recipe is not None and made.recipe.select.layers is not None:
         lines.append("They were listed by hand.")
-    elif recipe is not None:
-        lines.append(f"They were chosen by `{recipe.select.selector}`.")
-    if scores is not None:
-        kept = set(model.full_attention_layers)
+    elif made.recipe is not None:
+        lines.append(f"They were chosen by `{made.recipe.select.selector}`.")
+    if made.scores is not None:
+        kept = set(config.full_attention_layers)
         lines += [
-            f"Scores ({scores.method}): held-out KL with that one layer restored to softmax and "
-            f"{scores.scores[0].tokens:,} tokens of distillation; without either it is {scores.baseline:.4f}.",
+            f"Scores ({made.scores.method}): held-out KL with that one layer restored to softmax and "
+            f"{made.scores.scores[0].tokens:,} tokens of distillation; without either it is "
+            f"{made.scores.baseline:.4f}.",
+            "",
+            f"![held-out KL of each layer, the softmax layers marked]({PLOT})",
             "",
             "| layer | KL, nats per token | s.e. | keeps softmax |",
             "|---|---|---|---|",
         ]
-        lines += [
-            f"| {s.layer} | {s.kl:.4f} | {s.sem:.4f} | {'yes' if s.layer in kept else ''} |" for s in scores.scores
-        ]
+        rows = sorted(made.scores.scores, key=lambda score: score.layer)
+        lines += [f"| {s.layer} | {s.kl:.4f} | {s.sem:.4f} | {'yes' if s.layer in kept else ''} |" for s in rows]
     return "\n".join(lines)
 
 
 def _numbers(evaluation: "Evaluation | None") -> str:
     if evaluation is None:
         return ""
-    rows = []
-    if evaluation.kl is not None:
-        rows.append(
-            f"| held-out KL(teacher, hybrid), nats per token | {evaluation.kl:.4f} ± {evaluation.kl_sem:.4f} | 0 |"
+    e = evaluation
+    context = f"bytes of cache per sequence of {e.cache_context:,} tokens"
+    more = f"bytes of cache per further token at {e.cache_context:,} tokens"
+    rows = [
+        ("held-out KL(teacher, hybrid), nats per token", _noisy(e.kl, e.kl_sem), "0"),
+        ("held-out perplexity", _plain(e.perplexity, ".3f"), _plain(e.teacher_perplexity, ".3f")),
+        (
+            f"associative recall, {e.recall_length} tokens",
+            _noisy(e.recall, share_sem(e.recall, e.recall_answers)),
+            _noisy(e.teacher_recall, share_sem(e.teacher_recall, e.recall_answers)),
+        ),
+        (context, _plain(e.cache_bytes, ","), _plain(e.teacher_cache_bytes, ",")),
+        (more, _plain(e.cache_bytes_per_token, ","), _plain(e.teacher_cache_bytes_per_token, ",")),
+    ]
+    found = [f"| {name} | {ours} | {theirs} |" for name, ours, theirs in rows if ours]
+    if not found:
+        return ""
+    on = [f"{e.tokens:,} held-out tokens"] if e.kl is not None or e.perplexity is not None else []
+    on += [f"{e.recall_answers:,} answers of recall"] if e.recall is not None and e.recall_answers else []
+    note = "Measured in the run that made this model" + (f", on {' and '.join(on)}" if on else "")
+    note += " (± one standard error: of KL over rows, of recall as of independent answers)."
+    return "\n".join(["## Measured", "", note, "", "| | hybrid | teacher |", "|---|---|---|", *found])
+
+
+def share_sem(share: float | None, count: int) -> float | None:
+    """The standard error of a share of `count` independent answers, which is never 0 (Agresti and Coull, 1998)."""
+    if share is None or not count:
+        return None
+    # With two right and two wrong answers added, so that a share of 0 or 1 is not without any doubt.
+    p = (share * count + 2) / (count + 4)
+    return (p * (1 - p) / (count + 4)) ** 0.5
+
+
+def _noisy(value: float | None, sem: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" + ("" if sem is None else f" ± {sem:.4f}")
+
+
+def _plain(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _results(made: Provenance) -> list[EvalResult]:
+    """The measurements as the Hub's evaluation results, on the run's held-out rows and on the recall task."""
+    e, recipe = made.evaluation, made.recipe
+    if e is None:
+        return []
+    dataset = recipe.data.dataset if recipe is not None and recipe.data.dataset else None
+    on_hub = _looks_public(dataset)
+    text: dict[str, Any] = {
+        "dataset_type": dataset if on_hub else "text",
+        "dataset_name": f"held-out rows of {dataset if on_hub else 'the text of the run'}",
+    }
+    task: dict[str, Any] = {
+        "dataset_type": "synthetic",
+        "dataset_name": f"associative recall, {e.recall_length} tokens",
+    }
+    rows = [
+        (e.kl, "kl_divergence", "KL(teacher, hybrid), nats per token", text),
+        (e.perplexity, "perplexity", "perplexity", text),
+        (e.recall, "accuracy", "share of right answers", task),
+    ]
+    return [
+        EvalResult(
+            task_type="text-generation", metric_type=kind, metric_name=name, metric_value=float(f"{value:.4g}"), **of
         )
-    for name, ours, theirs, form in (
-        ("held-out perplexity", evaluation.perplexity, evaluation.teacher_perplexity, ".3f"),
-        (
-            f"associative recall, {evaluation.recall_length} tokens",
-            evaluation.recall,
-            evaluation.teacher_recall,
-            ".3f",
-        ),
-        (
-            f"bytes of cache per sequence of {evaluation.cache_context:,} tokens",
-            evaluation.cache_bytes,
-            evaluation.teacher_cache_bytes,
-            ",",
-        ),
-    ):
-        if ours is not None:
-            rows.append(f"| {name} | {ours:{form}} | {'' if theirs is None else format(theirs, form)} |")
-    note = (
-        f"Measured in the run that made this model, on {evaluation.tokens:,} held-out tokens (± one standard error)."
-    )
-    return "\n".join(["## Measured", "", note, "", "| | hybrid | teacher |", "|---|---|---|", *rows])
+        for value, kind, name, of in rows
+        if value is not None
+    ]
 
 
-def _training(scores: "LayerScores | None", recipe: "Recipe | None") -> str:
+def _training(config: Any, made: Provenance) -> str:
+    """What it was trained on: the source of text, tokens by stage, and the recipe without this machine's folders."""
+    recipe = made.recipe
     if recipe is None:
         return ""
-    rows = [f"- alignment: {recipe.align.tokens:,} tokens", f"- distillation: {recipe.distill.tokens:,} tokens"]
-    if scores is not None:
-        rows.insert(1, f"- layer scores: {scores.tokens:,} tokens")
-    if recipe.finetune is not None:
-        rows.append(f"- next-token training: {recipe.finetune.tokens:,} tokens")
-    source = recipe.data.dataset or ("local text files" if recipe.data.text_files else "the built-in demo data")
-    return f"## Training\n\nOn {source}:\n\n" + "\n".join(rows)
-
-
-def _limits() -> str:
+    names = {
+        "align": "alignment",
+        "score": "layer scores",
+        "distill": "distillation",
+        "finetune": "next-token training",
+    }
+    rows = [f"- {text}: {made.tokens[name]:,} tokens" for name, text in names.items() if name in made.tokens]
+    if recipe.data.source:
+        source = "the built-in demo data"
+    else:
+        source = _public(recipe.data.dataset) if _looks_public(recipe.data.dataset) else "local text files"
+    data = dataclasses.replace(
+        recipe.data,
+        text_files=[Path(name).name for name in recipe.data.text_files],
+        dataset=recipe.data.dataset and _public(recipe.data.dataset),
+    )
+    public = dataclasses.replace(recipe, data=data, teacher=_public(recipe.teacher))
+    shown = yaml.safe_dump(public.to_dict(), sort_keys=False)
+    versions = f"Made with hf_hybrid{' ' + made.version if made.version else ''} and this recipe"
+    if config.teacher_revision:
+        versions += f", from the teacher's commit {config.teacher_revision}"
     return (
-        "## Limits\n\nThe model inherits its teacher's limits and licence. Linear layers remember a fixed amount, so "
-        "exact recall from long contexts is what suffers first. Assisted decoding is not possible, since a recurrent "
-        "state cannot be rolled back, and packed rows cannot be continued from a cache."
+        f"## Training\n\nOn {source}:\n\n" + "\n".join(rows) + f"\n\n<details><summary>{versions}</summary>\n\n"
+        f"```yaml\n{shown}```\n\n</details>"
     )

@@ -19,6 +19,7 @@ examples:
   hf-hybrid run my_recipe.yaml --output my_run        (again after a kill: it goes on)
   hf-hybrid score --recipe my_recipe.yaml --output my_run
   hf-hybrid convert Qwen/Qwen3-0.6B --full-attention-layers 3,10,17,24 --output hybrid
+  hf-hybrid push my_run me/my-hybrid --private
   hf-hybrid evaluate my_run/model --teacher Qwen/Qwen3-0.6B --data-files 'texts/*.txt'
   hf-hybrid env
 """
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", required=True, help="folder of the run")
     convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
     convert.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, or 'embedded'")
+    convert.add_argument("--revision", help="commit, tag or branch of a teacher on the Hub")
     convert.add_argument("--full-attention-layers", required=True, help="layers that keep softmax: 1,3 or none")
     convert.add_argument("--output", required=True, help="new folder for the model")
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
@@ -96,10 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--block-size", type=int, default=512, help="tokens of a row (default: %(default)s)")
     evaluate.add_argument("--rows", type=int, default=64, help="rows to measure on (default: %(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
+    push = add("push", _push, "upload the model of a run, its code, tokenizer and card to the Hub, in one commit")
+    push.add_argument("folder", metavar="FOLDER", help="a finished run, or a folder with a model and its tokenizer")
+    push.add_argument("repo_id", metavar="REPO_ID", help="name on the Hub, owner/name; made if need be")
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--revision", help="branch to push to, made if need be (default: the main one)")
+    push.add_argument("--commit-message", help="message of the commit")
+    push.add_argument("--base-model", metavar="ID", help="the teacher's name on the Hub, if it came from a folder")
+    push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and send nothing")
     env = add("env", _env, "show versions, devices, and which kernels would run on them and why")
     for sub in (run, score, convert, evaluate):
         sub.add_argument("--trust-remote-code", action="store_true", help="let the teacher run code of its own")
-    for sub in (demo, run, score, evaluate, env):
+    for sub in (demo, run, score, evaluate, push, env):
         sub.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
     return parser
 
@@ -199,7 +209,12 @@ def _convert(options: argparse.Namespace) -> None:
     from .folder import publish
     from .loading import load_pair
 
-    teacher, tokenizer = load_pair(options.teacher, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
+    teacher, tokenizer = load_pair(
+        options.teacher,
+        trust_remote_code=options.trust_remote_code,
+        dtype=options.dtype,
+        revision=options.revision,
+    )
     student = convert(teacher, layers, mixer=options.mixer)
     student.config.teacher_name_or_path = options.teacher
     with publish(folder) as partial:
@@ -272,6 +287,35 @@ def _print_evaluation(evaluation: dict[str, Any]) -> None:
         if ours is not None:
             table.add_row(name, format(ours, form), "" if theirs is None else format(theirs, form))
     Console().print(table)
+
+
+def _push(options: argparse.Namespace) -> None:
+    _quiet()
+    from .hub import push
+
+    result = push(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        commit_message=options.commit_message,
+        base_model=options.base_model,
+        dry_run=options.dry_run,
+    )
+    if options.json:
+        _print_json(result.to_dict())
+        return
+    for name, size in result.files.items():
+        print(f"{size:>15,}  {name}")
+    if result.left_out:
+        print(f"Left out, being no part of a model: {', '.join(result.left_out)}.")
+    if result.removed:
+        print(f"Removed from an earlier push: {', '.join(result.removed)}.")
+    total = f"{len(result.files)} files, {sum(result.files.values()):,} bytes"
+    if result.url is None:
+        print(f"{total}. Nothing was sent.")
+    else:
+        print(f"Pushed {total} as commit {result.commit}: {result.url}")
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -4,9 +4,11 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
@@ -44,8 +46,22 @@ def _suffixes(names: Iterable[str]) -> str:
 def load_teacher(
     teacher: str | os.PathLike, *, trust_remote_code: bool = False, dtype: torch.dtype | str = "auto", **kwargs: Any
 ) -> PreTrainedModel:
-    """Loads a causal language model from the Hub or a folder; code from the Hub runs only where the caller says so."""
-    return AutoModelForCausalLM.from_pretrained(teacher, trust_remote_code=trust_remote_code, dtype=dtype, **kwargs)
+    """
+    Loads a causal language model from the Hub or a folder, from safetensors files only: nothing is unpickled.
+
+    Code that comes with the model runs only where the caller says so.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        teacher, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True, **kwargs
+    )
+    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), kwargs.get("revision"))
+    return model
+
+
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """The commit on the Hub that a model was just loaded from: the name of its folder in the cache."""
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def convert(
@@ -56,6 +72,7 @@ def convert(
     mixer_options: dict[str, Any] | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> HybridForCausalLM:
     """
     Returns a hybrid with all of the teacher's weights, in the teacher's dtype and on its device.
@@ -78,6 +95,8 @@ def convert(
             `"auto"`, `"torch"` or `"fla"`, see [`HybridConfig`].
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether a teacher given by name may run code of its own.
+        revision (`str`, *optional*):
+            The commit, tag or branch of a teacher given by its name on the Hub.
 
     Returns:
         [`HybridForCausalLM`]: the hybrid; its `conversion_report` ([`ConversionReport`]) says what was copied, what is
@@ -93,7 +112,9 @@ def convert(
     ```
     """
     if not isinstance(teacher, PreTrainedModel):
-        teacher = load_teacher(teacher, trust_remote_code=trust_remote_code)
+        teacher = load_teacher(teacher, trust_remote_code=trust_remote_code, revision=revision or "main")
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} belongs to a teacher given by name; this one is loaded already.")
     check_teacher(teacher)
     config = HybridConfig.from_teacher(
         teacher.config,

@@ -31,6 +31,7 @@ class Evaluation:
         recall_length, recall_answers (`int`): tokens of a row of that task, and answers in all rows.
         cache_context (`int`): tokens of context for which the next two are computed.
         cache_bytes, teacher_cache_bytes (`int`): bytes of cache per sequence.
+        cache_bytes_per_token, teacher_cache_bytes_per_token (`int`): bytes that the last token of that context adds.
     """
 
     kl: float | None = None
@@ -45,6 +46,8 @@ class Evaluation:
     cache_context: int = 0
     cache_bytes: int | None = None
     teacher_cache_bytes: int | None = None
+    cache_bytes_per_token: int | None = None
+    teacher_cache_bytes_per_token: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All measurements by name."""
@@ -106,8 +109,12 @@ def evaluate_model(
             if teacher is not None:
                 result.teacher_recall = task_accuracy(teacher, tokens, answers, batch_size)
     result.cache_bytes = cache_bytes(model, result.cache_context)
+    result.cache_bytes_per_token = result.cache_bytes - cache_bytes(model, result.cache_context - 1)
     if teacher is not None:
         result.teacher_cache_bytes = cache_bytes(teacher, result.cache_context)
+        result.teacher_cache_bytes_per_token = result.teacher_cache_bytes - cache_bytes(
+            teacher, result.cache_context - 1
+        )
     return result
 
 

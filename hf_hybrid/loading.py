@@ -31,12 +31,23 @@ def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, 
     )
 
 
-def load_model(path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False) -> Any:
-    """Returns a causal language model in eval mode; a checkpoint that lacks some of its tensors is an error."""
+def load_model(
+    path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False, revision: str = "main"
+) -> Any:
+    """
+    Returns a causal language model in eval mode, from safetensors files only.
+
+    A checkpoint that lacks some of its tensors is an error.
+    """
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
         )
 
     model, info = _explained(path, load)
@@ -58,9 +69,17 @@ def _explained(name: str | os.PathLike, load: Any) -> Any:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} needs a package that is not installed: {first}") from error
     except OSError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # The second is what the library says of a model on the Hub.
+        if any(Path(name).glob("pytorch_model*.bin")) or "cannot be loaded with `safetensors`" in first:
+            raise ValueError(
+                f"{name} has no safetensors weights; a pytorch_model.bin is a pickle, which can run code, and is not "
+                "opened here. Where you trust it, load it with transformers once and save_pretrained() it."
+            ) from error
         if Path(name).is_dir():
-            first = str(error).strip().splitlines()[0]
             raise ValueError(f"the folder {name} holds no complete model or tokenizer: {first}") from error
+        if "is not a valid git identifier" in first:
+            raise ValueError(f"{name} has no such revision on the Hub: {first}") from error
         raise ValueError(
             f"{str(name)!r} was found neither as a folder nor as a model on the Hub; check the spelling, the network, "
             "and, for a private or gated model, that you are logged in."

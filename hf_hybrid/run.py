@@ -17,6 +17,7 @@ from hf_hybrid.modeling.modeling_hybrid import check_mixers
 from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
 from hf_hybrid.trainers.durable import read_json, read_record, write_json
 
+from . import __version__
 from .card import save_model
 from .conversion import check_teacher, convert
 from .data import build_rows, load_rows
@@ -292,17 +293,20 @@ class _Run:
     def _model(self) -> None:
         evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])
         with publish(self.folder / ARTEFACTS["model"]) as partial:
-            card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe}
+            card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe, "tokens": self._tokens()}
             save_model(self._finished_student(), self.tokenizer, partial, **card)
 
-    def _report(self) -> None:
+    def _tokens(self) -> dict[str, int]:
+        """The tokens that each stage trained on."""
         r, scores = self.recipe, self.scores
         tokens = {
             name: steps_of(r, name) * stage.batch_size * (stage.block_size or r.data.block_size)
             for name, stage in r.stages().items()
         }
-        if scores is not None:
-            tokens["score"] = scores.tokens
+        return tokens if scores is None else tokens | {"score": scores.tokens}
+
+    def _report(self) -> None:
+        r, scores = self.recipe, self.scores
         listed = [] if scores is None else [{"layer": s.layer, "kl": s.kl, "sem": s.sem} for s in scores.scores]
         report = {
             "teacher": r.teacher,
@@ -312,7 +316,8 @@ class _Run:
             "selected": self.selected,
             "scores": listed,
             "evaluation": read_json(self.folder / ARTEFACTS["evaluate"]),
-            "tokens": tokens,
+            "tokens": self._tokens(),
+            "hf_hybrid": __version__,
             "seconds": read_json(self.folder / "seconds.json"),
             "model": ARTEFACTS["model"],
         }

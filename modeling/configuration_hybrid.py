@@ -57,6 +57,8 @@ class HybridConfig(PreTrainedConfig):
             `"torch"` and `"fla"` force one (a forced `"fla"` raises the reason when it cannot run).
         teacher_name_or_path (`str`, *optional*):
             Where the teacher came from; for the reader and the model card only, never loaded.
+        teacher_revision (`str`, *optional*):
+            The teacher's commit on the Hub; None for a teacher that did not come from there.
 
     Example:
 
@@ -79,6 +81,7 @@ class HybridConfig(PreTrainedConfig):
     mixer_options: dict[str, Any] | None = None
     kernel: str = "auto"
     teacher_name_or_path: str | None = None
+    teacher_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
@@ -133,6 +136,7 @@ class HybridConfig(PreTrainedConfig):
         config = cls(text_config=text_config, softmax_layer_types=softmax_layer_types, **kwargs)
         config.full_attention_layers = full_attention_layers
         config.teacher_name_or_path = kwargs.get("teacher_name_or_path") or teacher_config._name_or_path or None
+        config.teacher_revision = kwargs.get("teacher_revision") or text_config.__dict__.pop("_commit_hash", None)
         return config
 
     @property

@@ -22,6 +22,7 @@ from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
 from .linear_attention import LinearAttention, check_cache, count_tokens_in
+from .model_card import PushedWithCard
 from .sliding_window_attention import SlidingWindowAttention
 
 
@@ -33,7 +34,7 @@ MIXERS: dict[str, type[LinearAttention]] = {
 }
 
 
-class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
     A causal language model in which some layers keep the teacher's softmax attention and the rest are linear.
 

@@ -1,0 +1,198 @@
+"""Model cards: every number in one was measured, and goes when the measurement goes."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from runs import tiny_recipe, tiny_tokenizer
+from teachers import tiny_teacher
+
+import hf_hybrid as hh
+from hf_hybrid.card import Provenance, card_text, save_model, share_sem
+from hf_hybrid.evaluation import Evaluation
+from hf_hybrid.hub import provenance_of, push
+from hf_hybrid.modeling.model_card import GENERATED, licence_of, plain_card
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.trainers import LayerScores
+from hf_hybrid.trainers.scoring import LayerScore
+
+
+EVALUATION = Evaluation(
+    kl=0.12345,
+    kl_sem=0.00678,
+    tokens=23_456,
+    perplexity=7.8912,
+    teacher_perplexity=6.5431,
+    recall=0.9137,
+    teacher_recall=0.9871,
+    recall_length=252,
+    recall_answers=3_210,
+    cache_context=1_024,
+    cache_bytes=654_321,
+    teacher_cache_bytes=987_654,
+    cache_bytes_per_token=512,
+    teacher_cache_bytes_per_token=768,
+)
+SCORES = LayerScores(
+    [LayerScore(i, kl, kl / 7, 2_048, 3.0, [kl, kl]) for i, kl in enumerate((1.9171, 0.4142, 1.7321, 0.5772))],
+    evaluation_tokens=999,
+    baseline=2.7183,
+)
+# What shows each measurement in the card.
+SHOWN = {
+    "kl": ("0.1235", "23,456", "0.1235"),
+    "perplexity": ("7.891",),
+    "teacher_perplexity": ("6.543",),
+    "recall": ("0.9137 ± 0.0050", "3,210"),
+    "teacher_recall": ("0.9871",),
+    "cache_bytes": ("654,321",),
+    "teacher_cache_bytes": ("987,654",),
+    "cache_bytes_per_token": ("| 512 |",),
+    "teacher_cache_bytes_per_token": ("| 768 |",),
+}
+TOKENS = {"align": 11_111, "distill": 22_222, "finetune": 33_333, "score": 8_192}
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Any:
+    return hh.convert(tiny_teacher("qwen3", vocab_size=300), [1, 3])
+
+
+@pytest.fixture
+def run(hybrid: Any, tmp_path: Path) -> Path:
+    """A finished run's folder, as far as a push reads it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Recipe.from_dict(tiny_recipe("teachers/secret place", "/home/somebody/texts")).save(folder / "recipe.yaml")
+    EVALUATION.save(folder / "evaluation.json")
+    SCORES.save(folder / "scores.json")
+    (folder / "report.json").write_text(json.dumps({"tokens": TOKENS, "hf_hybrid": "0.0.7"}))
+    save_model(hybrid, tiny_tokenizer(), folder / "model")
+    return folder
+
+
+def card_of(hybrid: Any, made: Provenance, **options: Any) -> str:
+    return card_text(hybrid.config, hybrid.num_parameters(), made, **options)
+
+
+def metadata(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_a_card_of_a_run_says_all_that_was_measured(hybrid: Any, run: Path) -> None:
+    card = card_of(hybrid, provenance_of(run), repo_id="me/mine")
+    for texts in SHOWN.values():
+        assert all(text in card for text in texts)
+    assert "0.1235 ± 0.0068" in card and "2.7183" in card
+    assert all(f"| {s.layer} | {s.kl:.4f} | {s.sem:.4f} |" in card for s in SCORES.scores)
+    assert "| 1 | 0.4142 | 0.0592 | yes |" in card and "](scores.png)" in card
+    assert all(f"{count:,} tokens" in card for count in TOKENS.values())
+    assert "hf_hybrid 0.0.7" in card and "block_size: 64" in card and 'path = "me/mine"' in card
+    assert "2512.20569" in card and "2505.03005" in card and "2412.06464" in card and "@inproceedings" in card
+    # Where somebody keeps files is not for the public.
+    assert "/home/somebody" not in card and "teachers/" not in card
+
+
+def test_its_metadata_is_what_the_hub_reads(hybrid: Any, run: Path) -> None:
+    data = metadata(card_of(hybrid, provenance_of(run), repo_id="me/mine", base_model="somebody/teacher"))
+    assert data["base_model"] == "somebody/teacher" and data["base_model_relation"] == "finetune"
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert {"hf-hybrid", "linear-attention", "gated-deltanet"} <= set(data["tags"])
+    assert "license" not in data and "datasets" not in data
+    [index] = data["model-index"]
+    assert index["name"] == "mine"
+    metrics = {m["type"]: m["value"] for result in index["results"] for m in result["metrics"]}
+    assert metrics == {"kl_divergence": 0.1235, "perplexity": 7.891, "accuracy": 0.9137}
+    recipe = tiny_recipe("teacher", "texts")
+    recipe["data"] = {"dataset": "somebody/texts", "block_size": 64}
+    made = Provenance(EVALUATION, recipe=Recipe.from_dict(recipe))
+    data = metadata(card_of(hybrid, made))
+    assert data["datasets"] == ["somebody/texts"]
+    assert data["model-index"][0]["results"][0]["dataset"]["type"] == "somebody/texts"
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_without_a_measurement_there_is_no_number(name: str, hybrid: Any, run: Path) -> None:
+    changes: dict[str, Any] = {name: None}
+    if name == "kl":  # the tokens are those of both
+        changes |= {"kl_sem": None, "perplexity": None, "teacher_perplexity": None}
+    dataclasses.replace(EVALUATION, **changes).save(run / "evaluation.json")
+    card = card_of(hybrid, provenance_of(run))
+    assert not [text for text in SHOWN[name] if text in card]
+    kept = [other for other in SHOWN if other not in changes and f"teacher_{name}" != other]
+    assert kept and all(text in card for other in kept for text in SHOWN[other])
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "scores.json", "report.json"])
+def test_without_a_file_of_the_run_its_numbers_are_gone(name: str, hybrid: Any, run: Path) -> None:
+    (run / name).unlink()
+    card = card_of(hybrid, provenance_of(run))
+    gone = {
+        "evaluation.json": [text for texts in SHOWN.values() for text in texts],
+        "scores.json": ["0.4142", "1.9171", "2.7183", "scores.png", "2,048 tokens"],
+        "report.json": [*(f"{count:,} tokens" for count in TOKENS.values()), "0.0.7"],
+    }
+    for file, texts in gone.items():
+        for text in texts:
+            assert (text in card) == (file != name), text
+    assert ("model-index" in card) == (name != "evaluation.json")
+
+
+def test_nothing_measured_nothing_claimed(hybrid: Any) -> None:
+    for card in (card_of(hybrid, Provenance()), plain_card(hybrid, "me/mine")):
+        text = card.split("## Citation")[0].replace(f"{hybrid.num_parameters():,}", "")
+        assert "±" not in text and "model-index" not in text and "KL" not in text and "recall, " not in text
+
+
+def test_a_share_of_one_is_not_certain() -> None:
+    assert share_sem(1.0, 100) == pytest.approx((102 / 104 * 2 / 104 / 104) ** 0.5)
+    assert share_sem(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
+    assert share_sem(None, 10) is None and share_sem(0.5, 0) is None
+
+
+def test_the_licence_is_the_teachers(hybrid: Any, tmp_path: Path) -> None:
+    made = Provenance(recipe=Recipe.from_dict(tiny_recipe("embedded", "texts")))
+    card = card_of(hybrid, made)
+    assert metadata(card)["license"] == "apache-2.0" and "Licence: apache-2.0" in card
+    assert "base_model" not in metadata(card)  # what ships with the package is no model on the Hub
+    own = {"license": "other", "license_name": "homemade", "license_link": "https://example.org/terms"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(own)}---\n# Teacher\n")
+    assert licence_of(str(tmp_path)) == own
+    config = hh.HybridConfig.from_teacher(tiny_teacher().config, [1], teacher_name_or_path=str(tmp_path))
+    card = card_text(config, 1, Provenance())
+    assert {key: metadata(card)[key] for key in own} == own and "homemade (https://example.org/terms)" in card
+    assert str(tmp_path) not in card
+    (tmp_path / "README.md").write_text("# A teacher without metadata\n")
+    assert licence_of(str(tmp_path)) == {}
+    assert "No licence was found" in card_text(config, 1, Provenance())
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match="correct the YAML at its top"):
+        card_text(config, 1, Provenance())
+
+
+def test_a_folder_is_no_base_model(hybrid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of two parts looks like an id on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    tiny_teacher().save_pretrained("teachers/mine")
+    config = hh.convert("teachers/mine", [1]).config
+    assert config.teacher_name_or_path == "teachers/mine" and config.teacher_revision is None
+    assert "base_model" not in metadata(card_text(config, 1, Provenance()))
+
+
+def test_a_card_that_somebody_wrote_is_kept(hybrid: Any, run: Path) -> None:
+    card = run / "model" / "README.md"
+    before = push(run, "me/mine", dry_run=True).files["README.md"]
+    card.write_text("# My own words\n")
+    assert push(run, "me/mine", dry_run=True).files["README.md"] == len("# My own words\n") != before
+    assert card.read_text() == "# My own words\n"
+
+
+def test_a_card_is_well_formed(hybrid: Any, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(card_of(hybrid, provenance_of(run), repo_id="me/mine"))
+    card = ModelCard.load(path)
+    assert card.data.eval_results and card.data.model_name == "mine" and GENERATED in card.content

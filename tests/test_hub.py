@@ -1,0 +1,357 @@
+"""Pushing to a Hub and loading from it, in processes of their own against a real server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hub_server import READ_TOKEN, TOKEN, LoopbackHub, Repo, serve
+from runs import save_teacher, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from teachers import tiny_teacher, tokens
+from test_card import EVALUATION, SCORES, TOKENS
+from test_standalone import BLOCK
+
+import hf_hybrid as hh
+from hf_hybrid.card import save_model
+from hf_hybrid.cli import main
+from hf_hybrid.hub import push
+from hf_hybrid.recipe import Recipe
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with serve() as server:
+        yield server
+
+
+def run_in(hub: LoopbackHub, folder: Path, code: str, token: str | None = TOKEN, ours: bool = True) -> str:
+    """Runs `code` in a fresh process that uses `hub`; with `ours=False` hf_hybrid cannot be imported there."""
+    env = hub.environment(folder / f"home_{len(list(folder.glob('home_*')))}", token)
+    Path(env["HF_HOME"]).mkdir()
+    env["PYTHONPATH"] = str(ROOT) if ours else ""
+    program = ("" if ours else BLOCK) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def save_run(folder: Path, model: Any) -> Path:
+    """A finished run's folder, as far as a push reads it."""
+    from runs import tiny_recipe
+
+    folder.mkdir()
+    Recipe.from_dict(tiny_recipe("teacher", "texts")).save(folder / "recipe.yaml")
+    EVALUATION.save(folder / "evaluation.json")
+    SCORES.save(folder / "scores.json")
+    (folder / "report.json").write_text(json.dumps({"tokens": TOKENS, "hf_hybrid": "0.0.7"}))
+    save_model(model, tiny_tokenizer(), folder / "model")
+    return folder
+
+
+def changed(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    return model
+
+
+LOAD = """
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = load_file("ids.safetensors")["ids"]
+for name, id, revision in CASES:
+    model = AutoModelForCausalLM.from_pretrained(id, trust_remote_code=True, revision=revision)
+    assert "hf_hybrid" not in type(model).__module__, type(model).__module__
+    save_file({"logits": model(ids).logits.detach()}, f"{name}.safetensors")
+    # It needs no code. Told neither yes nor no, the library would ask, because the config has some.
+    tokenizer = AutoTokenizer.from_pretrained(id, revision=revision, trust_remote_code=name != "direct")
+    print(tokenizer("def function_1(x, y)")["input_ids"])
+"""
+
+
+def test_push_and_load_back(hub: LoopbackHub, tmp_path: Path) -> None:
+    teacher, ids = tiny_teacher("qwen3", vocab_size=300), tokens(2, 40)
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    first = hh.convert(teacher, [1, 3])
+    logits = [first(ids).logits]
+    run = save_run(tmp_path / "run", first)
+    (run / "model" / "optimizer.pt").write_bytes(b"no part of a model")
+    second = changed(first)
+    logits.append(second(ids).logits)
+    second.save_pretrained(tmp_path / "second", max_shard_size="100KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "second")
+    out = run_in(
+        hub,
+        tmp_path,
+        """
+        import json
+        from hf_hybrid.cli import main
+        assert main(["push", "run", "tester/mine", "--private", "--commit-message", "A first hybrid", "--json"]) == 0
+        assert main(["push", "second", "tester/mine", "--revision", "try", "--json"]) == 0
+        assert main(["push", "second", "tester/mine"]) == 0
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model, tokenizer = (k.from_pretrained("run/model") for k in (AutoModelForCausalLM, AutoTokenizer))
+        url = model.push_to_hub("tester/direct", tokenizer=tokenizer, commit_message="Straight from the model")
+        print(url)
+        """,
+    )
+    decoder = json.JSONDecoder()
+    pushed, end = decoder.raw_decode(out)
+    tried, end = decoder.raw_decode(out, end + 1)
+    repo = hub.repos["tester/mine"]
+    assert repo.private and repo.messages[pushed["commit"]] == "A first hybrid"
+    assert (
+        pushed["left_out"] == ["optimizer.pt"] and pushed["url"] == f"{hub.url}/tester/mine/commit/{pushed['commit']}"
+    )
+    assert pushed["files"] == {
+        name: len(data) for name, data in repo.trees[pushed["commit"]].items() if name[0] != "."
+    }
+    assert repo.branches["try"] == [pushed["commit"], tried["commit"]] and len(repo.branches["main"]) == 3
+    # The weights of the second are in shards: the file of the first would be loaded in their place.
+    assert tried["removed"] == ["model.safetensors", "scores.png"]
+    assert "model.safetensors" not in repo.trees[repo.resolve("main")]
+    assert repo.trees[pushed["commit"]]["scores.png"].startswith(b"\x89PNG")
+    card = repo.trees[pushed["commit"]]["README.md"].decode()
+    assert 'path = "tester/mine"' in card and "0.1235 ± 0.0068" in card and "22,222 tokens" in card
+
+    direct = hub.repos["tester/direct"]
+    assert direct.messages[direct.resolve("main")] == "Straight from the model" and len(direct.trees) == 2
+    card = direct.trees[direct.resolve("main")]["README.md"].decode()
+    assert 'path = "tester/direct"' in card and "gated-deltanet" in card and "0.1235" not in card
+    assert "automatically generated" not in card
+
+    cases = [
+        ("pinned", "tester/mine", pushed["commit"]),
+        ("branch", "tester/mine", "try"),
+        ("main", "tester/mine", "main"),
+        ("direct", "tester/direct", None),
+    ]
+    out = run_in(hub, tmp_path, f"CASES = {cases}\n" + LOAD, ours=False)
+    assert out.splitlines() == [str(tiny_tokenizer()("def function_1(x, y)")["input_ids"])] * 4
+    for name, expected in (("pinned", 0), ("branch", 1), ("main", 1), ("direct", 0)):
+        assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["logits"], logits[expected]), name
+
+
+def test_a_teacher_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Conversion by name and revision, where the hybrid's card then leads back to the teacher."""
+    save_teacher(tmp_path / "teacher")
+    (tmp_path / "teacher" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n"
+    )
+    run_in(
+        hub,
+        tmp_path,
+        """
+        import torch
+        from pathlib import Path
+        from huggingface_hub import CommitOperationAdd, HfApi, model_info
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        HfApi().create_repo("tester/teacher")
+        files = [CommitOperationAdd(path.name, path) for path in Path("teacher").iterdir()]
+        HfApi().create_commit("tester/teacher", files, commit_message="old")
+        old = model_info("tester/teacher").sha
+        teacher, tokenizer = (k.from_pretrained("teacher") for k in (AutoModelForCausalLM, AutoTokenizer))
+        before = teacher.lm_head.weight.clone()
+        torch.nn.init.ones_(teacher.lm_head.weight)
+        teacher.push_to_hub("tester/teacher")
+
+        import hf_hybrid as hh
+        from hf_hybrid.cli import main
+        from hf_hybrid.loading import load_model, load_pair
+        new = model_info("tester/teacher").sha
+        for revision, commit, weight in ((None, new, teacher.lm_head.weight), (old, old, before), ("main", new, None)):
+            hybrid = hh.convert("tester/teacher", [1], revision=revision)
+            assert hybrid.config.teacher_name_or_path == "tester/teacher"
+            assert hybrid.config.teacher_revision == commit, (hybrid.config.teacher_revision, commit)
+            assert weight is None or torch.equal(hybrid.lm_head.weight, weight)
+            loaded, _ = load_pair("tester/teacher", revision=revision)
+            assert torch.equal(loaded.lm_head.weight, hybrid.lm_head.weight)
+        options = ["--full-attention-layers", "1,2", "--output", "hybrid", "--revision", old]
+        assert main(["convert", "tester/teacher", *options]) == 0
+        assert main(["push", "hybrid", "tester/hybrid"]) == 0
+        hybrid = load_model("tester/hybrid")
+        assert hybrid.config.teacher_revision == old and torch.equal(hybrid.lm_head.weight, before)
+        hybrid.push_to_hub("tester/child")
+        load_model("hybrid").push_to_hub("tester/sibling")
+        for arguments, message in (
+            (dict(revision="0" * 40), "no such revision"),
+            (dict(name="tester/nothing"), "was found neither as a folder nor as a model on the Hub"),
+        ):
+            try:
+                load_pair(arguments.get("name", "tester/teacher"), revision=arguments.get("revision"))
+            except ValueError as error:
+                assert message in str(error), error
+            else:
+                raise SystemExit(message)
+        """,
+    )
+    bases = {}
+    for name in ("hybrid", "child", "sibling"):
+        repo = hub.repos[f"tester/{name}"]
+        data = yaml.safe_load(repo.trees[repo.resolve("main")]["README.md"].decode().split("---")[1])
+        assert data["base_model_relation"] == "finetune"
+        bases[name] = data["base_model"]
+        if name != "child":
+            old = hub.repos["tester/teacher"].branches["main"][1]
+            assert (data["license"], data["license_name"]) == ("other", "own")
+            assert data["license_link"] == f"https://huggingface.co/tester/teacher/blob/{old}/LICENSE"
+    assert bases == {"hybrid": "tester/teacher", "child": "tester/hybrid", "sibling": "tester/teacher"}
+
+
+PUSH = """
+import os, sys
+import huggingface_hub.utils._http as http
+http.time.sleep = lambda seconds: None  # the client waits longer and longer before it gives up
+from hf_hybrid.cli import main
+sys.stderr = sys.stdout
+for token, *arguments in CASES:
+    os.environ["HF_TOKEN"] = token
+    assert main(["push", "model", *arguments]) == 2
+"""
+
+
+def sentences(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("hf-hybrid: ")]
+
+
+def test_errors_of_the_hub_are_sentences(hub: LoopbackHub, tmp_path: Path) -> None:
+    model = hh.convert(tiny_teacher("qwen3", vocab_size=300), [1, 3])
+    save_model(model, tiny_tokenizer(), tmp_path / "model")
+    hub.repos["tester/public"] = Repo()
+    hub.repos["tester/public"].commit("main", {"README.md": b"# Here before\n"}, "first")
+    before = {name: list(repo.trees) for name, repo in hub.repos.items()}
+    cases = {
+        ("hf_wrong", "tester/other"): "your token is missing or wrong; log in with `hf auth login`",
+        (READ_TOKEN, "tester/other"): "your token may not write there",
+        (TOKEN, "somebody/else"): "your token may not write there",
+        (TOKEN, "not a name"): "'not a name'",
+        (TOKEN, "tester/public", "--private"): "tester/public exists and is public",
+    }
+    out = run_in(hub, tmp_path, f"CASES = {list(cases)}\n{PUSH}")
+    for sentence, text in zip(sentences(out), cases.values(), strict=True):
+        assert text in sentence
+        assert text.startswith("'") or "public" in text or sentence.startswith("hf-hybrid: nothing was pushed to ")
+    assert "Traceback" not in out and {name: list(repo.trees) for name, repo in hub.repos.items()} == before
+
+
+def test_a_server_that_dies_leaves_nothing_half_pushed(tmp_path: Path) -> None:
+    model = hh.convert(tiny_teacher("qwen3", vocab_size=300), [1, 3])
+    save_model(model, tiny_tokenizer(), tmp_path / "model")
+    with serve() as hub:
+        for dies_at in ("upload", "commit"):
+            hub.dies_at, hub.dead = dies_at, False
+            out = run_in(hub, tmp_path, f"CASES = {[(TOKEN, 'tester/mine')]}\n{PUSH}")
+            [sentence] = sentences(out)
+            assert "nothing was pushed to tester/mine" in sentence and "push again" in sentence, out
+            assert "Traceback" not in out
+            repo = hub.repos["tester/mine"]
+            assert len(repo.trees) == 1 and list(repo.trees[repo.resolve("main")]) == [".gitattributes"]
+        hub.dies_at, hub.dead = None, False
+        run_in(hub, tmp_path, "from hf_hybrid.cli import main\nassert main(['push', 'model', 'tester/mine']) == 0")
+        assert "model.safetensors" in repo.trees[repo.resolve("main")]
+
+
+# --- what is refused before anything is sent
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_model(hh.convert(tiny_teacher("qwen3", vocab_size=300), [1, 3]), tiny_tokenizer(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_dry_run_lists_what_would_go(model: Path, capsys: pytest.CaptureFixture) -> None:
+    (model / ".env").write_text("SECRET=1")
+    (model / "notes.py").write_text("print('not of the model')")
+    assert main(["push", str(model), "me/mine", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for path in model.iterdir():
+        if path.name not in (".env", "notes.py", "README.md"):
+            assert f"{path.stat().st_size:>15,}  {path.name}" in out
+    assert "Left out, being no part of a model: .env, notes.py." in out and out.endswith("Nothing was sent.\n")
+    assert main(["push", str(model), "me/mine", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] is None
+
+
+def test_a_teachers_folder_does_not_reach_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_teacher(tmp_path / "secret" / "teacher")
+    hybrid = hh.convert(tmp_path / "secret" / "teacher", [1])
+    save_model(hybrid, tiny_tokenizer(), tmp_path / "model")
+    sent: dict[str, bytes] = {}
+
+    def upload(api: Any, sources: dict[str, Path], *args: Any) -> None:
+        sent.update({name: path.read_bytes() for name, path in sources.items()})
+
+    monkeypatch.setattr("hf_hybrid.hub._upload", upload)
+    push(tmp_path / "model", "me/mine")
+    assert json.loads(sent["config.json"])["teacher_name_or_path"] == "teacher"
+    assert not [name for name, data in sent.items() if str(tmp_path).encode() in data]
+    push(tmp_path / "model", "me/mine", base_model="somebody/teacher")
+    assert json.loads(sent["config.json"])["teacher_name_or_path"] == "somebody/teacher"
+    (tmp_path / "model" / "README.md").unlink()
+    push(tmp_path / "model", "me/mine", base_model="somebody/teacher")
+    assert b"base_model: somebody/teacher" in sent["README.md"]
+
+
+def break_it(model: Path, how: str) -> Path:
+    config = json.loads((model / "config.json").read_text())
+    if how == "truncated":
+        os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size - 100)
+    elif how == "other":
+        (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
+    elif how == "not JSON":
+        (model / "config.json").write_text("{")
+    elif how == "code":
+        del config["auto_map"]
+        (model / "config.json").write_text(json.dumps(config))
+    elif how == "shard":
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        (model / "model.safetensors").rename(model / "model-1.safetensors")
+    elif how == "partial":
+        return model.rename(model.with_name("model.partial"))
+    elif how in ("unfinished", "no model"):
+        recipe = {"select": {"layers": [1]}, "data": {"text_files": "x"}, "teacher": "t"}
+        stage = {"align": {"tokens": 1}, "distill": {"tokens": 1}}
+        Recipe.from_dict(recipe | stage).save(model.parent / "recipe.yaml")
+        if how == "no model":
+            model.rename(model.with_name("distilled"))
+            return model.parent
+    else:
+        (model / how).unlink()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("config.json", "config.json is missing"),
+        ("model.safetensors", "model.safetensors is missing"),
+        ("kernels.py", "kernels.py is missing"),
+        ("modeling_hybrid.py", "modeling_hybrid.py is missing"),
+        ("tokenizer_config.json", "has no tokenizer; save it there"),
+        ("truncated", "model.safetensors is half-written or damaged"),
+        ("shard", "model-2.safetensors is missing"),
+        ("not JSON", "config.json is no JSON"),
+        ("other", "holds a 'qwen3' model, no hybrid"),
+        ("code", "has no code"),
+        ("partial", "model.partial is half-written"),
+        ("unfinished", "is not finished (report.json is missing); go on with it: hf-hybrid run"),
+        ("no model", "is not finished (model is missing)"),
+    ],
+)
+def test_half_written_models_are_refused(how: str, message: str, model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["push", str(break_it(model, how)), "me/mine", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
