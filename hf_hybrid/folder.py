@@ -7,9 +7,10 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from hf_hybrid.trainers.durable import PARTIAL, read_json, sync_directory, sync_tree, write_json
+from hf_hybrid.trainers.checkpoints import damage, seal
+from hf_hybrid.trainers.durable import PARTIAL, sync_directory, sync_tree
 
 from .recipe import Recipe
 
@@ -27,7 +28,6 @@ ARTEFACTS = {
     "report": "report.json",
 }
 _HEADER = "# The recipe of the run in this folder, written by hf-hybrid. Do not edit.\n"
-_LIST = "files.json"
 
 
 @contextlib.contextmanager
@@ -59,32 +59,6 @@ def publish(folder: Path, *, listed: bool = False) -> Iterator[Path]:
     sync_directory(folder.parent)
 
 
-def seal(folder: Path) -> None:
-    """Marks `folder` as complete: brings its files to the disk, and then writes `files.json` with their sizes."""
-    sync_tree(folder)
-    write_json(folder / _LIST, _sizes(folder))
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that [`seal`] marked, or None. Reads sizes and headers, not the contents."""
-    listed = read_json(folder / _LIST)
-    if listed is None:
-        return f"it has no {_LIST}"
-    found = _sizes(folder)
-    for name, size in listed.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != size:
-            return f"{name} has {found[name]} bytes of {size}"
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, "pt"):
-                    pass
-            except SafetensorError as error:
-                return f"{name} is no safetensors file: {error}"
-    return None
-
-
 def check_whole(folder: Path, stage: str) -> None:
     """Raises a `ValueError` where the artefact `folder` of `stage` lost something since it was complete."""
     problem = damage(folder)
@@ -93,11 +67,6 @@ def check_whole(folder: Path, stage: str) -> None:
             f"{folder} is damaged: {problem}. Restore it from a copy, or delete it, and what later stages made of it, "
             f"to make it again (stage {stage})."
         )
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path != folder / _LIST}
 
 
 def claim(folder: Path, recipe: Recipe) -> None:

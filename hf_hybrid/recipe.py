@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from hf_hybrid.trainers.durable import write_text
+from hf_hybrid.trainers.scoring import METHODS
 
 from .data import DataConfig
 from .schema import parse
-from .selection import check_selector
+from .selection import POSITIONAL, check_selector
 
 
 # Set by the pipeline from a recipe's own fields; in `training` they would say the same thing twice.
@@ -96,12 +97,20 @@ class DistillStage(StageConfig):
 
 @dataclass(kw_only=True)
 class ScoreStage(StageConfig):
-    """[`StageConfig`] of the short distillations that score each layer, with the rates of the distillation."""
+    """
+    [`StageConfig`] of the short distillations that score layers, with the rates of the distillation.
+
+    Args:
+        tokens_per_layer (`int`): tokens of one such run: `ga-s2` makes one for each layer, others one in all or none.
+        method (`str`): how layers are scored, see docs/scoring.md.
+        options (`dict`): options of the method.
+    """
 
     tokens_per_layer: int
     learning_rate: float = 7e-6
     mixer_learning_rate: float | None = 1e-4
     method: str = "ga-s2"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -118,7 +127,7 @@ class SelectStage:
     Which layers keep softmax attention.
 
     Args:
-        selector (`str`): `"ga-s2"`, `"uniform"`, `"uniform-last"` or `"uniform-centre"`, see `select_layers`.
+        selector (`str`): the score stage's method, or a rule that goes by position, see `select_layers`.
         k (`int`, *optional*), fraction (`float`, *optional*), layers (`list[int]`, *optional*):
             exactly one: how many layers, which share of them (rounded to the nearest, a half upwards), or which.
     """
@@ -174,11 +183,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.score is not None:
-            if self.score.method != "ga-s2":
-                raise ValueError(f"score.method={self.score.method!r} is unknown; choose 'ga-s2'.")
-        elif self.select.layers is None and self.select.selector == "ga-s2":
-            raise ValueError("select.selector is 'ga-s2', but there is no score stage; add one or choose 'uniform'.")
+        self._check_scores()
         for name, stage in self.stages().items():
             _check_stage(name, stage, self.data.block_size)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -186,6 +191,19 @@ class Recipe:
         managed = sorted(_MANAGED & set(self.training))
         if managed:
             raise ValueError(f"training.{managed[0]} is set from the recipe's own stages; set it there.")
+
+    def _check_scores(self) -> None:
+        method = None if self.score is None else self.score.method
+        if method is not None and method not in METHODS:
+            raise ValueError(f"score.method={method!r} is unknown; choose one of {list(METHODS)}.")
+        selector = self.select.selector
+        if self.select.layers is not None or selector in POSITIONAL or selector == method:
+            return
+        if method is None:
+            raise ValueError(
+                f"select.selector is {selector!r}, but there is no score stage; add one or choose 'uniform'."
+            )
+        raise ValueError(f"select.selector is {selector!r}, but score.method is {method!r}; name one method in both.")
 
     def stages(self) -> dict[str, StageConfig]:
         """The training stages there are, by name, in order."""

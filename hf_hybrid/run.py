@@ -253,6 +253,8 @@ class _Run:
             args=cast(DistillationConfig, arguments),
             tokens_per_layer=stage.tokens_per_layer,
             method=stage.method,
+            options=stage.options,
+            k=self.recipe.select.count(num_layers),
             output_dir=self.folder / "scores",
             progress=report,
         )
@@ -261,7 +263,7 @@ class _Run:
     def _select(self) -> None:
         select, num_layers = self.recipe.select, self.teacher.config.num_hidden_layers
         selector = select.selector if select.layers is None else select.layers
-        layers = select_layers(selector, select.count(num_layers), num_layers, self.scores)
+        layers = select_layers(selector, select.count(num_layers), num_layers, self.scores, seed=self.recipe.seed)
         if self.scores is not None:
             plot_scores(self.scores, layers, self.folder / "scores.png")
         write_json(self.folder / ARTEFACTS["select"], {"selector": selector, "layers": layers})

@@ -1,7 +1,6 @@
 """The training stages of a run: arguments from the recipe, checkpoints to go on from, progress to whoever listens."""
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
+from hf_hybrid.trainers.checkpoints import checkpoints_in, damage, newest_checkpoint, seal
 
 from .data import CutRows
-from .folder import damage, seal
 from .recipe import Recipe
 
 
@@ -179,7 +178,7 @@ class _Steps(TrainerCallback):
             self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
 
     def _diverged(self, what: str, value: float, args: Any, state: Any) -> str:
-        whole = [path for path in _checkpoints(Path(args.output_dir)) if damage(path) is None]
+        whole = [path for path in checkpoints_in(Path(args.output_dir)) if damage(path) is None]
         kept = f"{whole[0].name}, from before it, is kept" if whole else "there is no checkpoint from before it"
         return (
             f"{self.name}: the {what} is {value} at step {state.global_step} of {state.max_steps}; nothing is saved "
@@ -201,28 +200,6 @@ class _Steps(TrainerCallback):
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
-    """
-    The newest complete checkpoint of the Trainer in `folder`. Newer ones that a kill left half-written are removed.
-
-    The Trainer writes into place and, where there are too many, removes from place, so what is complete is what
-    [`~hf_hybrid.folder.seal`] marked and still has all of its files.
-    """
-    for path in _checkpoints(folder):
-        problem = damage(path)
-        if problem is None:
-            return path
-        note(f"{path.name} is incomplete ({problem}); it is removed and the one before it used")
-        shutil.rmtree(path)
-    return None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints in `folder`, complete or not, the newest first."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
 
 
 def check_finite(folder: Path) -> None:

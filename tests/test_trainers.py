@@ -271,7 +271,7 @@ class TestScores:
         student, teacher, train, held_out, args = setting
         with pytest.raises(ValueError, match="outside 0..3"):
             hh.score_layers(student, teacher, train, held_out, args=args, layers=[4])
-        with pytest.raises(ValueError, match="choose 'ga-s2'"):
+        with pytest.raises(ValueError, match=r"choose one of \['ga-s2'"):
             hh.score_layers(student, teacher, train, held_out, args=args, method="ga")
         with pytest.raises(ValueError, match="evaluation dataset is empty"):
             hh.score_layers(student, teacher, train, held_out.select([]), args=args)

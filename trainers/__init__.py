@@ -3,7 +3,8 @@
 from .alignment import AlignmentConfig, AlignmentTrainer
 from .distillation import DistillationConfig, DistillationTrainer
 from .held_out import HeldOutKL, held_out_kl
-from .scoring import LayerScore, LayerScores, score_layers
+from .scores import LayerScore, LayerScores
+from .scoring import score_layers
 
 
 __all__ = [

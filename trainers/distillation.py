@@ -48,15 +48,20 @@ class DistillationTrainer(TeacherTrainer):
 
 
 def kl_of_batch(
-    student: Any, teacher: Any, inputs: dict[str, torch.Tensor], chunk_tokens: int | None = None
+    student: Any,
+    teacher: Any,
+    inputs: dict[str, torch.Tensor],
+    chunk_tokens: int | None = None,
+    reference: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`KL(teacher || student)` of every token of a batch, `[B, T]`, in nats."""
-    with torch.no_grad():
-        mask = inputs.get("attention_mask")
-        # The library keeps packed documents apart only where there is no mask.
-        plain = {**inputs, "attention_mask": None} if mask is not None and bool(mask.all()) else inputs
-        reference = teacher.base_model(**plain, use_cache=False).last_hidden_state
-    hidden = student.base_model(**plain, use_cache=False).last_hidden_state
+    """
+    `KL(teacher || student)` of every token of a batch, `[B, T]`, in nats. `reference` is what
+    [`final_hidden_states`] gave for the teacher, where that is known already.
+    """
+    if reference is None:
+        with torch.no_grad():
+            reference = final_hidden_states(teacher, inputs)
+    hidden = final_hidden_states(student, inputs)
     kl = chunked_kl_per_token(
         reference.flatten(0, 1),
         hidden.flatten(0, 1),
@@ -66,3 +71,11 @@ def kl_of_batch(
         chunk_tokens=chunk_tokens,
     )
     return kl.view(hidden.shape[:2])
+
+
+def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What goes into the head of `model`, `[B, T, H]`."""
+    mask = inputs.get("attention_mask")
+    # The library keeps packed documents apart only where there is no mask.
+    plain = {**inputs, "attention_mask": None} if mask is not None and bool(mask.all()) else inputs
+    return model.base_model(**plain, use_cache=False).last_hidden_state

@@ -1,0 +1,66 @@
+"""The Trainer's checkpoints on disk, and folders that tell whether they are complete."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .durable import read_json, sync_tree, write_json
+
+
+_LIST = "files.json"
+
+
+def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
+    """
+    The newest complete checkpoint of the Trainer in `folder`. Newer ones that a kill left half-written are removed.
+
+    The Trainer writes into place and, where there are too many, removes from place, so what is complete is what
+    [`seal`] marked and still has all of its files.
+    """
+    for path in checkpoints_in(folder):
+        problem = damage(path)
+        if problem is None:
+            return path
+        note(f"{path.name} is incomplete ({problem}); it is removed and the one before it used")
+        shutil.rmtree(path)
+    return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints in `folder`, complete or not, the newest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+
+
+def seal(folder: Path) -> None:
+    """Marks `folder` as complete: brings its files to the disk, and then writes `files.json` with their sizes."""
+    sync_tree(folder)
+    write_json(folder / _LIST, _sizes(folder))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that [`seal`] marked, or None. Reads sizes and headers, not the contents."""
+    listed = read_json(folder / _LIST)
+    if listed is None:
+        return f"it has no {_LIST}"
+    found = _sizes(folder)
+    for name, size in listed.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes of {size}"
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(folder / name, "pt"):
+                    pass
+            except SafetensorError as error:
+                return f"{name} is no safetensors file: {error}"
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path != folder / _LIST}

@@ -1,0 +1,429 @@
+"""What every scoring method works with: the models, held-out rows, short distillations, and work that is kept."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_model, save_model
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoints import newest_checkpoint, seal
+from .distillation import DistillationConfig, DistillationTrainer, final_hidden_states, kl_of_batch
+from .durable import PARTIAL, read_json, sync_directory, write_json
+from .held_out import batches
+from .losses import masked_mean
+from .scores import LayerScore, LayerScores, without_nan
+from .teacher_trainer import model_inputs
+
+
+# The teacher's final hidden states of the held-out rows are kept in host memory up to this size.
+_REFERENCE_BYTES = 2**32
+Steps = Callable[[int, int, str], None]
+
+
+class HeldOut:
+    """
+    The held-out rows, the same for everything that is compared.
+
+    Processes share the batches out and gather the results, so that each has all of them. `answers` `[rows, T]` marks
+    the tokens that a task asks for; a batch then has a column of that name.
+    """
+
+    def __init__(self, dataset: Any, teacher: Any, batch_size: int, answers: torch.Tensor | None = None) -> None:
+        self.teacher = teacher
+        self.batches = list(batches(dataset, batch_size, torch.device("cpu")))
+        if answers is not None:
+            for batch, marks in zip(self.batches, answers.split(batch_size), strict=True):
+                batch["answers"] = marks
+        self.rows = sum(len(batch["input_ids"]) for batch in self.batches)
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.batches]
+        self.tokens = sum(int(mask.sum()) for mask in masks)
+        self._reference: dict[int, torch.Tensor] = {}
+        self._kept_bytes = 0
+
+    @torch.no_grad()
+    def measure(self, of_batch: Callable[[int, dict[str, torch.Tensor]], list[Any]]) -> list[Any]:
+        """`of_batch(index, batch)` gives one entry a row; returns those of all rows, in order, on every process."""
+        state = PartialState()
+        found: list[tuple[int, list[Any]]] = []
+        for index in range(state.process_index, len(self.batches), state.num_processes):
+            batch = {name: tensor.to(self.teacher.device) for name, tensor in self.batches[index].items()}
+            found.append((index, of_batch(index, batch)))
+        if state.num_processes > 1:
+            found = sorted(gather_object(found), key=lambda entry: entry[0])
+        return [row for _, rows in found for row in rows]
+
+    def kl(self, student: Any) -> list[float]:
+        """`KL(teacher || student)` of each row, the mean over its tokens, in nats per token."""
+
+        def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[float]:
+            kl = kl_of_batch(student, self.teacher, batch, reference=self.reference(index, batch))
+            return row_means(kl, batch.get("attention_mask"))
+
+        with evaluating(student):
+            return self.measure(of_batch)
+
+    def reference(self, index: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The teacher's final hidden states of a batch."""
+        if index in self._reference:
+            return self._reference[index].to(self.teacher.device)
+        with evaluating(self.teacher), torch.no_grad():
+            hidden = final_hidden_states(self.teacher, model_inputs(batch))
+        if self._kept_bytes + hidden.nbytes <= _REFERENCE_BYTES:
+            self._reference[index] = hidden.cpu()
+            self._kept_bytes += hidden.nbytes
+        return hidden
+
+
+@dataclass
+class Job:
+    """
+    One call of [`score_layers`]: what the methods need, and the record of what they spent.
+
+    Work goes through [`Job.once`], which keeps each result in `folder` and takes it from there in a later call.
+    """
+
+    student: Any
+    teacher: Any
+    train_dataset: Any
+    args: DistillationConfig
+    held_out: HeldOut
+    layers: list[int]
+    num_layers: int
+    tokens_per_layer: int | None = None
+    k: int | None = None
+    folder: Path | None = None
+    progress: Callable[[LayerScore], None] | None = None
+    steps: Steps | None = None
+    baseline: float = math.nan
+    tokens_forward: int = 0
+    tokens_forward_backward: int = 0
+    spent: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def all_layers(self) -> range:
+        """Every layer of the model."""
+        return range(self.num_layers)
+
+    def needs_k(self, method: str) -> int:
+        """`k`, or a `ValueError` where it was not given."""
+        if self.k is None:
+            raise ValueError(f"method={method!r} chooses layers together and needs k, how many of them; pass k.")
+        return self.k
+
+    def kl(self) -> list[float]:
+        """Held-out KL of the student as it is now, by row."""
+        self.tokens_forward += self.held_out.tokens
+        rows = self.held_out.kl(self.student)
+        check_finite(f"softmax in layers {self.student.full_attention_layers}", rows)
+        return rows
+
+    def say(self, done: int, total: int, text: str) -> None:
+        """Tells whoever listens how far the work is; only the main process speaks."""
+        if self.steps is not None and PartialState().is_main_process:
+            self.steps(done, total, text)
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`, plain data: from an earlier call that used the same folder, or made now and kept."""
+        kept = self._read(name)
+        if kept is None:
+            start, forward, trained = time.perf_counter(), self.tokens_forward, self.tokens_forward_backward
+            memory = _Memory(self.teacher.device)
+            result = work()
+            kept = {
+                "result": result,
+                "seconds": time.perf_counter() - start,
+                "tokens_forward": self.tokens_forward - forward,
+                "tokens_forward_backward": self.tokens_forward_backward - trained,
+                "peak_memory_bytes": memory.peak(),
+            }
+            self.write(name, kept)
+        self.spent.append({key: value for key, value in kept.items() if key != "result"})
+        return kept["result"]
+
+    def trained_once(self, name: str, work: Callable[[Path | None], None]) -> None:
+        """
+        As [`Job.once`], for work that trains the student: in a later call its weights come from the folder. `work` is
+        given the folder to keep checkpoints in, which is there only until it is done.
+        """
+        checkpoints = None if self.folder is None else self.folder / f"{name}_checkpoints"
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        made = []
+
+        def train() -> None:
+            work(checkpoints)
+            made.append(name)
+            if path is not None and PartialState().is_main_process:
+                save_model(self.student, str(path) + PARTIAL)
+                os.replace(str(path) + PARTIAL, path)
+                sync_directory(path.parent)
+
+        self.once(name, train)
+        if checkpoints is not None and PartialState().is_main_process:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        if not made:
+            load_model(self.student, str(path), device=str(self.student.device))
+
+    def score(self, layer: int, work: Callable[[], LayerScore], prefix: str = "layer") -> LayerScore:
+        """The score of one layer, as [`Job.once`]; `work` leaves its tokens and seconds to this."""
+        found = self.once(f"{prefix}_{layer:03d}", lambda: without_nan(dataclasses.asdict(work())))
+        spent = self.spent[-1]
+        cost = {"tokens": spent["tokens_forward_backward"], "seconds": spent["seconds"]}
+        score = LayerScore(**{**found, **cost})
+        self.report(score)
+        return score
+
+    def report(self, score: LayerScore) -> None:
+        """Hands one layer's score to whoever listens."""
+        if self.progress is not None:
+            self.progress(score)
+
+    def finish(self, method: str, scores: list[LayerScore], **fields: Any) -> LayerScores:
+        """The scores with everything that was spent on them."""
+        return LayerScores(
+            scores=sorted(scores, key=lambda score: score.layer),
+            method=method,
+            seed=self.args.seed,
+            evaluation_tokens=self.held_out.tokens,
+            baseline=self.baseline,
+            tokens_forward_backward=sum(entry["tokens_forward_backward"] for entry in self.spent),
+            tokens_forward=sum(entry["tokens_forward"] for entry in self.spent),
+            total_seconds=sum(entry["seconds"] for entry in self.spent),
+            peak_memory_bytes=max((entry["peak_memory_bytes"] for entry in self.spent), default=0),
+            memory_kind=_Memory.kind(self.teacher.device),
+            measured_on=self.measured_on(),
+            **fields,
+        )
+
+    def measured_on(self) -> dict[str, int]:
+        """Rows and tokens to train on and to measure on."""
+        measured = {"eval_rows": self.held_out.rows, "eval_tokens": self.held_out.tokens}
+        if self.train_dataset is not None:
+            rows = len(self.train_dataset)
+            measured |= {"train_rows": rows, "train_tokens": rows * len(self.train_dataset[0]["input_ids"])}
+        return measured
+
+    def distil(
+        self, *, checkpoints: Path | None = None, callbacks: Sequence[TrainerCallback] = (), **changes: Any
+    ) -> None:
+        """
+        Distils the student as it is now on `tokens_per_layer` tokens, rounded up to whole steps (or for as long as
+        `args` says), from the seed on: the same batches in the same order each time.
+
+        Args:
+            checkpoints (`Path`, *optional*): where to keep ten on the way; training goes on from the newest there.
+            callbacks (`Sequence`, *optional*), changes: for the trainer, and of its arguments.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            settings: dict[str, Any] = {"output_dir": scratch, "save_strategy": "no", "eval_strategy": "no"}
+            settings |= {"logging_strategy": "no", "disable_tqdm": True, "load_best_model_at_end": False}
+            if self.tokens_per_layer is not None:
+                settings["max_steps"] = steps_for(self.tokens_per_layer, self.train_dataset, self.args)
+            newest = None
+            if checkpoints is not None:
+                settings |= {"output_dir": str(checkpoints), "save_strategy": "steps", "save_steps": 0.1}
+                settings |= {"save_total_limit": 2, "save_only_model": False}
+                newest = newest_checkpoint(checkpoints, lambda text: self.say(0, 0, text))
+            args = dataclasses.replace(self.args, **settings | changes)
+            if newest is not None:
+                done = int(newest.name.split("-")[-1])
+                self.tokens_forward_backward += done * tokens_per_step(self.train_dataset, args)
+            self.train(args, callbacks, resume_from_checkpoint=None if newest is None else str(newest))
+
+    def train(self, args: Any, callbacks: Sequence[TrainerCallback] = (), **options: Any) -> None:
+        """Distils the student with the arguments `args`; `options` go to the trainer's `train`."""
+        set_seed(args.seed)
+        trainer = DistillationTrainer(
+            model=self.student,
+            teacher=self.teacher,
+            args=args,
+            train_dataset=self.train_dataset,
+            callbacks=[*callbacks, _Count(self)],
+        )
+        trainer.remove_callback(PrinterCallback)  # L runs would print L summaries; `progress` reports instead
+        trainer.train(**options)
+
+    @contextlib.contextmanager
+    def restored_afterwards(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Gives the aligned weights, a copy in host memory, and puts them and all linear layers back at the end."""
+        aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.student.state_dict().items()}
+        try:
+            yield aligned
+        finally:
+            self.reset(aligned)
+
+    def reset(self, aligned: dict[str, torch.Tensor]) -> None:
+        """Makes the student what it was: linear in every layer, with the weights `aligned`."""
+        self.student.set_full_attention_layers([])
+        self.student.load_state_dict(aligned)
+        self.student.zero_grad(set_to_none=True)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Marks the folder as holding scores made with `settings`; a `ValueError` where it holds others."""
+        found = self._read("settings")
+        if found is None:
+            self.write("settings", without_nan(settings))
+            return
+        for name, there in found.items():
+            here = without_nan(settings).get(name)
+            near = name == "baseline" and None not in (here, there)
+            if not (math.isclose(there, here, rel_tol=1e-3) if near else there == here):
+                raise ValueError(
+                    f"{self.folder} has scores made with {name}={there}, this call has {here}; choose another "
+                    "output_dir."
+                )
+
+    def _read(self, name: str) -> Any:
+        """What the main process finds under `name`, on every process: a file may appear while others look."""
+        if self.folder is None:
+            return None
+        path, state = self.folder / f"{name}.json", PartialState()
+        found = [read_json(path) if state.is_main_process else None]
+        if state.num_processes > 1:
+            broadcast_object_list(found)
+        if found[0] is not None and "layer" in found[0]:  # written by a version that kept the score alone
+            old = found[0]
+            cost = {"tokens_forward": 0, "tokens_forward_backward": old["tokens"], "peak_memory_bytes": 0}
+            found = [{"result": old, "seconds": old["seconds"], **cost}]
+        return found[0]
+
+    def write(self, name: str, data: Any) -> None:
+        """Keeps `data` under `name`, on the main process, where there is a folder."""
+        if self.folder is not None and PartialState().is_main_process:
+            write_json(self.folder / f"{name}.json", data)
+
+
+class BothAttentions:
+    """
+    The student's mixers and the teacher's softmax attention side by side, so that layers flip without a copy.
+
+    Args:
+        student ([`HybridForCausalLM`]): linear in every layer.
+        teacher (`PreTrainedModel`): its attention modules are copied once.
+    """
+
+    def __init__(self, student: Any, teacher: Any) -> None:
+        from ..modeling.modeling_hybrid import decoder_layers
+
+        self.student = student
+        self.layers = decoder_layers(student)
+        self.registered = False
+        self.linear = [layer.self_attn for layer in self.layers]
+        student.set_full_attention_layers(range(len(self.layers)), teacher)
+        self.softmax = [layer.self_attn for layer in self.layers]
+        self.keep([])
+
+    def keep(self, layers: Any) -> None:
+        """Softmax attention in `layers`, linear attention in the others."""
+        kept = set(layers)
+        for i, layer in enumerate(self.layers):
+            layer.self_attn = self.softmax[i] if i in kept else self.linear[i]
+            if self.registered:
+                layer.resting_attn = self.linear[i] if i in kept else self.softmax[i]
+        self.student.config.full_attention_layers = sorted(kept)
+
+    def register(self, registered: bool) -> None:
+        """Whether the attention that a layer does not use is part of the model too: of what trains and is saved."""
+        for layer in self.layers:
+            if self.registered:
+                del layer.resting_attn
+        self.registered = registered
+        self.keep([])
+
+    def __enter__(self) -> "BothAttentions":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.register(False)
+
+
+class _Count(TrainerCallback):
+    """Counts the tokens of every optimizer step, says how far a training run is, and seals its checkpoints."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.job.tokens_forward_backward += tokens_per_step(self.job.train_dataset, args)
+        self.job.say(state.global_step, state.max_steps, "training")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+class _Memory:
+    """Peak of the memory since it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.before = self._largest()
+
+    def peak(self) -> int:
+        return self._largest() - (0 if self.device.type == "cuda" else self.before)
+
+    @staticmethod
+    def kind(device: torch.device) -> str:
+        return "cuda" if device.type == "cuda" else "rss growth"
+
+    def _largest(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Puts `models` in eval mode, and back."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def check_finite(what: str, rows: list[float]) -> None:
+    """Raises a `ValueError` where a measurement is not finite."""
+    kl = sum(rows) / len(rows)
+    if not math.isfinite(kl):
+        raise ValueError(
+            f"{what} has a held-out KL of {kl}, which ranks nothing, and is not kept; lower the learning rates of the "
+            "scores, or look for nan in the weights that they start from."
+        )
+
+
+def row_means(values: torch.Tensor, mask: torch.Tensor | None) -> list[float]:
+    """Mean of each row of `values` `[B, T]` over the tokens that are not padding."""
+    return [masked_mean(row, None if mask is None else mask[i]).item() for i, row in enumerate(values)]
+
+
+def tokens_per_step(dataset: Any, args: Any) -> int:
+    """Tokens of one optimizer step on all processes, for rows of one length."""
+    row = next(iter(dataset))
+    return len(row["input_ids"]) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def steps_for(tokens: int, dataset: Any, args: Any) -> int:
+    """Optimizer steps that cover `tokens`, rounded up."""
+    return max(1, -(-tokens // tokens_per_step(dataset, args)))
