@@ -113,30 +113,48 @@ def score_layers(
     """
     options = options or {}
     _check_method(method, options, student, train_dataset)
-    num_layers = len(decoder_layers(teacher))
-    wanted = _check_layers(layers, num_layers)
-    if k is not None and (isinstance(k, bool) or not 0 <= k <= len(wanted)):
-        raise ValueError(f"k={k} layers cannot be chosen from {len(wanted)}; pass an integer in 0..{len(wanted)}.")
+    wanted = _check_layers(layers, k, len(decoder_layers(teacher)))
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
+    _prepare_models(student, teacher, args)
+    job = Job(
+        student=student,
+        teacher=teacher,
+        train_dataset=train_dataset,
+        args=args,
+        held_out=HeldOut(eval_dataset, teacher, args.per_device_eval_batch_size),
+        layers=wanted,
+        num_layers=len(decoder_layers(teacher)),
+        tokens_per_layer=tokens_per_layer,
+        k=k,
+        folder=None if output_dir is None else Path(output_dir),
+        progress=progress,
+        steps=steps,
+    )
+    _claim(job, method, options)
+    return METHODS[method](job, **options)
+
+
+def _prepare_models(student: Any, teacher: Any, args: DistillationConfig) -> None:
+    """Puts the models where `args` wants them; a `ValueError` where they do not fit together."""
     for model in (teacher, student):
-        if model is not None and model.device != args.device:
-            model.to(args.device)
-    check_logit_function(teacher)
+        if model is not None:
+            if model.device != args.device:
+                model.to(args.device)
+            check_logit_function(model)
     if student is not None:
         check_pair(student, teacher)
-        check_logit_function(student)
-    held_out = HeldOut(eval_dataset, teacher, args.per_device_eval_batch_size)
-    folder = None if output_dir is None else Path(output_dir)
-    job = Job(student, teacher, train_dataset, args, held_out, wanted, num_layers, tokens_per_layer, k, folder)
-    job.progress, job.steps = progress, steps
-    known = held_out.kl(student) if student is not None else token_nll(held_out, teacher)
-    check_finite("the aligned student" if student is not None else "the teacher", known)
-    if student is not None:
+
+
+def _claim(job: Job, method: str, options: dict[str, Any]) -> None:
+    """Measures where the models start, and marks the folder as holding scores made from there."""
+    if job.student is not None:
+        known, what = job.held_out.kl(job.student), "the aligned student"
         job.baseline = sum(known) / len(known)
-    if folder is not None:
-        settings = _settings(args, method, tokens_per_layer) | {"baseline": sum(known) / len(known)}
-        job.claim(settings | {"k": k, "options": _described(options)})
-    return METHODS[method](job, **options)
+    else:
+        known, what = token_nll(job.held_out, job.teacher), "the teacher"
+    check_finite(what, known)
+    settings = _settings(job.args, method, job.tokens_per_layer) | {"baseline": sum(known) / len(known)}
+    job.claim(settings | {"k": job.k, "options": _described(options)})
 
 
 def _check_method(method: str, options: dict[str, Any], student: Any, train_dataset: Any) -> None:
@@ -164,12 +182,14 @@ def _check_method(method: str, options: dict[str, Any], student: Any, train_data
         )
 
 
-def _check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
+def _check_layers(layers: Iterable[int] | None, k: int | None, num_layers: int) -> list[int]:
     """The layers to score, ascending."""
     wanted = sorted(set(range(num_layers) if layers is None else layers))
     outside = [layer for layer in wanted if not 0 <= layer < num_layers]
     if outside:
         raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
+    if k is not None and (isinstance(k, bool) or not 0 <= k <= len(wanted)):
+        raise ValueError(f"k={k} layers cannot be chosen from {len(wanted)}; pass an integer in 0..{len(wanted)}.")
     return wanted
 
 

@@ -273,7 +273,7 @@ class Job:
         self.student.zero_grad(set_to_none=True)
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Marks the folder as holding scores made with `settings`; a `ValueError` where it holds others."""
+        """Marks the folder, if there is one, as holding scores of `settings`; a `ValueError` where it holds others."""
         found = self._read("settings")
         if found is None:
             self.write("settings", without_nan(settings))
