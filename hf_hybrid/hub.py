@@ -20,11 +20,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from hf_hybrid.modeling import HybridConfig
 from hf_hybrid.modeling.model_card import GENERATED
 from hf_hybrid.trainers import LayerScores
+from hf_hybrid.trainers.durable import read_json
 
 from . import __version__
 from .card import PLOT, Provenance, write_card
 from .evaluation import Evaluation
-from .folder import ARTEFACTS, read_json
+from .folder import ARTEFACTS
 from .recipe import Recipe
 
 
