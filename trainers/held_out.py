@@ -1,14 +1,21 @@
 """Held-out measurements on fixed batches: the same rows, in the same order, for every model that is compared."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from .distillation import kl_of_batch
+from .distillation import final_hidden_states, kl_of_batch
 from .losses import masked_mean
 from .teacher_trainer import model_inputs
+
+
+# The teacher's final hidden states of the held-out rows are kept in host memory up to this size.
+_REFERENCE_BYTES = 2**32
 
 
 @dataclass
@@ -84,3 +91,75 @@ def batches(dataset: Any, batch_size: int, device: torch.device) -> Iterator[dic
                 "pack them to one length, or pad them and pass an attention_mask."
             )
         yield {key: torch.as_tensor(value).to(device) for key, value in model_inputs(rows).items()}
+
+
+class HeldOut:
+    """
+    The held-out rows, the same for everything that is compared.
+
+    Processes share the batches out and gather the results, so that each has all of them. `answers` `[rows, T]` marks
+    the tokens that a task asks for; a batch then has a column of that name.
+    """
+
+    def __init__(self, dataset: Any, teacher: Any, batch_size: int, answers: torch.Tensor | None = None) -> None:
+        self.teacher = teacher
+        self.batches = list(batches(dataset, batch_size, torch.device("cpu")))
+        if answers is not None:
+            for batch, marks in zip(self.batches, answers.split(batch_size), strict=True):
+                batch["answers"] = marks
+        self.rows = sum(len(batch["input_ids"]) for batch in self.batches)
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.batches]
+        self.tokens = sum(int(mask.sum()) for mask in masks)
+        self._reference: dict[int, torch.Tensor] = {}
+        self._kept_bytes = 0
+
+    @torch.no_grad()
+    def measure(self, of_batch: Callable[[int, dict[str, torch.Tensor]], list[Any]]) -> list[Any]:
+        """`of_batch(index, batch)` gives one entry a row; returns those of all rows, in order, on every process."""
+        state = PartialState()
+        found: list[tuple[int, list[Any]]] = []
+        for index in range(state.process_index, len(self.batches), state.num_processes):
+            batch = {name: tensor.to(self.teacher.device) for name, tensor in self.batches[index].items()}
+            found.append((index, of_batch(index, batch)))
+        if state.num_processes > 1:
+            found = sorted(gather_object(found), key=lambda entry: entry[0])
+        return [row for _, rows in found for row in rows]
+
+    def kl(self, student: Any) -> list[float]:
+        """`KL(teacher || student)` of each row, the mean over its tokens, in nats per token."""
+
+        def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[float]:
+            kl = kl_of_batch(student, self.teacher, batch, reference=self.reference(index, batch))
+            return row_means(kl, batch.get("attention_mask"))
+
+        with evaluating(student):
+            return self.measure(of_batch)
+
+    def reference(self, index: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The teacher's final hidden states of a batch."""
+        if index in self._reference:
+            return self._reference[index].to(self.teacher.device)
+        with evaluating(self.teacher), torch.no_grad():
+            hidden = final_hidden_states(self.teacher, model_inputs(batch))
+        if self._kept_bytes + hidden.nbytes <= _REFERENCE_BYTES:
+            self._reference[index] = hidden.cpu()
+            self._kept_bytes += hidden.nbytes
+        return hidden
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Puts `models` in eval mode, and back."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def row_means(values: torch.Tensor, mask: torch.Tensor | None) -> list[float]:
+    """Mean of each row of `values` `[B, T]` over the tokens that are not padding."""
+    return [masked_mean(row, None if mask is None else mask[i]).item() for i, row in enumerate(values)]

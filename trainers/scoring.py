@@ -12,10 +12,11 @@ import torch
 
 from ..modeling.modeling_hybrid import decoder_layers
 from .distillation import DistillationConfig
+from .held_out import HeldOut
 from .losses import check_logit_function
 from .scores import LayerScore, LayerScores
 from .scoring_distill import ga_s2
-from .scoring_job import HeldOut, Job, Steps, check_finite, steps_for, tokens_per_step
+from .scoring_job import Job, Steps, check_finite, steps_for, tokens_per_step
 from .scoring_rules import POSITIONAL, by_position
 from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
 from .scoring_teacher import ablation_kl, ablation_ppl, ablation_recall, attention_mse, block_influence, token_nll

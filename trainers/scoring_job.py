@@ -16,77 +16,19 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model, save_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import newest_checkpoint, seal
-from .distillation import DistillationConfig, DistillationTrainer, final_hidden_states, kl_of_batch
+from .distillation import DistillationConfig, DistillationTrainer
 from .durable import PARTIAL, read_json, sync_directory, write_json
-from .held_out import batches
-from .losses import masked_mean
+from .held_out import HeldOut
 from .scores import LayerScore, LayerScores, without_nan
-from .teacher_trainer import model_inputs
 
 
-# The teacher's final hidden states of the held-out rows are kept in host memory up to this size.
-_REFERENCE_BYTES = 2**32
 Steps = Callable[[int, int, str], None]
-
-
-class HeldOut:
-    """
-    The held-out rows, the same for everything that is compared.
-
-    Processes share the batches out and gather the results, so that each has all of them. `answers` `[rows, T]` marks
-    the tokens that a task asks for; a batch then has a column of that name.
-    """
-
-    def __init__(self, dataset: Any, teacher: Any, batch_size: int, answers: torch.Tensor | None = None) -> None:
-        self.teacher = teacher
-        self.batches = list(batches(dataset, batch_size, torch.device("cpu")))
-        if answers is not None:
-            for batch, marks in zip(self.batches, answers.split(batch_size), strict=True):
-                batch["answers"] = marks
-        self.rows = sum(len(batch["input_ids"]) for batch in self.batches)
-        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.batches]
-        self.tokens = sum(int(mask.sum()) for mask in masks)
-        self._reference: dict[int, torch.Tensor] = {}
-        self._kept_bytes = 0
-
-    @torch.no_grad()
-    def measure(self, of_batch: Callable[[int, dict[str, torch.Tensor]], list[Any]]) -> list[Any]:
-        """`of_batch(index, batch)` gives one entry a row; returns those of all rows, in order, on every process."""
-        state = PartialState()
-        found: list[tuple[int, list[Any]]] = []
-        for index in range(state.process_index, len(self.batches), state.num_processes):
-            batch = {name: tensor.to(self.teacher.device) for name, tensor in self.batches[index].items()}
-            found.append((index, of_batch(index, batch)))
-        if state.num_processes > 1:
-            found = sorted(gather_object(found), key=lambda entry: entry[0])
-        return [row for _, rows in found for row in rows]
-
-    def kl(self, student: Any) -> list[float]:
-        """`KL(teacher || student)` of each row, the mean over its tokens, in nats per token."""
-
-        def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[float]:
-            kl = kl_of_batch(student, self.teacher, batch, reference=self.reference(index, batch))
-            return row_means(kl, batch.get("attention_mask"))
-
-        with evaluating(student):
-            return self.measure(of_batch)
-
-    def reference(self, index: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The teacher's final hidden states of a batch."""
-        if index in self._reference:
-            return self._reference[index].to(self.teacher.device)
-        with evaluating(self.teacher), torch.no_grad():
-            hidden = final_hidden_states(self.teacher, model_inputs(batch))
-        if self._kept_bytes + hidden.nbytes <= _REFERENCE_BYTES:
-            self._reference[index] = hidden.cpu()
-            self._kept_bytes += hidden.nbytes
-        return hidden
 
 
 @dataclass
@@ -307,50 +249,6 @@ class Job:
             write_json(self.folder / f"{name}.json", data)
 
 
-class BothAttentions:
-    """
-    The student's mixers and the teacher's softmax attention side by side, so that layers flip without a copy.
-
-    Args:
-        student ([`HybridForCausalLM`]): linear in every layer.
-        teacher (`PreTrainedModel`): its attention modules are copied once.
-    """
-
-    def __init__(self, student: Any, teacher: Any) -> None:
-        from ..modeling.modeling_hybrid import decoder_layers
-
-        self.student = student
-        self.layers = decoder_layers(student)
-        self.registered = False
-        self.linear = [layer.self_attn for layer in self.layers]
-        student.set_full_attention_layers(range(len(self.layers)), teacher)
-        self.softmax = [layer.self_attn for layer in self.layers]
-        self.keep([])
-
-    def keep(self, layers: Any) -> None:
-        """Softmax attention in `layers`, linear attention in the others."""
-        kept = set(layers)
-        for i, layer in enumerate(self.layers):
-            layer.self_attn = self.softmax[i] if i in kept else self.linear[i]
-            if self.registered:
-                layer.resting_attn = self.linear[i] if i in kept else self.softmax[i]
-        self.student.config.full_attention_layers = sorted(kept)
-
-    def register(self, registered: bool) -> None:
-        """Whether the attention that a layer does not use is part of the model too: of what trains and is saved."""
-        for layer in self.layers:
-            if self.registered:
-                del layer.resting_attn
-        self.registered = registered
-        self.keep([])
-
-    def __enter__(self) -> "BothAttentions":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.register(False)
-
-
 class _Count(TrainerCallback):
     """Counts the tokens of every optimizer step, says how far a training run is, and seals its checkpoints."""
 
@@ -390,19 +288,6 @@ class _Memory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Puts `models` in eval mode, and back."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
-
-
 def check_finite(what: str, rows: list[float]) -> None:
     """Raises a `ValueError` where a measurement is not finite."""
     kl = sum(rows) / len(rows)
@@ -411,11 +296,6 @@ def check_finite(what: str, rows: list[float]) -> None:
             f"{what} has a held-out KL of {kl}, which ranks nothing, and is not kept; lower the learning rates of the "
             "scores, or look for nan in the weights that they start from."
         )
-
-
-def row_means(values: torch.Tensor, mask: torch.Tensor | None) -> list[float]:
-    """Mean of each row of `values` `[B, T]` over the tokens that are not padding."""
-    return [masked_mean(row, None if mask is None else mask[i]).item() for i, row in enumerate(values)]
 
 
 def tokens_per_step(dataset: Any, args: Any) -> int:

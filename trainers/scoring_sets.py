@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .both_attentions import BothAttentions
 from .scores import KL_MEASURE, LayerScore, LayerScores
-from .scoring_job import BothAttentions, Job
+from .scoring_job import Job
 from .scoring_rules import smart_layers
 
 
