@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run a recipe, or go on with it where it was stopped")
     run.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
     run.add_argument("--stop-after", metavar="STAGE", help="data, align, score, select, distill, finetune, ...")
+    run.add_argument("--from", dest="start_from", metavar="STAGE", help="make STAGE and what follows again")
     score = add("score", _score, "run a recipe up to the scores of its layers; table, JSON and bar chart")
     score.add_argument("--recipe", required=True, help="path of a YAML file, or the name of a shipped recipe")
     for sub in (run, score):
@@ -150,7 +151,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    result = _run_recipe(options.recipe, options, options.stop_after)
+    result = _run_recipe(options.recipe, options, options.stop_after, options.start_from)
     if options.json:
         _print_json(result.report or {"selected": result.selected, "stages": result.stages})
         return
@@ -185,7 +186,7 @@ def _score(options: argparse.Namespace) -> None:
     print(f"Saved: {result.folder / 'scores.json'}, {result.folder / 'scores.png'}.")
 
 
-def _run_recipe(name: str, options: argparse.Namespace, stop_after: str | None) -> Any:
+def _run_recipe(name: str, options: argparse.Namespace, stop_after: str | None, start_from: str | None = None) -> Any:
     from .recipe import Recipe, find_recipe
 
     recipe = Recipe.load(find_recipe(name))
@@ -195,7 +196,7 @@ def _run_recipe(name: str, options: argparse.Namespace, stop_after: str | None) 
     from .run import run_recipe
 
     with StageBars() as bars:
-        return run_recipe(recipe, options.output, stop_after=stop_after, progress=bars.show)
+        return run_recipe(recipe, options.output, stop_after=stop_after, start_from=start_from, progress=bars.show)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, whose it is, and how a folder appears in one step or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -10,7 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hf_hybrid.trainers.checkpoints import damage, seal
-from hf_hybrid.trainers.durable import PARTIAL, sync_directory, sync_tree
+from hf_hybrid.trainers.durable import PARTIAL, read_json, sync_directory, sync_tree, write_json
+from hf_hybrid.trainers.scoring import NEEDS_K
 
 from .recipe import Recipe
 
@@ -64,27 +66,84 @@ def check_whole(folder: Path, stage: str) -> None:
     problem = damage(folder)
     if problem is not None:
         raise ValueError(
-            f"{folder} is damaged: {problem}. Restore it from a copy, or delete it, and what later stages made of it, "
-            f"to make it again (stage {stage})."
+            f"{folder} is damaged: {problem}. Restore it from a copy, or make it and what follows again with "
+            f"--from {stage}."
         )
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Makes `folder` the run of `recipe`, or raises a `ValueError` where it is something else."""
+def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[str]:
+    """
+    Makes `folder` the run of `recipe`, or raises a `ValueError` where it is something else.
+
+    Args:
+        folder (`Path`): new, empty, or a run; [`locked`] by the caller.
+        recipe ([`Recipe`]): what is to be made there.
+        start_from (`str`, *optional*): set aside what this stage and later ones left, see [`set_aside`]. The recipe
+            may then differ from the folder's in what decides these stages.
+
+    Returns:
+        `list[str]`: what was set aside, as paths in `folder`.
+    """
     identity = folder / "recipe.yaml"
-    if _is_run(folder):
-        differences = Recipe.load(identity).difference(recipe)
-        if differences and not _has_work(folder):
-            recipe.save(identity, _HEADER)  # an earlier call stopped at its first error; the recipe was corrected
-        elif differences:
+    if not _is_run(folder):
+        _refuse_strangers(folder)
+        recipe.save(identity, _HEADER)
+        return []
+    there = Recipe.load(identity)
+    differences = there.difference(recipe)
+    if differences and has_work(folder):
+        first = _first_stage(there, recipe)
+        order = list(ARTEFACTS)
+        if start_from is None or order.index(first) < order.index(start_from):
             shown = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
             raise ValueError(
-                f"{folder} belongs to another recipe ({shown}, 'here' being the folder's); choose another folder, or "
-                f"run {identity} to go on with it."
+                f"{folder} belongs to another recipe ({shown}, 'here' being the folder's); choose another folder, run "
+                f"{identity} to go on with it, or add --from {first} to make that stage and what follows again."
             )
-        return
-    _refuse_strangers(folder)
-    recipe.save(identity, _HEADER)
+    moved = [] if start_from is None else set_aside(folder, start_from)
+    if differences:
+        recipe.save(identity, _HEADER)
+    return moved
+
+
+def _first_stage(there: Recipe, here: Recipe) -> str:
+    """The first stage whose result depends on what differs between two recipes."""
+    ours, theirs = there.to_dict(), here.to_dict()
+    changed = [key for key in ours if ours[key] != theirs[key]]
+    # What is no stage's own: rows depend on the seed and on the teacher's tokenizer.
+    decides = {"mixer": "align", "mixer_options": "align", "training": "align"}
+    stages = [decides.get(key, key if key in ARTEFACTS else "data") for key in changed]
+    if "select" in changed and any(recipe.score and recipe.score.method in NEEDS_K for recipe in (there, here)):
+        stages.append("score")  # these scores are of sets of as many layers as are kept
+    return min(stages, key=list(ARTEFACTS).index)
+
+
+def set_aside(folder: Path, stage: str) -> list[str]:
+    """
+    Moves what `stage` and the stages after it left into a new folder in `set_aside`, together with the recipe; nothing
+    is deleted. The last stage's comes first, so a kill leaves no artefact without what it was made from.
+    """
+    later = list(ARTEFACTS)[list(ARTEFACTS).index(stage) :]
+    extras = {"score": ["scores"], "select": ["scores.png"]}
+    names = [
+        name
+        for later_stage in reversed(later)
+        for name in (ARTEFACTS[later_stage], f"{later_stage}_checkpoints", *extras.get(later_stage, []))
+        if (folder / name).exists()
+    ]
+    if not names:
+        return []
+    number = 1 + max((int(path.name) for path in folder.glob("set_aside/*") if path.name.isdigit()), default=0)
+    place = folder / "set_aside" / str(number)
+    place.mkdir(parents=True)
+    shutil.copy2(folder / "recipe.yaml", place / "recipe.yaml")
+    for name in names:
+        os.replace(folder / name, place / name)
+    sync_directory(place)
+    sync_directory(folder)
+    seconds = read_json(folder / "seconds.json") or {}
+    write_json(folder / "seconds.json", {name: took for name, took in seconds.items() if name not in later})
+    return [f"set_aside/{number}/{name}" for name in names]
 
 
 def _is_run(folder: Path) -> bool:
@@ -99,7 +158,8 @@ def _refuse_strangers(folder: Path) -> None:
         raise ValueError(f"{folder} is no run and not empty (it holds {strangers[0]!r}); choose a new folder.")
 
 
-def _has_work(folder: Path) -> bool:
+def has_work(folder: Path) -> bool:
+    """Whether a stage left anything in `folder`, if only a checkpoint."""
     names = [*ARTEFACTS.values(), "scores", *(f"{name}_checkpoints" for name in ARTEFACTS)]
     return any((folder / name).exists() for name in names)
 
@@ -136,3 +196,29 @@ def locked(folder: Path) -> Iterator[None]:
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             stream.flush()
         yield
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns what a full or read-only disk makes of a write into an `OSError` that says so and names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        # The file of the error is often the source of a copy, or none.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise _unwritten(folder, str(error.strerror)) from error
+    except (RuntimeError, SafetensorError) as error:
+        # torch's writer says "PytorchStreamWriter failed writing" or "[enforce fail at inline_container.cc:672]".
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            raise _unwritten(folder, "a file could not be written whole, as on a full disk") from error
+        if isinstance(error, SafetensorError) and "I/O error" in str(error):
+            raise _unwritten(folder, str(error).split("I/O error: ")[-1]) from error
+        raise
+
+
+def _unwritten(folder: Path, reason: str) -> OSError:
+    return OSError(
+        f"{folder} cannot be written: {reason[0].lower()}{reason[1:]}. What is finished there is kept; mend that, and "
+        "the same command goes on."
+    )

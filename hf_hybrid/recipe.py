@@ -243,8 +243,17 @@ class Recipe:
 
     def difference(self, other: "Recipe") -> list[str]:
         """What differs, one line a value: `align.tokens: 1000 here, 2000 there`."""
-        ours, theirs = _flat(self.to_dict()), _flat(other.to_dict())
-        return [
+        ours, theirs = self.to_dict(), other.to_dict()
+        # A stage that only one of them has is one line, not one for each of its values.
+        words = ("none", "some")
+        whole = [
+            f"{key}: {words[ours[key] is not None]} here, {words[theirs[key] is not None]} there"
+            for key in sorted(ours)
+            if {type(ours[key]), type(theirs[key])} == {dict, type(None)}
+        ]
+        alone = {line.split(":")[0] for line in whole}
+        ours, theirs = (_flat({k: v for k, v in side.items() if k not in alone}) for side in (ours, theirs))
+        return whole + [
             f"{key}: {ours.get(key)!r} here, {theirs.get(key)!r} there"
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key)

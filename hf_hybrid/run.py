@@ -1,5 +1,6 @@
 """A recipe from start to end. A run is a folder: each stage leaves an artefact there, and is skipped where it has."""
 
+import math
 import os
 import shutil
 import time
@@ -22,7 +23,8 @@ from .card import save_model
 from .conversion import check_teacher, convert
 from .data import build_rows, load_rows
 from .evaluation import Evaluation, evaluate_model
-from .folder import ARTEFACTS, check_whole, claim, locked, publish
+from .folder import ARTEFACTS, check_whole, claim, explained, locked, publish
+from .inputs import check_inputs
 from .loading import load_model, load_pair
 from .plots import plot_scores
 from .recipe import Recipe
@@ -73,6 +75,7 @@ def run_recipe(
     output_dir: str | os.PathLike,
     *,
     stop_after: str | None = None,
+    start_from: str | None = None,
     progress: Listener | None = None,
 ) -> RunResult:
     """
@@ -85,21 +88,29 @@ def run_recipe(
         recipe ([`Recipe`]): what to do.
         output_dir (`str`): a folder that is new, empty, or holds a run of the same recipe.
         stop_after (`str`, *optional*): the last stage to run, one of `ARTEFACTS`.
+        start_from (`str`, *optional*): the first stage to make again. What it and later stages left is moved into the
+            run's folder `set_aside`, not deleted; `recipe` may differ from the run's in what decides these stages. To
+            go on after a kill, leave it out.
         progress (`Callable`, *optional*): called with each [`~hf_hybrid.stages.Event`].
 
     Returns:
         [`RunResult`].
     """
-    if stop_after is not None and stop_after not in ARTEFACTS:
-        raise ValueError(f"stop_after={stop_after!r} is no stage; choose one of {list(ARTEFACTS)}.")
+    for name, value in (("stop_after", stop_after), ("start_from", start_from)):
+        if value is not None and value not in ARTEFACTS:
+            raise ValueError(f"{name}={value!r} is no stage; choose one of {list(ARTEFACTS)}.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a run is one process; start it without a launcher, or use the trainers from Python.")
     folder = Path(output_dir)
-    with locked(folder):
-        claim(folder, recipe)
+    with explained(folder), locked(folder):
+        moved = claim(folder, recipe, start_from)
         run = _Run(recipe, folder, progress or (lambda event: None))
+        if moved:
+            run.listener(Event(str(start_from), "note", text=f"made again; kept are {', '.join(moved)}"))
         stages = [name for name in ARTEFACTS if name not in ("score", "finetune") or name in recipe.stages()]
         already_finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
+        if not already_finished:
+            _check_order(folder, stages)
         done: dict[str, str] = {}
         for name in stages:
             done[name] = "found" if already_finished or (folder / ARTEFACTS[name]).exists() else "done"
@@ -114,6 +125,18 @@ def run_recipe(
     selection, report = (read_json(folder / ARTEFACTS[name]) for name in ("select", "report"))
     selected = None if selection is None else selection["layers"]
     return RunResult(folder, done, finished, already_finished, selected, report)
+
+
+def _check_order(folder: Path, stages: list[str]) -> None:
+    """Raises a `ValueError` where an artefact is missing from which a later one was made."""
+    missing = [name for name in stages if not (folder / ARTEFACTS[name]).exists()]
+    later = stages[stages.index(missing[0]) :] if missing else []
+    there = [ARTEFACTS[name] for name in later if name not in missing]
+    if there:
+        raise ValueError(
+            f"{folder} has {there[0]}, but not {ARTEFACTS[missing[0]]}, from which it was made; put that back, or "
+            f"make it and what follows again with --from {missing[0]}."
+        )
 
 
 class _Run:
@@ -147,6 +170,9 @@ class _Run:
         recipe = self.recipe
         check_training(recipe, self.folder)
         check_teacher(self.teacher)
+        changed = check_inputs(self.folder, self.teacher, self.tokenizer)
+        if changed is not None:
+            self.listener(Event("run", "note", text=changed))
         config = HybridConfig.from_teacher(
             self.teacher.config, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options
         )
@@ -206,6 +232,12 @@ class _Run:
 
     def _train(self, name: str, student: Any) -> None:
         rows = cut_for(self.recipe, name, self.rows["train"])
+        needed = steps_of(self.recipe, name) * self.recipe.stages()[name].batch_size
+        if needed > len(rows):
+            text = (
+                f"the text has {len(rows)} rows, {needed} are trained on: each is used {needed / len(rows):.1f} times"
+            )
+            self.listener(Event(name, "note", text=text))
         state = train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
         with publish(self.folder / ARTEFACTS[name], listed=True) as partial:
             student.save_pretrained(partial)
@@ -290,6 +322,8 @@ class _Run:
             batch_size=stage.micro_batch_size or stage.batch_size,
             seed=self.recipe.seed,
         )
+        if evaluation.kl is not None and not math.isfinite(evaluation.kl):
+            raise ValueError(f"the finished model has a held-out KL of {evaluation.kl}; no card is written of that.")
         evaluation.save(self.folder / ARTEFACTS["evaluate"])
 
     def _model(self) -> None:
@@ -320,6 +354,7 @@ class _Run:
             "evaluation": read_json(self.folder / ARTEFACTS["evaluate"]),
             "tokens": self._tokens(),
             "hf_hybrid": __version__,
+            "rows": {"found": len(self.rows["train"]), "needed": rows_needed(r)},
             "seconds": read_json(self.folder / "seconds.json"),
             "model": ARTEFACTS["model"],
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -142,21 +142,8 @@ def train(
     checkpoint = newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text)))
     if checkpoint is not None:
         listener(Event(name, "note", text=f"going on from {checkpoint.name}"))
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (SafetensorError, RuntimeError) as error:
-        # What a full disk looks like from torch's and safetensors' writers.
-        if isinstance(error, SafetensorError) or any(mark in str(error) for mark in _WRITE_ERRORS):
-            first = str(error).strip().splitlines()[0]
-            raise OSError(
-                f"{name}: a checkpoint could not be written to {folder} ({first}); the ones before it are kept. Free "
-                "some space, and the same command goes on."
-            ) from error
-        raise
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer.state
-
-
-_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "No space left", "iostream error")
 
 
 class _Steps(TrainerCallback):

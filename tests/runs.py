@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -159,6 +160,17 @@ def tear_newest(folder: Path) -> None:
     if files:
         newest = max(files, key=lambda path: path.stat().st_mtime_ns)
         os.truncate(newest, newest.stat().st_size // 2)
+
+
+def copy_run(finished: Path, folder: Path, stage: str) -> None:
+    """Makes `folder` a copy of a finished run as it was when `stage` started; for the first one, nothing."""
+    from hf_hybrid.folder import ARTEFACTS
+
+    later = list(ARTEFACTS)[list(ARTEFACTS).index(stage) :]
+    gone = {ARTEFACTS[name] for name in later}
+    gone |= {other for other, of in (("scores", "score"), ("scores.png", "select")) if of in later}
+    if stage != "data":
+        shutil.copytree(finished, folder, ignore=lambda path, names: gone if Path(path) == finished else set())
 
 
 def contents(folder: Path, artefacts: list[str]) -> dict[str, tuple[str, int]]:

@@ -2,14 +2,13 @@
 
 import multiprocessing
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import contents, results, run_and_report, save_teacher, save_texts, tiny_recipe
+from runs import contents, copy_run, results, run_and_report, save_teacher, save_texts, tiny_recipe
 
 from hf_hybrid.folder import ARTEFACTS
 from hf_hybrid.recipe import Recipe
@@ -41,15 +40,6 @@ class Reference:
             self.cost[stage] = here.recv()[1:]
         process.join()
         self.results = results(self.folder)
-
-    def until(self, stage: str, folder: Path) -> None:
-        """Makes `folder` a copy of the run as it was when `stage` started; for the first one, nothing."""
-        later = STAGES[STAGES.index(stage) :]
-        gone = [ARTEFACTS[name] for name in later]
-        gone += [other for other, of in (("scores", "score"), ("scores.png", "select")) if of in later]
-        if stage != "data":
-            ignore = lambda path, names: gone if Path(path) == self.folder else []  # noqa: E731
-            shutil.copytree(self.folder, folder, ignore=ignore)
 
 
 def start(recipe: dict[str, Any], folder: Path, stage: str, *fate: Any) -> tuple[Any, Any]:
@@ -92,7 +82,7 @@ def kill(reference: Reference, folder: Path, stage: str, rng: random.Random, by:
 
 def kill_and_finish(reference: Reference, folder: Path, stage: str, rng: random.Random, kinds: list[str]) -> int:
     """Kills `stage` once for each of `kinds`, one upon the other, then lets it end; returns how often it died."""
-    reference.until(stage, folder)
+    copy_run(reference.folder, folder, stage)
     whole = [ARTEFACTS[name] for name in STAGES[: STAGES.index(stage)]]
     before = contents(folder, whole)
     deaths = 0
