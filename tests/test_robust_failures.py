@@ -208,7 +208,7 @@ def test_a_damaged_score_of_one_layer(case: Case) -> None:
     cut(case.folder / "scores" / "layer_001.json")
     assert "layer_001.json is damaged" in case.fails()
     (case.folder / "scores" / "layer_001.json").write_text("{}")
-    assert "layer_001.json holds no LayerScore" in case.fails()
+    assert "layer_001.json holds no result" in case.fails()
     (case.folder / "scores" / "layer_001.json").unlink()
     case.ends("--stop-after", "score")
 
@@ -264,7 +264,7 @@ def test_a_loss_of_nan_between_two_logs(case: Case, monkeypatch: pytest.MonkeyPa
 def test_a_score_of_nan_is_not_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned(monkeypatch, DistillationTrainer, 2)
     case.at("score")
-    assert "layer 0 has a held-out KL of nan" in case.fails()
+    assert "softmax in layers [0] has a held-out KL of nan" in case.fails()
     assert [path.name for path in (case.folder / "scores").iterdir()] == ["settings.json"]
 
 

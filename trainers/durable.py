@@ -19,13 +19,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     try:
         with open(partial, "w", encoding="utf-8") as stream:
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        settle(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:
@@ -55,14 +52,26 @@ def read_record(kind: type[Record], path: str | os.PathLike) -> Record:
         ) from error
 
 
+def settle(partial: Path, path: Path) -> None:
+    """Gives a file that is written whole its name, on the disk too: contents first, then the name."""
+    _sync_file(partial)
+    os.replace(partial, path)
+    sync_directory(path.parent)
+
+
 def sync_tree(folder: Path) -> None:
     """Brings every file below `folder` to the disk, then the folders that name them."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            _sync_file(path)
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         sync_directory(path)
+
+
+def _sync_file(path: Path) -> None:
+    # Windows syncs only what is open for writing; elsewhere a file that may only be read is synced too.
+    with open(path, "r+b" if os.name == "nt" else "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_directory(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import resource
 import shutil
 import sys
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import newest_checkpoint, seal
 from .distillation import DistillationConfig, DistillationTrainer
-from .durable import PARTIAL, read_json, sync_directory, write_json
+from .durable import PARTIAL, read_json, settle, write_json
 from .held_out import HeldOut
 from .scores import LayerScore, LayerScores, without_nan
 
@@ -111,14 +111,18 @@ class Job:
             made.append(name)
             if path is not None and PartialState().is_main_process:
                 save_model(self.student, str(path) + PARTIAL)
-                os.replace(str(path) + PARTIAL, path)
-                sync_directory(path.parent)
+                settle(Path(str(path) + PARTIAL), path)
 
         self.once(name, train)
         if checkpoints is not None and PartialState().is_main_process:
             shutil.rmtree(checkpoints, ignore_errors=True)
         if not made:
-            load_model(self.student, str(path), device=str(self.student.device))
+            try:
+                load_model(self.student, str(path), device=str(self.student.device))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}); delete it and {name}.json, and the same call makes them again."
+                ) from error
 
     def score(self, layer: int, work: Callable[[], LayerScore], prefix: str = "layer") -> LayerScore:
         """The score of one layer, as [`Job.once`]; `work` leaves its tokens and seconds to this."""
@@ -241,6 +245,8 @@ class Job:
             old = found[0]
             cost = {"tokens_forward": 0, "tokens_forward_backward": old["tokens"], "peak_memory_bytes": 0}
             found = [{"result": old, "seconds": old["seconds"], **cost}]
+        if found[0] is not None and name != "settings" and "result" not in found[0]:
+            raise ValueError(f"{path} holds no result; delete it, and the same call makes it again.")
         return found[0]
 
     def write(self, name: str, data: Any) -> None:
