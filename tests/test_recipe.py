@@ -36,7 +36,7 @@ def test_differences_are_named() -> None:
     assert one.fingerprint() != other.fingerprint()
     lines = one.difference(other)
     assert "seed: 3 here, 4 there" in lines and "align.tokens: 1024 here, 5 there" in lines
-    assert any(line.startswith("finetune.tokens") for line in lines)
+    assert "finetune: some here, none there" in lines and not any(line.startswith("finetune.") for line in lines)
 
 
 def test_permission_to_run_code_is_no_part_of_the_identity() -> None:
