@@ -119,6 +119,8 @@ def _quiet() -> None:
     """No warnings of libraries about what is meant to be so, and one GPU: a run is one process on one device."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    # The library would ask a service to convert the pickles of a teacher, which are refused here.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     import datasets
     import transformers

@@ -34,7 +34,7 @@ for name in ("hf_hybrid", "modeling", "trainers", "fla", "trl", "peft", "dataset
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 inputs = tokenizer(json.loads(sys.argv[2]), return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits

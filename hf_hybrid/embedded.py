@@ -12,7 +12,7 @@ _FOLDER = files("hf_hybrid") / "embedded_teacher"
 def embedded_teacher() -> PreTrainedModel:
     """Returns the embedded softmax teacher, in fp32 and eval mode; its card is `embedded_teacher/README.md`."""
     with as_file(_FOLDER) as folder:
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def embedded_tokenizer() -> Any:

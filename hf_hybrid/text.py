@@ -71,7 +71,7 @@ def _texts_of_dataset(config: "DataConfig") -> Iterator[str]:
         rows = load_dataset(
             config.dataset, config.subset, split=config.split, streaming=config.streaming, revision=config.revision
         )
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"dataset {config.dataset!r} (subset {config.subset!r}, split {config.split!r}) did not load: {first}"
