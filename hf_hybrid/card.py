@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import yaml
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 
 from hf_hybrid.modeling import HybridForCausalLM
 from hf_hybrid.modeling import model_card as plain
@@ -113,11 +113,20 @@ def card_text(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def named_base(card: str, base_model: str) -> str:
+    """Returns a card of ours with `base_model` in it, and that model's licence."""
+    licence = _licence(base_model, None)
+    named = ModelCard(card.replace(plain.terms({}), plain.terms(licence)))
+    for key, value in {"base_model": base_model, "base_model_relation": plain.RELATION, **licence}.items():
+        named.data[key] = value
+    return str(named)
+
+
 def _teacher_folder(config: Any, recipe: "Recipe | None") -> str | None:
     """Where a teacher that is not on the Hub keeps its card, on this machine."""
-    if recipe is not None and recipe.teacher == "embedded":
-        return str(Path(__file__).parent / "embedded_teacher")
     name = config.teacher_name_or_path
+    if name == "embedded" or (recipe is not None and recipe.teacher == "embedded"):
+        return str(Path(__file__).parent / "embedded_teacher")
     return name if name and Path(name).is_dir() else None
 
 
@@ -134,9 +143,9 @@ def _licence(name: str | None, revision: str | None) -> dict[str, Any]:
 
 
 def _teacher_name(config: Any, base: str | None, recipe: "Recipe | None") -> str:
-    if recipe is not None and recipe.teacher == "embedded":
-        return "the small teacher that ships with hf_hybrid"
     name = base or config.teacher_name_or_path
+    if name == "embedded" or (recipe is not None and recipe.teacher == "embedded"):
+        return "the small teacher that ships with hf_hybrid"
     return _public(name) if name else "a softmax-attention model"
 
 

@@ -20,10 +20,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from hf_hybrid.modeling import HybridConfig
 from hf_hybrid.modeling.model_card import GENERATED
 from hf_hybrid.trainers import LayerScores
-from hf_hybrid.trainers.durable import read_json
+from hf_hybrid.trainers.durable import read_json, read_record
 
 from . import __version__
-from .card import PLOT, Provenance, write_card
+from .card import HERE, PLOT, Provenance, named_base, write_card
 from .evaluation import Evaluation
 from .folder import ARTEFACTS
 from .recipe import Recipe
@@ -206,8 +206,9 @@ def _made_for_hub(model: Path, run: Path | None, made: Path, repo_id: str, base_
     if text is not None and GENERATED not in text:
         return written
     if text is not None and run is None:
-        # The run that it tells of is not here; only the place is known better.
-        (made / "README.md").write_text(text.replace('path = "."', f'path = "{repo_id}"'), "utf-8")
+        # The run that it tells of is not here; only its place, and perhaps its teacher, are known better.
+        placed = text.replace(f'path = "{HERE}"', f'path = "{repo_id}"')
+        (made / "README.md").write_text(named_base(placed, base_model) if base_model else placed, "utf-8")
         return [*written, made / "README.md"]
     made_by = Provenance() if run is None else provenance_of(run)
     write_card(made, config, _parameters(model), made_by, repo_id=repo_id, base_model=base_model)
@@ -216,13 +217,14 @@ def _made_for_hub(model: Path, run: Path | None, made: Path, repo_id: str, base_
 
 def provenance_of(run: Path) -> Provenance:
     """What the files of a run say about how its model was made."""
-    report, evaluation, scores = (read_json(run / ARTEFACTS[name]) for name in ("report", "evaluate", "score"))
+    evaluation, scores = (run / ARTEFACTS[name] for name in ("evaluate", "score"))
+    report = read_json(run / ARTEFACTS["report"]) or {}
     return Provenance(
-        evaluation=None if evaluation is None else Evaluation(**evaluation),
-        scores=None if scores is None else LayerScores.load(run / ARTEFACTS["score"]),
+        evaluation=read_record(Evaluation, evaluation) if evaluation.is_file() else None,
+        scores=LayerScores.load(scores) if scores.is_file() else None,
         recipe=Recipe.load(run / "recipe.yaml"),
-        tokens=(report or {}).get("tokens", {}),
-        version=(report or {}).get("hf_hybrid"),
+        tokens=report.get("tokens", {}),
+        version=report.get("hf_hybrid"),
     )
 
 

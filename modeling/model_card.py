@@ -13,6 +13,8 @@ from transformers.utils.hub import ModelCard, ModelCardData, cached_file
 GENERATED = "<!-- Written by hf_hybrid, and anew with each push of the model. Remove this line to keep your edits. -->"
 # A sentence of the card that `PreTrainedModel.push_to_hub` makes where the repository has none.
 _LIBRARY_TEMPLATE = "This model card has been automatically generated"
+# The Hub knows adapter, merge, quantized and finetune. A hybrid has weights of its own, trained from the base model's.
+RELATION = "finetune"
 _MIXER_PAPERS = {
     "gated_deltanet": "2412.06464",
     "gated_linear_attention": "2312.06635",
@@ -155,7 +157,7 @@ def _file_of(name: str, filename: str, revision: str | None = None) -> str | Non
 
 
 def metadata(config: Any, base: str | None, licence: dict[str, Any], tags: list[str] | None = None) -> ModelCardData:
-    """What the Hub reads. Its relations are adapter, merge, quantized and finetune; a hybrid is a finetune."""
+    """What the Hub reads."""
     own = ["hf-hybrid", "linear-attention", "hybrid-attention", *(name.replace("_", "-") for name in mixers(config))]
     data: dict[str, Any] = {
         "library_name": "transformers",
@@ -163,7 +165,7 @@ def metadata(config: Any, base: str | None, licence: dict[str, Any], tags: list[
         "tags": [*own, *(tag for tag in tags or [] if tag not in own)],
     }
     if base:
-        data |= {"base_model": base, "base_model_relation": "finetune"}
+        data |= {"base_model": base, "base_model_relation": RELATION}
     return ModelCardData(**data, **licence)
 
 
@@ -213,17 +215,21 @@ def kept_layers(config: Any) -> str:
 
 def limits(base: str | None, licence: dict[str, Any]) -> str:
     """What holds for every hybrid, and its licence."""
-    name = licence.get("license_name") or licence.get("license")
-    if name:
-        where = f" ({licence['license_link']})" if "license_link" in licence else ""
-        terms = f"Licence: {name}{where}, as its base model's card says."
-    else:
-        terms = "No licence was found in the base model's card; its terms hold for this model too."
     return (
         f"## Limits and licence\n\nThe model inherits the limits of {base or 'its teacher'}. Linear layers remember a "
         "fixed amount, so exact recall from long contexts is what suffers first. Assisted decoding is not possible, "
-        "since a recurrent state cannot be rolled back, and packed rows cannot be continued from a cache.\n\n" + terms
+        "since a recurrent state cannot be rolled back, and packed rows cannot be continued from a cache.\n\n"
+        + terms(licence)
     )
+
+
+def terms(licence: dict[str, Any]) -> str:
+    """A sentence about the licence, which is what the base model's card says, if it says something."""
+    name = licence.get("license_name") or licence.get("license")
+    if not name:
+        return "No licence was found in the base model's card; its terms hold for this model too."
+    where = f" ({licence['license_link']})" if "license_link" in licence else ""
+    return f"Licence: {name}{where}, as its base model's card says."
 
 
 def citation() -> str:

@@ -12,7 +12,7 @@ from runs import tiny_recipe, tiny_tokenizer
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.card import Provenance, card_text, save_model, share_sem
+from hf_hybrid.card import Provenance, card_text, named_base, save_model, share_sem
 from hf_hybrid.evaluation import Evaluation
 from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.modeling.model_card import GENERATED, licence_of, plain_card
@@ -172,6 +172,13 @@ def test_the_licence_is_the_teachers(hybrid: Any, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(ValueError, match="correct the YAML at its top"):
         card_text(config, 1, Provenance())
+
+
+def test_a_base_model_named_later_brings_its_licence(hybrid: Any, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Teacher\n")
+    card = named_base(card_of(hybrid, Provenance(EVALUATION)), str(tmp_path))
+    assert metadata(card)["base_model"] == str(tmp_path) and metadata(card)["license"] == "mit"
+    assert "Licence: mit" in card and "No licence" not in card and "0.1235" in card and "model-index" in card
 
 
 def test_a_folder_is_no_base_model(hybrid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

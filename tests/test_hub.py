@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,8 @@ def test_push_and_load_back(hub: LoopbackHub, tmp_path: Path) -> None:
     logits.append(second(ids).logits)
     second.save_pretrained(tmp_path / "second", max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(tmp_path / "second")
+    hub.repos["tester/written"] = Repo()
+    hub.repos["tester/written"].commit("main", {"README.md": b"# In my own words\n"}, "first")
     out = run_in(
         hub,
         tmp_path,
@@ -103,7 +107,9 @@ def test_push_and_load_back(hub: LoopbackHub, tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         model, tokenizer = (k.from_pretrained("run/model") for k in (AutoModelForCausalLM, AutoTokenizer))
         url = model.push_to_hub("tester/direct", tokenizer=tokenizer, commit_message="Straight from the model")
-        print(url)
+        model.push_to_hub("tester/written")
+        model.push_to_hub("tester/direct")
+        model.save_pretrained("saved", push_to_hub=True, repo_id="tester/saved")
         """,
     )
     decoder = json.JSONDecoder()
@@ -126,10 +132,16 @@ def test_push_and_load_back(hub: LoopbackHub, tmp_path: Path) -> None:
     assert 'path = "tester/mine"' in card and "0.1235 ± 0.0068" in card and "22,222 tokens" in card
 
     direct = hub.repos["tester/direct"]
-    assert direct.messages[direct.resolve("main")] == "Straight from the model" and len(direct.trees) == 2
-    card = direct.trees[direct.resolve("main")]["README.md"].decode()
-    assert 'path = "tester/direct"' in card and "gated-deltanet" in card and "0.1235" not in card
-    assert "automatically generated" not in card
+    # One commit of all; the second push found nothing new, the card included.
+    assert list(direct.messages.values()) == ["initial commit", "Straight from the model"]
+    for name in ("direct", "saved"):
+        repo = hub.repos[f"tester/{name}"]
+        card = repo.trees[repo.resolve("main")]["README.md"].decode()
+        assert f'path = "tester/{name}"' in card and "gated-deltanet" in card and "0.1235" not in card
+        assert "automatically generated" not in card
+    written = hub.repos["tester/written"]
+    tree = written.trees[written.resolve("main")]
+    assert "model.safetensors" in tree and tree["README.md"].endswith(b"# In my own words\n")
 
     cases = [
         ("pinned", "tester/mine", pushed["commit"]),
@@ -153,8 +165,9 @@ def test_a_teacher_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
         hub,
         tmp_path,
         """
-        import torch
+        import os, torch
         from pathlib import Path
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # as the command line does
         from huggingface_hub import CommitOperationAdd, HfApi, model_info
         from transformers import AutoModelForCausalLM, AutoTokenizer
         HfApi().create_repo("tester/teacher")
@@ -184,12 +197,18 @@ def test_a_teacher_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
         assert hybrid.config.teacher_revision == old and torch.equal(hybrid.lm_head.weight, before)
         hybrid.push_to_hub("tester/child")
         load_model("hybrid").push_to_hub("tester/sibling")
-        for arguments, message in (
-            (dict(revision="0" * 40), "no such revision"),
-            (dict(name="tester/nothing"), "was found neither as a folder nor as a model on the Hub"),
+        Path("pytorch_model.bin").write_bytes(b"never opened")
+        HfApi().create_repo("tester/pickles")
+        sources = {"config.json": "teacher/config.json", "pytorch_model.bin": "pytorch_model.bin"}
+        files = [CommitOperationAdd(name, path) for name, path in sources.items()]
+        HfApi().create_commit("tester/pickles", files, commit_message="old")
+        for name, revision, message in (
+            ("tester/teacher", "0" * 40, "no such revision"),
+            ("tester/nothing", None, "was found neither as a folder nor as a model on the Hub"),
+            ("tester/pickles", None, "has no safetensors weights"),
         ):
             try:
-                load_pair(arguments.get("name", "tester/teacher"), revision=arguments.get("revision"))
+                load_pair(name, revision=revision)
             except ValueError as error:
                 assert message in str(error), error
             else:
@@ -299,9 +318,11 @@ def test_a_teachers_folder_does_not_reach_the_hub(tmp_path: Path, monkeypatch: p
     assert not [name for name, data in sent.items() if str(tmp_path).encode() in data]
     push(tmp_path / "model", "me/mine", base_model="somebody/teacher")
     assert json.loads(sent["config.json"])["teacher_name_or_path"] == "somebody/teacher"
+    assert b"base_model: somebody/teacher\n" in sent["README.md"] and b'path = "me/mine"' in sent["README.md"]
+    assert b"base_model_relation: finetune\n" in sent["README.md"]
     (tmp_path / "model" / "README.md").unlink()
     push(tmp_path / "model", "me/mine", base_model="somebody/teacher")
-    assert b"base_model: somebody/teacher" in sent["README.md"]
+    assert b"base_model: somebody/teacher\n" in sent["README.md"]
 
 
 def break_it(model: Path, how: str) -> Path:
@@ -355,3 +376,23 @@ def test_half_written_models_are_refused(how: str, message: str, model: Path, ca
     assert main(["push", str(break_it(model, how)), "me/mine", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+# --- the page
+
+
+def test_the_page_has_every_option_and_every_file(model: Path, capsys: pytest.CaptureFixture) -> None:
+    page = (ROOT / "docs" / "hub.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["push", "--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    shown = {
+        option for line in re.findall(r"hf-hybrid push [^`\n]*", page) for option in re.findall(r"--[a-z-]+", line)
+    }
+    assert shown == options
+    section = page.split("## What is in the folder")[1].split("\n## ")[0]
+    listed = re.findall(r"`([\w*.]+)`", "".join(row.split("|")[1] for row in section.splitlines() if row[:3] == "| `"))
+    for path in model.iterdir():
+        assert any(fnmatch(path.name, name) for name in listed), path.name
+    for name in set(listed) - {"model.safetensors.index.json", "scores.png"}:
+        assert list(model.glob(name)), name

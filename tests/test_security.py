@@ -186,19 +186,21 @@ def watch(event, arguments):
         ours |= "transformers_modules" in frame.f_code.co_filename
         importing |= "importlib" in frame.f_code.co_filename
         frame = frame.f_back
-    if ours and not importing:
+    # The library reads the source of a class to see which attention it can have.
+    own_source = event == "open" and "transformers_modules" in str(arguments[0]) and arguments[1] == "r"
+    if ours and not importing and not own_source:
         seen.append((event, str(arguments)[:200]))
 watching = False
 sys.addaudithook(watch)
 import torch
 from transformers import AutoModelForCausalLM
 ids = torch.arange(3, 43)[None]
-model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
-model(ids)
 watching = True
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 model(ids, labels=ids).loss.backward()
 model.generate(ids, max_new_tokens=4, do_sample=False)
 model.set_full_attention_layers([])
+model.save_pretrained("again")
 assert type(model).__module__.startswith("transformers_modules")
 exec(compile("def probe():\\n    open('probe', 'w')\\nprobe()", "transformers_modules/probe.py", "exec"))
 print(seen)
