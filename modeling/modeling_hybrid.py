@@ -65,8 +65,6 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         check_mixers(config)
         super().__init__(backbone_view(config))
         self.config = config
-        # Trainers that build a second model like this one (a reference model) read it here.
-        config._attn_implementation = config.text_config._attn_implementation
         backbone, layers = decoder(self), decoder_layers(self)
         for i in self.linear_attention_layers:
             layers[i].self_attn = self._mixer(i, layers[i].self_attn)
