@@ -72,6 +72,7 @@ def lora_config(model: Any, *, mixers: str = "lora", **kwargs: Any) -> LoraConfi
         saved += mixer_modules(model)
     elif mixers == "full":
         saved += [f"layers.{i}.self_attn" for i in linear]
+    _check_trainable(model, saved, mixers)
     if kwargs.get("target_modules") is None:
         kwargs["target_modules"] = lora_targets(model)
     config = LoraConfig(modules_to_save=saved or None, **kwargs)
@@ -127,6 +128,17 @@ def _attention_modules(model: Any) -> Iterator[list[tuple[str, nn.Module]]]:
     names = {module: name for name, module in model.named_modules()}
     for layer in decoder_layers(model):
         yield [(names[module], module) for module in layer.self_attn.modules()]
+
+
+def _check_trainable(model: Any, saved: list[str], mixers: str) -> None:
+    """Raises a `ValueError` where a module that is to be trained in full is quantised."""
+    for name, module in model.named_modules():
+        whole = any(name == wanted or name.endswith(f".{wanted}") for wanted in saved)
+        if whole and not all(parameter.is_floating_point() for parameter in module.parameters()):
+            raise ValueError(
+                f"mixers={mixers!r} trains {name} in full, but it is quantised; use mixers='lora', or leave it out of "
+                "the quantisation (BitsAndBytesConfig(llm_int8_skip_modules=[...]))."
+            )
 
 
 def _is_trained(config: LoraConfig, name: str, module: nn.Module) -> bool:

@@ -73,6 +73,7 @@ def convert(
     kernel: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    model_class: type[HybridForCausalLM] = HybridForCausalLM,
 ) -> HybridForCausalLM:
     """
     Returns a hybrid with all of the teacher's weights, in the teacher's dtype and on its device.
@@ -97,6 +98,8 @@ def convert(
             Whether a teacher given by name may run code of its own.
         revision (`str`, *optional*):
             The commit, tag or branch of a teacher given by its name on the Hub.
+        model_class (`type`, *optional*, defaults to [`HybridForCausalLM`]):
+            A subclass, where `mixer` is one of its own `mixers`; `examples/custom_mixer.py` makes one.
 
     Returns:
         [`HybridForCausalLM`]: the hybrid; its `conversion_report` ([`ConversionReport`]) says what was copied, what is
@@ -124,7 +127,7 @@ def convert(
         kernel=kernel,
     )
     with torch.device(teacher.device):
-        student = HybridForCausalLM._from_config(
+        student = model_class._from_config(
             config, dtype=teacher.dtype, attn_implementation=teacher.config._attn_implementation
         )
     student.conversion_report = _copy_weights(teacher, student)

@@ -8,7 +8,7 @@ scaling, tied heads, parameter names) is the teacher's code. Nothing here knows 
 import copy
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
     """
 
     config: HybridConfig
+    # Names of mixers in a config. A subclass adds its own: `mixers = MIXERS | {"mine": Mine}`.
+    mixers: ClassVar[dict[str, type[LinearAttention]]] = MIXERS
     _is_stateful = True  # a recurrent state cannot be rolled back: the library then refuses assisted decoding
     # For whoever asks the class before there is a teacher; an instance has its teacher's own, see `_specialise`.
     base_model_prefix = "model"
@@ -62,7 +64,7 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         return super().__new__(_specialise(own, teacher_class(config.text_config)))
 
     def __init__(self, config: HybridConfig) -> None:
-        check_mixers(config)
+        check_mixers(config, self.mixers)
         super().__init__(backbone_view(config))
         self.config = config
         backbone, layers = decoder(self), decoder_layers(self)
@@ -154,8 +156,9 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
     def _mixer(self, i: int, attention: nn.Module) -> LinearAttention:
         name = self.config.layer_mixers[i]
         if name is None:
-            raise ValueError(f"mixer names none for layer {i}, which is to be linear; name one of {sorted(MIXERS)}.")
-        return MIXERS[name](attention, self.config, i)
+            known = sorted(self.mixers)
+            raise ValueError(f"mixer names none for layer {i}, which is to be linear; name one of {known}.")
+        return self.mixers[name](attention, self.config, i)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -213,13 +216,16 @@ class _Specialised:
     """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
 
 
-def check_mixers(config: HybridConfig) -> None:
-    """Raises a `ValueError` where `config` names a mixer that does not exist, or options that its mixers lack."""
+def check_mixers(config: HybridConfig, mixers: dict[str, type[LinearAttention]] = MIXERS) -> None:
+    """Raises a `ValueError` where `config` names a mixer that is not in `mixers`, or options that its mixers lack."""
     names = {name for name in config.layer_mixers if name is not None}
     for name in sorted(names, key=str):
-        if name not in MIXERS:
-            raise ValueError(f"mixer={name!r} is unknown; choose one of {sorted(MIXERS)}.")
-        MIXERS[name].options_class.from_dict(config.options_of(name), name)
+        if name not in mixers:
+            raise ValueError(
+                f"mixer={name!r} is unknown; choose one of {sorted(mixers)}, or use the subclass of HybridForCausalLM "
+                "that has it among its mixers."
+            )
+        mixers[name].options_class.from_dict(config.options_of(name), name)
     for name, options in (config.mixer_options or {}).items():
         if isinstance(options, dict) and name not in names:
             raise ValueError(f"mixer_options has options for {name!r}, but the model's mixers are {sorted(names)}.")

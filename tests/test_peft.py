@@ -13,7 +13,7 @@ from finetuning import TEXTS, hybrid, losses, settings, texts, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from teachers import tiny_teacher, tokens
-from transformers import AutoModelForCausalLM, NemotronConfig, Phi3Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, NemotronConfig, Phi3Config
 from trl import SFTConfig, SFTTrainer
 
 import hf_hybrid as hh
@@ -36,13 +36,14 @@ def ids() -> torch.Tensor:
     return torch.tensor([tokenizer()(TEXTS[3])["input_ids"]])
 
 
-def train(model, tmp_path, **changes):
+def train(model, tmp_path, peft_config=None, **changes):
     """A few steps of LoRA by TRL, whose merged model is then near enough to its start to compare in fp32."""
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**settings(tmp_path, len(TEXTS), **{"packing": True, "max_length": 128, **changes})),
         train_dataset=texts(),
         processing_class=tokenizer(),
+        peft_config=peft_config,
     )
     trainer.train()
     return trainer
@@ -187,6 +188,39 @@ def test_padding_reaches_a_mixer_that_an_adapter_wraps():
     mask[:, :4] = 0
     got = adapted(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, 4:]
     assert (got - adapted(alone).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mixers", ["lora", "gates"])
+def test_qlora(tmp_path, mixers):
+    """Four-bit projections, adapters over them in every layer, the gates as they are or in full."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    def load(*skipped: str):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=["lm_head", *skipped],
+        )
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantization)
+
+    hybrid().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="mixers='gates' trains .*g_proj in full, but it is quantised"):
+        hh.lora_config(load(), mixers="gates")
+    model = load("g_proj") if mixers == "gates" else load()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert set(hh.lora_targets(model)) == set(hh.lora_targets(hybrid()))
+    # TRL puts what it trains of a quantised model in bf16, so the rest has to compute in bf16 too.
+    config = hh.lora_config(model, r=4, mixers=mixers)
+    trainer = train(model, tmp_path, max_steps=4, bf16=True, peft_config=config)
+    adapted = trainer.model
+    assert str(hh.adapter_coverage(adapted)) == EVERY_LAYER
+    layer = adapted.get_base_model().base_model.layers[0].self_attn
+    assert isinstance(layer.q_proj.base_layer, Linear4bit)
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.02
+    base = adapted.unload()
+    assert all(torch.equal(before[name], p) for name, p in base.named_parameters())
 
 
 def test_weight_decay_of_a_plain_trainer_takes_decay_rates(tmp_path):
