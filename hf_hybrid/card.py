@@ -1,6 +1,7 @@
 """Model cards that hold what was measured and nothing else, and saving of finished models."""
 
 import dataclasses
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -165,21 +166,31 @@ def _choice(config: Any, made: Provenance) -> str:
         lines.append("They were listed by hand.")
     elif made.recipe is not None:
         lines.append(f"They were chosen by `{made.recipe.select.selector}`.")
-    if made.scores is not None:
-        kept = set(config.full_attention_layers)
-        lines += [
-            f"Scores ({made.scores.method}): held-out KL with that one layer restored to softmax and "
-            f"{made.scores.scores[0].tokens:,} tokens of distillation; without either it is "
-            f"{made.scores.baseline:.4f}.",
-            "",
-            f"![held-out KL of each layer, the softmax layers marked]({PLOT})",
-            "",
-            "| layer | KL, nats per token | s.e. | keeps softmax |",
-            "|---|---|---|---|",
-        ]
-        rows = sorted(made.scores.scores, key=lambda score: score.layer)
-        lines += [f"| {s.layer} | {s.kl:.4f} | {s.sem:.4f} | {'yes' if s.layer in kept else ''} |" for s in rows]
-    return "\n".join(lines)
+    return "\n".join(lines) + ("" if made.scores is None else _scores(config, made.scores))
+
+
+def _scores(config: Any, scores: "LayerScores") -> str:
+    kept = set(config.full_attention_layers)
+    better = "higher" if scores.higher_is_better else "lower"
+    text = f" Scores ({scores.method}): {scores.measure}, in {scores.unit}; {better} is worth more."
+    if not math.isnan(scores.baseline):
+        text += (
+            f" The held-out KL of the aligned all-linear student, before any distillation, is {scores.baseline:.4f}."
+        )
+    if scores.order:
+        text += f" Layers were chosen together, in the order {scores.order}."
+    rows = [
+        f"| {s.layer} | {_plain(s.value, '.4f')} | {_plain(s.sem, '.4f')} | {'yes' if s.layer in kept else ''} |"
+        for s in sorted(scores.scores, key=lambda score: score.layer)
+    ]
+    lines = [
+        f"![{scores.measure}, by layer, the softmax layers marked]({PLOT})",
+        "",
+        f"| layer | {scores.measure} ({scores.unit}) | s.e. | softmax |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+    return text + "\n\n" + "\n".join(lines)
 
 
 def _numbers(evaluation: "Evaluation | None") -> str:
@@ -223,7 +234,7 @@ def _noisy(value: float | None, sem: float | None) -> str:
 
 
 def _plain(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "" if value is None or math.isnan(value) else format(value, form)
 
 
 def _results(made: Provenance) -> list[EvalResult]:
@@ -276,7 +287,12 @@ def _training(config: Any, made: Provenance) -> str:
         text_files=[Path(name).name for name in recipe.data.text_files],
         dataset=recipe.data.dataset and _public(recipe.data.dataset),
     )
-    public = dataclasses.replace(recipe, data=data, teacher=_public(recipe.teacher))
+    training = {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in recipe.training.items()
+        if name != "hub_token"
+    }
+    public = dataclasses.replace(recipe, data=data, teacher=_public(recipe.teacher), training=training)
     shown = yaml.safe_dump(public.to_dict(), sort_keys=False)
     versions = f"Made with hf_hybrid{' ' + made.version if made.version else ''} and this recipe"
     if config.teacher_revision:

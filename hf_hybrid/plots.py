@@ -26,16 +26,18 @@ def plot_scores(scores: "LayerScores", selected: Iterable[int], path: str | os.P
     axes = figure.add_subplot()
     axes.bar(
         [score.layer for score in rows],
-        [score.kl for score in rows],
+        [score.value for score in rows],
         yerr=[score.sem for score in rows],
         color=[_CHOSEN if score.layer in chosen else _OTHER for score in rows],
         ecolor="#444444",
         capsize=3,
     )
     axes.set_xticks([score.layer for score in rows])
-    axes.set_xlabel("layer restored to softmax attention (index)")
-    axes.set_ylabel("held-out KL (nats per token)")
-    axes.set_title(f"{scores.method} scores, ± 1 s.e. (lower: matters more)", fontsize="medium", loc="left")
+    better = "higher" if scores.higher_is_better else "lower"
+    axes.set_xlabel("layer (index)")
+    axes.set_ylabel(scores.unit)
+    title = f"{scores.method}: {scores.measure}\n± 1 s.e., {better}: matters more"
+    axes.set_title(title, fontsize="medium", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=_CHOSEN, label="keeps softmax"), Patch(color=_OTHER, label="linear")]
     axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -182,8 +182,8 @@ def introduction(config: Any, teacher: str | None, parameters: int) -> str:
     names = ", ".join(f"`{name}`" for name in mixers(config))
     source = teacher or "a softmax-attention model"
     return (
-        f"# Hybrid of {source}\n\nA causal language model with softmax and linear attention, made from {source} "
-        f"with hf_hybrid: {kept} of {total} layers have softmax attention, the other {total - kept} have linear "
+        f"# Hybrid of {source}\n\nA causal language model with softmax and linear attention, made by hf_hybrid "
+        f"from {source}: {kept} of {total} layers have softmax attention, the other {total - kept} have linear "
         f"attention ({names}), whose state does not grow with the context. {parameters:,} parameters."
     )
 
@@ -210,6 +210,8 @@ def kept_layers(config: Any) -> str:
         for name, paper in papers.items()
     ]
     kept = config.full_attention_layers
+    if len(kept) == config.num_hidden_layers:
+        return "Softmax attention in all layers."
     return f"Softmax attention in layers {kept} (counted from 0), in the others {', '.join(names)}."
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from runs import tiny_recipe, tiny_tokenizer
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.card import Provenance, card_text, named_base, save_model, share_sem
+from hf_hybrid.card import Provenance, card_text, named_base, save_model, share_sem, write_card
 from hf_hybrid.evaluation import Evaluation
 from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.modeling.model_card import GENERATED, licence_of, plain_card
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.trainers import LayerScores
-from hf_hybrid.trainers.scoring import LayerScore
+from hf_hybrid.trainers.scores import LayerScore
 
 
 EVALUATION = Evaluation(
@@ -67,7 +68,9 @@ def run(hybrid: Any, tmp_path: Path) -> Path:
     """A finished run's folder, as far as a push reads it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    Recipe.from_dict(tiny_recipe("teachers/secret place", "/home/somebody/texts")).save(folder / "recipe.yaml")
+    training = {"use_cpu": True, "hub_token": "hf_secret", "deepspeed": "/home/somebody/zero.json"}
+    recipe = tiny_recipe("teachers/secret place", "/home/somebody/texts", training=training)
+    Recipe.from_dict(recipe).save(folder / "recipe.yaml")
     EVALUATION.save(folder / "evaluation.json")
     SCORES.save(folder / "scores.json")
     (folder / "report.json").write_text(json.dumps({"tokens": TOKENS, "hf_hybrid": "0.0.7"}))
@@ -94,7 +97,8 @@ def test_a_card_of_a_run_says_all_that_was_measured(hybrid: Any, run: Path) -> N
     assert "hf_hybrid 0.0.7" in card and "block_size: 64" in card and 'path = "me/mine"' in card
     assert "2512.20569" in card and "2505.03005" in card and "2412.06464" in card and "@inproceedings" in card
     # Where somebody keeps files is not for the public.
-    assert "/home/somebody" not in card and "teachers/" not in card
+    assert "/home/somebody" not in card and "teachers/" not in card and "hf_secret" not in card
+    assert "use_cpu: true" in card and "deepspeed: zero.json" in card
 
 
 def test_its_metadata_is_what_the_hub_reads(hybrid: Any, run: Path) -> None:
@@ -133,13 +137,25 @@ def test_without_a_file_of_the_run_its_numbers_are_gone(name: str, hybrid: Any, 
     card = card_of(hybrid, provenance_of(run))
     gone = {
         "evaluation.json": [text for texts in SHOWN.values() for text in texts],
-        "scores.json": ["0.4142", "1.9171", "2.7183", "scores.png", "2,048 tokens"],
+        "scores.json": ["0.4142", "1.9171", "2.7183", "scores.png"],
         "report.json": [*(f"{count:,} tokens" for count in TOKENS.values()), "0.0.7"],
     }
     for file, texts in gone.items():
         for text in texts:
             assert (text in card) == (file != name), text
     assert ("model-index" in card) == (name != "evaluation.json")
+
+
+def test_scores_that_are_no_kl_are_called_what_they_are(hybrid: Any, tmp_path: Path) -> None:
+    scores = [LayerScore(i, math.nan, math.nan, 0, 1.0, value=0.1 + i / 8) for i in range(4)]
+    made = LayerScores(
+        scores, method="other", measure="share of mass", unit="per head", higher_is_better=True, order=[3, 1]
+    )
+    card = card_of(hybrid, Provenance(scores=made))
+    assert "Scores (other): share of mass, in per head; higher is worth more." in card and "order [3, 1]" in card
+    assert "| 3 | 0.4750 |  | yes |" in card and "nan" not in card and "KL" not in card.split("## Limits")[0]
+    write_card(tmp_path, hybrid.config, 1, Provenance(scores=made))
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_measured_nothing_claimed(hybrid: Any) -> None:

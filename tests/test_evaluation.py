@@ -71,6 +71,9 @@ def test_cache_bytes_are_those_of_a_real_cache() -> None:
     assert cache_bytes(teacher, 100) == 4 * 2 * 2 * 24 * 4 * 100
     hybrid = hh.convert(teacher, [1])
     assert cache_bytes(hybrid, 100) == 2 * 2 * 24 * 4 * 100 + 3 * (4 * 24 * 24 * 4)
+    measured = evaluate_model(hybrid, teacher, cache_context=100)
+    assert measured.cache_bytes_per_token == 2 * 2 * 24 * 4 and measured.cache_bytes == cache_bytes(hybrid, 100)
+    assert measured.teacher_cache_bytes_per_token == 4 * measured.cache_bytes_per_token
     cache = DynamicCache(config=teacher.config)
     teacher(torch.randint(3, 99, (1, 100)), past_key_values=cache)
     assert cache_bytes(teacher, 100) == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
