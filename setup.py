@@ -50,7 +50,10 @@ setup(
         "hf_hybrid.trainers": "trainers",
         "hf_hybrid.recipes": "recipes",
     },
-    package_data={"hf_hybrid": ["py.typed", "embedded_teacher/*"], "hf_hybrid.recipes": ["*.yaml"]},
+    package_data={
+        "hf_hybrid": ["py.typed", "embedded_teacher/*"],
+        "hf_hybrid.recipes": ["*.yaml", "accelerate/*.yaml"],
+    },
     include_package_data=False,
     zip_safe=False,
     python_requires=">=3.11",

@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if options.debug or not (message := _sentence(error)):
             raise
-        print(f"hf-hybrid: {message}", file=sys.stderr)
+        if _is_main_process():
+            print(f"hf-hybrid: {message}", file=sys.stderr)
         return 2
     return 0
 
@@ -50,7 +51,7 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, RuntimeError):
         if "PytorchStreamWriter" in text or "No space left" in text:
             return f"writing a checkpoint failed ({text}); free some space and run the same command again."
-        return text if text.startswith("kernel=") else None
+        return text if text.startswith(("kernel=", "the main process failed")) else None
     return text
 
 
@@ -115,10 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_main_process() -> bool:
+    """Whether this process talks to the user, also before torch is there to be asked."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _quiet() -> None:
-    """No warnings of libraries about what is meant to be so, and one GPU: a run is one process on one device."""
+    """No warnings of libraries about what is meant to be so, and one GPU for each process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "WORLD_SIZE" not in os.environ:  # without a launcher, the Trainer would take all GPUs for one process
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     # The library would ask a service to convert the pickles of a teacher, which are refused here.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -154,6 +161,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     result = _run_recipe(options.recipe, options, options.stop_after, options.start_from)
+    if not _is_main_process():
+        return
     if options.json:
         _print_json(result.report or {"selected": result.selected, "stages": result.stages})
         return
@@ -170,6 +179,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     result = _run_recipe(options.recipe, options, "score")
+    if not _is_main_process():
+        return
     scores = result.scores
     if scores is None:
         raise ValueError(f"recipe {options.recipe} has no score stage; add one.")

@@ -1,22 +1,25 @@
 """A recipe from start to end. A run is a folder: each stage leaves an artefact there, and is skipped where it has."""
 
+import contextlib
+import functools
 import math
 import os
 import shutil
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_hybrid.modeling import HybridConfig
 from hf_hybrid.modeling.modeling_hybrid import check_mixers
 from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
 from hf_hybrid.trainers.durable import read_json, read_record, write_json
+from hf_hybrid.trainers.processes import is_main_process, on_main
+from hf_hybrid.trainers.sharding import is_sharded, keep_class_name
 
 from . import __version__
 from .card import save_model
@@ -35,11 +38,16 @@ from .stages import (
     check_finite,
     check_training,
     cut_for,
+    join,
     rows_needed,
     steps_of,
     train,
     training_arguments,
 )
+
+
+# What the main process does alone while the others wait.
+_ALONE = frozenset({"data", "select", "model", "report"})
 
 
 @dataclass
@@ -79,10 +87,11 @@ def run_recipe(
     progress: Listener | None = None,
 ) -> RunResult:
     """
-    Runs `recipe` in `output_dir`, from the first stage that is missing there, in one process on one device.
+    Runs `recipe` in `output_dir`, from the first stage that is missing there.
 
     Killed at any moment, the same call goes on; what is lost is the work since the last checkpoint. A finished run is
-    left as it is.
+    left as it is. Where a launcher started several processes, all of them call this: each has a share of every batch,
+    and the main one writes to the folder, which all of them must see.
 
     Args:
         recipe ([`Recipe`]): what to do.
@@ -91,7 +100,7 @@ def run_recipe(
         start_from (`str`, *optional*): the first stage to make again. What it and later stages left is moved into the
             run's folder `set_aside`, not deleted; `recipe` may differ from the run's in what decides these stages. To
             go on after a kill, leave it out.
-        progress (`Callable`, *optional*): called with each [`~hf_hybrid.stages.Event`].
+        progress (`Callable`, *optional*): called with each [`~hf_hybrid.stages.Event`], in the main process.
 
     Returns:
         [`RunResult`].
@@ -99,23 +108,23 @@ def run_recipe(
     for name, value in (("stop_after", stop_after), ("start_from", start_from)):
         if value is not None and value not in ARTEFACTS:
             raise ValueError(f"{name}={value!r} is no stage; choose one of {list(ARTEFACTS)}.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("a run is one process; start it without a launcher, or use the trainers from Python.")
     folder = Path(output_dir)
-    with explained(folder), locked(folder):
-        moved = claim(folder, recipe, start_from)
-        run = _Run(recipe, folder, progress or (lambda event: None))
+    join(recipe, folder)
+    with explained(folder), contextlib.ExitStack() as stack:
+        moved = on_main(lambda: _enter(folder, recipe, start_from, stack))
+        run = _Run(recipe, folder, progress if progress and is_main_process() else (lambda event: None))
         if moved:
             run.listener(Event(str(start_from), "note", text=f"made again; kept are {', '.join(moved)}"))
         stages = [name for name in ARTEFACTS if name not in ("score", "finetune") or name in recipe.stages()]
-        already_finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
+        there = on_main(lambda: {name for name in ARTEFACTS if (folder / ARTEFACTS[name]).exists()})
+        already_finished = {"model", "report"} <= there
         if not already_finished:
-            _check_order(folder, stages)
+            on_main(lambda: _check_order(folder, stages))
         done: dict[str, str] = {}
         for name in stages:
-            done[name] = "found" if already_finished or (folder / ARTEFACTS[name]).exists() else "done"
+            done[name] = "found" if already_finished or name in there else "done"
             if done[name] == "found":
-                run.clean(name)  # a kill may have come after the artefact and before this
+                on_main(functools.partial(run.clean, name))  # a kill may have come after the artefact and before this
                 run.listener(Event(name, "found"))
             else:
                 run.make(name)
@@ -125,6 +134,12 @@ def run_recipe(
     selection, report = (read_json(folder / ARTEFACTS[name]) for name in ("select", "report"))
     selected = None if selection is None else selection["layers"]
     return RunResult(folder, done, finished, already_finished, selected, report)
+
+
+def _enter(folder: Path, recipe: Recipe, start_from: str | None, stack: contextlib.ExitStack) -> list[str]:
+    """Locks the folder and makes it the run of `recipe`; returns what was set aside for that."""
+    stack.enter_context(locked(folder))
+    return claim(folder, recipe, start_from)
 
 
 def _check_order(folder: Path, stages: list[str]) -> None:
@@ -154,11 +169,19 @@ class _Run:
         self.listener(Event(name, "start"))
         start = time.perf_counter()
         set_seed(self.recipe.seed)
-        getattr(self, f"_{name}")()
+        stage = getattr(self, f"_{name}")
+        if name in _ALONE:
+            on_main(stage)
+        else:
+            stage()
+        seconds = time.perf_counter() - start
+        on_main(lambda: self._tidy(name, seconds))
+        self.listener(Event(name, "done", text=f"{seconds:.1f} s"))
+
+    def _tidy(self, name: str, seconds: float) -> None:
         self.clean(name)
-        seconds = read_json(self.folder / "seconds.json") or {}
-        write_json(self.folder / "seconds.json", seconds | {name: round(time.perf_counter() - start, 2)})
-        self.listener(Event(name, "done", text=f"{time.perf_counter() - start:.1f} s"))
+        before = read_json(self.folder / "seconds.json") or {}
+        write_json(self.folder / "seconds.json", before | {name: round(seconds, 2)})
 
     def clean(self, name: str) -> None:
         """Removes the checkpoints of a stage whose artefact is there."""
@@ -170,7 +193,7 @@ class _Run:
         recipe = self.recipe
         check_training(recipe, self.folder)
         check_teacher(self.teacher)
-        changed = check_inputs(self.folder, self.teacher, self.tokenizer)
+        changed = on_main(lambda: check_inputs(self.folder, self.teacher, self.tokenizer))
         if changed is not None:
             self.listener(Event("run", "note", text=changed))
         config = HybridConfig.from_teacher(
@@ -182,12 +205,12 @@ class _Run:
         select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
         self.checked = True
 
-    @cached_property
+    @functools.cached_property
     def device(self) -> torch.device:
         # A machine with an accelerator may still run on the CPU, where `training` says so.
         return training_arguments(self.recipe, "align", self.folder).device
 
-    @cached_property
+    @functools.cached_property
     def _pair(self) -> tuple[Any, Any]:
         r = self.recipe
         model, tokenizer = load_pair(
@@ -203,7 +226,7 @@ class _Run:
     def tokenizer(self) -> Any:
         return self._pair[1]
 
-    @cached_property
+    @functools.cached_property
     def rows(self) -> dict[str, Any]:
         check_whole(self.folder / ARTEFACTS["data"], "data")
         return load_rows(self.folder / ARTEFACTS["data"])
@@ -238,9 +261,16 @@ class _Run:
                 f"the text has {len(rows)} rows, {needed} are trained on: each is used {needed / len(rows):.1f} times"
             )
             self.listener(Event(name, "note", text=text))
-        state = train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
+        trainer = train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
+        weights = trainer.whole_state_dict()
+        on_main(lambda: self._publish_student(name, student, trainer.state, weights))
+        if is_sharded(self.teacher):
+            del self._pair  # the next stage may want it whole
+
+    def _publish_student(self, name: str, student: Any, state: TrainerState, weights: dict[str, Any] | None) -> None:
+        keep_class_name(student)
         with publish(self.folder / ARTEFACTS[name], listed=True) as partial:
-            student.save_pretrained(partial)
+            student.save_pretrained(partial, state_dict=weights)
             state.save_to_json(str(partial / TRAINER_STATE_NAME))
             check_finite(partial)
 
@@ -290,7 +320,7 @@ class _Run:
             output_dir=self.folder / "scores",
             progress=report,
         )
-        scores.save(self.folder / ARTEFACTS["score"])
+        on_main(lambda: scores.save(self.folder / ARTEFACTS["score"]))
 
     def _select(self) -> None:
         select, num_layers = self.recipe.select, self.teacher.config.num_hidden_layers
@@ -324,7 +354,7 @@ class _Run:
         )
         if evaluation.kl is not None and not math.isfinite(evaluation.kl):
             raise ValueError(f"the finished model has a held-out KL of {evaluation.kl}; no card is written of that.")
-        evaluation.save(self.folder / ARTEFACTS["evaluate"])
+        on_main(lambda: evaluation.save(self.folder / ARTEFACTS["evaluate"]))
 
     def _model(self) -> None:
         evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])

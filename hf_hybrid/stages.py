@@ -1,8 +1,9 @@
 """The training stages of a run: arguments from the recipe, checkpoints to go on from, progress to whoever listens."""
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,27 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
+from hf_hybrid.trainers import (
+    AlignmentConfig,
+    AlignmentTrainer,
+    DistillationConfig,
+    DistillationTrainer,
+    HybridTrainer,
+    HybridTrainingArguments,
+)
 from hf_hybrid.trainers.checkpoints import checkpoints_in, damage, newest_checkpoint, seal
+from hf_hybrid.trainers.processes import num_processes, on_main
+from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
 
 from .data import CutRows
-from .recipe import Recipe
+from .recipe import Recipe, StageConfig
+
+
+# Fields of `training` for the stages with a teacher; the fine-tuning has none.
+_OF_TEACHERS = {field.name for field in fields(TeacherTrainingArguments)}
 
 
 @dataclass
@@ -40,6 +54,23 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+
+def launched_processes() -> int:
+    """How many processes a launcher such as `accelerate launch` or `torchrun` started together; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(recipe: Recipe, folder: Path) -> None:
+    """Joins the launcher's other processes, if any; what `training` says about devices decides how they talk."""
+    if launched_processes() == 1:
+        return
+    device = training_arguments(recipe, next(iter(recipe.stages())), folder).device
+    if num_processes() != launched_processes():
+        raise ValueError(
+            f"the launcher started {launched_processes()} processes, but {num_processes()} found each other on "
+            f"{device}; start with accelerate launch or torchrun."
+        )
 
 
 def steps_of(recipe: Recipe, name: str) -> int:
@@ -74,21 +105,38 @@ class LabelledRows(CutRows):
         return row
 
 
+def split_batch(stage: StageConfig, name: str, processes: int) -> tuple[int, int]:
+    """
+    Rows of one forward pass of each of `processes`, and how many such passes make a step, so that all of them together
+    train on `batch_size` rows: how many share the work changes time and memory, not the result.
+    """
+    share, rest = divmod(stage.batch_size, processes)
+    if rest:
+        raise ValueError(
+            f"{name}.batch_size={stage.batch_size} rows cannot be shared out to {processes} processes; make it a "
+            f"multiple of {processes}, or start fewer."
+        )
+    limit = min(stage.micro_batch_size or share, share)
+    micro = max(rows for rows in range(1, limit + 1) if share % rows == 0)
+    return micro, share // micro
+
+
 def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArguments:
     """The `TrainingArguments` of one stage of `recipe`, which writes its checkpoints to `folder`."""
     stage = recipe.stages()[name]
     steps = steps_of(recipe, name)
-    micro = stage.micro_batch_size or stage.batch_size
+    micro, accumulation = split_batch(stage, name, launched_processes())
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
         "seed": recipe.seed,
         "learning_rate": stage.learning_rate,
+        "mixer_learning_rate": stage.mixer_learning_rate,
         "lr_scheduler_type": stage.lr_scheduler_type,
         "warmup_steps": stage.warmup_steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": stage.batch_size // micro,
+        "gradient_accumulation_steps": accumulation,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_strategy": "steps",
@@ -100,13 +148,13 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         "report_to": "none",
     }
     if name == "finetune":
-        kind: type[TrainingArguments] = TrainingArguments
-        values |= {"remove_unused_columns": False, "weight_decay": 0.0}
+        kind: type[HybridTrainingArguments] = HybridTrainingArguments
     else:
         kind = AlignmentConfig if name == "align" else DistillationConfig
-        values["mixer_learning_rate"] = stage.mixer_learning_rate
+    known = {field.name for field in fields(kind)}
+    general = {key: value for key, value in recipe.training.items() if key in known or key not in _OF_TEACHERS}
     try:
-        return kind(**(values | recipe.training))
+        return kind(**(values | general))
     except TypeError as error:
         raise ValueError(
             f"training: {str(error).split('__init__() ')[-1]}; it takes fields of TrainingArguments."
@@ -115,35 +163,33 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
 
 def check_training(recipe: Recipe, folder: Path) -> None:
     """Raises a `ValueError` where some stage's arguments do not hold, before anything is computed."""
-    for name, stage in recipe.stages().items():
-        if name == "finetune" and stage.mixer_learning_rate is not None:
-            raise ValueError("finetune.mixer_learning_rate is not supported: one rate for all; set learning_rate.")
+    for name in recipe.stages():
         training_arguments(recipe, name, folder)
 
 
 def train(
     recipe: Recipe, name: str, student: Any, teacher: Any, rows: CutRows, folder: Path, listener: Listener
-) -> TrainerState:
+) -> HybridTrainer:
     """
     Trains `student` through the stage `name`, from the newest complete checkpoint in `folder` if there is one.
 
-    Returns the Trainer's state: its `log_history` holds the losses since the stage's start, whatever killed it in
+    Returns the Trainer, whose `state.log_history` holds the losses since the stage's start, whatever killed it in
     between, as if nothing had. A loss or gradient that is not finite raises a `ValueError`.
     """
     args = training_arguments(recipe, name, folder)
     set_seed(recipe.seed)
     if name == "finetune":
-        trainer = Trainer(model=student, args=args, train_dataset=rows)
+        trainer: HybridTrainer = HybridTrainer(model=student, args=args, train_dataset=rows)
     else:
-        kind = AlignmentTrainer if name == "align" else DistillationTrainer
+        kind: Any = AlignmentTrainer if name == "align" else DistillationTrainer
         trainer = kind(model=student, teacher=teacher, args=args, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps(name, listener))
-    checkpoint = newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text)))
+    checkpoint = on_main(lambda: newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text))))
     if checkpoint is not None:
         listener(Event(name, "note", text=f"going on from {checkpoint.name}"))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return trainer.state
+    return trainer
 
 
 class _Steps(TrainerCallback):

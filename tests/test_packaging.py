@@ -24,6 +24,7 @@ INSTALLED = {
     "modeling/": ("hf_hybrid/modeling/", (".py",)),
     "trainers/": ("hf_hybrid/trainers/", (".py",)),
     "recipes/": ("hf_hybrid/recipes/", (".yaml",)),
+    "recipes/accelerate/": ("hf_hybrid/recipes/accelerate/", (".yaml",)),
 }
 PROBE = """
 import importlib.resources, importlib.metadata, json

@@ -3,6 +3,7 @@
 from .alignment import AlignmentConfig, AlignmentTrainer
 from .distillation import DistillationConfig, DistillationTrainer
 from .held_out import HeldOutKL, held_out_kl
+from .hybrid_trainer import HybridTrainer, HybridTrainingArguments
 from .scores import LayerScore, LayerScores
 from .scoring import score_layers
 
@@ -13,6 +14,8 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "HeldOutKL",
+    "HybridTrainer",
+    "HybridTrainingArguments",
     "LayerScore",
     "LayerScores",
     "held_out_kl",

@@ -9,8 +9,10 @@ import torch
 
 from ..modeling.adopted_attention import positional_names
 from ..modeling.modeling_hybrid import decoder_layers, packed_documents
+from .distillation import final_hidden_states
+from .hybrid_trainer import mixer_parameters
 from .losses import alignment_loss
-from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, mixer_parameters
+from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
 
 @dataclass
@@ -84,7 +86,7 @@ class AlignmentTrainer(TeacherTrainer):
 
         handles = [modules[i].self_attn.register_forward_hook(record(i), with_kwargs=True) for i in layers]
         try:
-            teacher.base_model(**inputs, use_cache=False)
+            call_through(teacher, teacher, final_hidden_states, teacher, inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -95,11 +97,15 @@ class AlignmentTrainer(TeacherTrainer):
 def _only_mixers_trainable(student: Any) -> Iterator[None]:
     """Freezes everything but the mixers, so that DDP waits for no gradient that never comes; undone on leaving."""
     mixers = {id(parameter) for parameter in mixer_parameters(student)}
-    frozen = [p for p in student.parameters() if p.requires_grad and id(p) not in mixers]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    frozen = {name for name, p in student.named_parameters() if p.requires_grad and id(p) not in mixers}
+
+    def train(wanted: bool) -> None:
+        for name, parameter in student.named_parameters():  # by name: FSDP2 puts others in their place
+            if name in frozen:
+                parameter.requires_grad_(wanted)
+
+    train(False)
     try:
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        train(True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .losses import check_logit_function, chunked_kl_per_token, logit_function, masked_mean
-from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments
+from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
 
 @dataclass
@@ -37,9 +37,8 @@ class DistillationTrainer(TeacherTrainer):
     args: DistillationConfig
     _tag_names = ["hf-hybrid", "distillation"]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_logit_function(self.accelerator.unwrap_model(self.teacher))
+    def check_teacher(self, teacher: Any) -> None:
+        check_logit_function(teacher)
 
     def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         teacher = self.accelerator.unwrap_model(self.teacher)
@@ -57,10 +56,12 @@ def kl_of_batch(
     """
     `KL(teacher || student)` of every token of a batch, `[B, T]`, in nats. `reference` is what
     [`final_hidden_states`] gave for the teacher, where that is known already.
+
+    Called from within the student's forward where that is sharded, see [`call_through`].
     """
     if reference is None:
         with torch.no_grad():
-            reference = final_hidden_states(teacher, inputs)
+            reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs)
     hidden = final_hidden_states(student, inputs)
     kl = chunked_kl_per_token(
         reference.flatten(0, 1),

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from .distillation import final_hidden_states, kl_of_batch
 from .losses import masked_mean
-from .teacher_trainer import model_inputs
+from .processes import gathered, num_processes, share_of
+from .teacher_trainer import call_through, model_inputs
 
 
 # The teacher's final hidden states of the held-out rows are kept in host memory up to this size.
@@ -56,26 +55,16 @@ def held_out_kl(student: Any, teacher: Any, dataset: Any, batch_size: int = 8) -
     """
     Measures `KL(teacher || student)` on every row of `dataset`, in order.
 
+    Where a launcher started several processes, all of them must call this: each measures its share of the batches and
+    all return the same.
+
     Args:
         student, teacher: causal language models with one vocabulary; they are put in eval mode and back.
         dataset (`datasets.Dataset`): rows with `input_ids`, optionally `attention_mask` and `position_ids`.
         batch_size (`int`): rows at once; rows of one batch must be of one length.
     """
-    modes = student.training, teacher.training
-    student.eval()
-    teacher.eval()
-    per_sequence: list[float] = []
-    tokens = 0
-    for batch in batches(dataset, batch_size, student.device):
-        mask = batch.get("attention_mask")
-        kl = kl_of_batch(student, teacher, batch)
-        for i, row in enumerate(kl):
-            row_mask = None if mask is None else mask[i]
-            per_sequence.append(masked_mean(row, row_mask).item())
-        tokens += kl.numel() if mask is None else int(mask.sum())
-    student.train(modes[0])
-    teacher.train(modes[1])
-    return HeldOutKL(per_sequence, tokens)
+    held_out = HeldOut(dataset, teacher, batch_size)
+    return HeldOutKL(held_out.kl(student), held_out.tokens)
 
 
 def batches(dataset: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -116,20 +105,22 @@ class HeldOut:
     @torch.no_grad()
     def measure(self, of_batch: Callable[[int, dict[str, torch.Tensor]], list[Any]]) -> list[Any]:
         """`of_batch(index, batch)` gives one entry a row; returns those of all rows, in order, on every process."""
-        state = PartialState()
-        found: list[tuple[int, list[Any]]] = []
-        for index in range(state.process_index, len(self.batches), state.num_processes):
+        # Sharded models need all processes in every forward pass, so where the batches do not come out even, some
+        # measure the last one once more.
+        last = len(self.batches) - 1
+        found: list[list[Any]] = []
+        for number in share_of(-(-len(self.batches) // num_processes()) * num_processes()):
+            index = min(number, last)
             batch = {name: tensor.to(self.teacher.device) for name, tensor in self.batches[index].items()}
-            found.append((index, of_batch(index, batch)))
-        if state.num_processes > 1:
-            found = sorted(gather_object(found), key=lambda entry: entry[0])
-        return [row for _, rows in found for row in rows]
+            found.append(of_batch(index, batch))
+        return [row for rows in gathered(found)[: last + 1] for row in rows]
 
     def kl(self, student: Any) -> list[float]:
         """`KL(teacher || student)` of each row, the mean over its tokens, in nats per token."""
 
         def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[float]:
-            kl = kl_of_batch(student, self.teacher, batch, reference=self.reference(index, batch))
+            reference = self.reference(index, batch)
+            kl = call_through(student, student, kl_of_batch, student, self.teacher, batch, None, reference)
             return row_means(kl, batch.get("attention_mask"))
 
         with evaluating(student):
@@ -140,7 +131,7 @@ class HeldOut:
         if index in self._reference:
             return self._reference[index].to(self.teacher.device)
         with evaluating(self.teacher), torch.no_grad():
-            hidden = final_hidden_states(self.teacher, model_inputs(batch))
+            hidden = call_through(self.teacher, self.teacher, final_hidden_states, self.teacher, model_inputs(batch))
         if self._kept_bytes + hidden.nbytes <= _REFERENCE_BYTES:
             self._reference[index] = hidden.cpu()
             self._kept_bytes += hidden.nbytes

@@ -196,8 +196,11 @@ def _check_layers(layers: Iterable[int] | None, k: int | None, num_layers: int) 
 
 def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | None) -> dict[str, Any]:
     """What decides a score; the KL before any training stands for the weights and the held-out rows."""
-    names = ("seed", "learning_rate", "mixer_learning_rate", "train_batch_size", "max_steps", "num_train_epochs")
-    return {"method": method, "tokens_per_layer": tokens_per_layer} | {name: getattr(args, name) for name in names}
+    names = ("seed", "learning_rate", "mixer_learning_rate", "max_steps", "num_train_epochs")
+    # However many processes share it.
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = {"method": method, "tokens_per_layer": tokens_per_layer, "batch_size": batch_size}
+    return settings | {name: getattr(args, name) for name in names}
 
 
 def _described(options: dict[str, Any]) -> dict[str, Any]:

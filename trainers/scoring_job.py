@@ -1,8 +1,10 @@
 """What every scoring method works with: the models, held-out rows, short distillations, and work that is kept."""
 
 import contextlib
+import copy
 import dataclasses
 import math
+import os
 import resource
 import shutil
 import sys
@@ -25,7 +27,9 @@ from .checkpoints import newest_checkpoint, seal
 from .distillation import DistillationConfig, DistillationTrainer
 from .durable import PARTIAL, read_json, settle, write_json
 from .held_out import HeldOut
+from .processes import on_main
 from .scores import LayerScore, LayerScores, without_nan
+from .sharding import is_sharded
 
 
 Steps = Callable[[int, int, str], None]
@@ -55,6 +59,7 @@ class Job:
     tokens_forward: int = 0
     tokens_forward_backward: int = 0
     spent: list[dict[str, Any]] = field(default_factory=list)
+    whole: Any = None
 
     @property
     def all_layers(self) -> range:
@@ -109,6 +114,8 @@ class Job:
         def train() -> None:
             work(checkpoints)
             made.append(name)
+            if is_sharded(self.student):
+                raise ValueError("this method keeps its trained student, which FSDP2 has sharded; score with ga-s2.")
             if path is not None and PartialState().is_main_process:
                 save_model(self.student, str(path) + PARTIAL)
                 settle(Path(str(path) + PARTIAL), path)
@@ -183,7 +190,7 @@ class Job:
             if checkpoints is not None:
                 settings |= {"output_dir": str(checkpoints), "save_strategy": "steps", "save_steps": 0.1}
                 settings |= {"save_total_limit": 2, "save_only_model": False}
-                newest = newest_checkpoint(checkpoints, lambda text: self.say(0, 0, text))
+                newest = on_main(lambda: newest_checkpoint(checkpoints, lambda text: self.say(0, 0, text)))
             args = dataclasses.replace(self.args, **settings | changes)
             if newest is not None:
                 done = int(newest.name.split("-")[-1])
@@ -207,13 +214,24 @@ class Job:
     def restored_afterwards(self) -> Iterator[dict[str, torch.Tensor]]:
         """Gives the aligned weights, a copy in host memory, and puts them and all linear layers back at the end."""
         aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.student.state_dict().items()}
+        given = self.student
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            # What FSDP2 shards stays sharded, so a copy is trained, and the student waits in host memory.
+            self.whole = given.to("cpu")
+            self.student = copy.deepcopy(given)
         try:
             yield aligned
         finally:
-            self.reset(aligned)
+            if self.whole is None:
+                self.reset(aligned)
+            else:
+                self.student, self.whole = given.to(self.teacher.device), None
 
     def reset(self, aligned: dict[str, torch.Tensor]) -> None:
         """Makes the student what it was: linear in every layer, with the weights `aligned`."""
+        if self.whole is not None:
+            self.student = copy.deepcopy(self.whole)
+            return
         self.student.set_full_attention_layers([])
         self.student.load_state_dict(aligned)
         self.student.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""What alignment and distillation share: a frozen teacher beside the student, two learning rates, held-out loss."""
+"""What alignment and distillation share: a frozen teacher beside the student, and losses from within its forward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,44 +6,33 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
-from ..modeling.modeling_hybrid import decoder_layers
+from .hybrid_trainer import HybridTrainer, HybridTrainingArguments
+from .sharding import is_sharded, shard_teacher, uses_fsdp2
 
 
 @dataclass
-class TeacherTrainingArguments(TrainingArguments):
+class TeacherTrainingArguments(HybridTrainingArguments):
     """
-    Arguments of the trainers with a teacher: all of [`~transformers.TrainingArguments`], with other defaults.
+    Arguments of the trainers with a teacher: [`HybridTrainingArguments`] with the teacher's placement.
 
     Args:
-        mixer_learning_rate (`float`, *optional*):
-            Learning rate of the linear-attention mixers; `learning_rate` is that of all other parameters. Both follow
-            the same schedule. None gives the mixers `learning_rate`.
+        shard_teacher (`bool`):
+            Under FSDP2 or ZeRO-3, whether the teacher is sharded like the student, in place, or whole on each device.
 
-    Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
-    `report_to="none"`, `average_tokens_across_devices=False`, `remove_unused_columns=False`,
-    `dataloader_pin_memory` (on only where there is a GPU).
+    Differs from the parent in `average_tokens_across_devices=False`.
     """
 
-    mixer_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the linear-attention mixers; by default learning_rate."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; never of decay or norms."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: batches are built here."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Whether batches go through pinned memory."}
-    )
+    shard_teacher: bool = field(default=False, metadata={"help": "Whether FSDP2 or ZeRO-3 shards the teacher too."})
     average_tokens_across_devices: bool = field(
         default=False, metadata={"help": "Kept off: the losses are means over a batch's tokens."}
     )
 
 
-class TeacherTrainer(Trainer):
+class TeacherTrainer(HybridTrainer):
     """
-    [`~transformers.Trainer`] with a frozen teacher. Base of [`AlignmentTrainer`] and [`DistillationTrainer`].
+    [`HybridTrainer`] with a frozen teacher. Base of [`AlignmentTrainer`] and [`DistillationTrainer`].
 
     The teacher is shared, in eval mode and without gradients; it is no part of the model, so it is never saved and
     never in the optimizer.
@@ -63,8 +52,20 @@ class TeacherTrainer(Trainer):
     def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: TeacherTrainingArguments, **kwargs: Any):
         check_pair(model, teacher)
         super().__init__(model=model, args=args, **kwargs)
-        teacher.eval()
-        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if not is_sharded(teacher):  # else an earlier trainer did both, and its parts cannot be called one by one
+            self.check_teacher(teacher)
+        self.teacher = self._placed(teacher.eval())
+
+    def check_teacher(self, teacher: PreTrainedModel) -> None:
+        """Raises a `ValueError` where the teacher is nothing that this trainer can learn from."""
+
+    def _placed(self, teacher: PreTrainedModel) -> Any:
+        """The teacher where it is used, without ever becoming part of the student's engine."""
+        if not (self.is_deepspeed_enabled or uses_fsdp2(self.accelerator)):
+            return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if self.args.shard_teacher:
+            return shard_teacher(teacher, self.accelerator)
+        return teacher.to(self.accelerator.device)
 
     def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of one batch; a scalar."""
@@ -94,37 +95,13 @@ class TeacherTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        rate = self.args.mixer_learning_rate
-        if fresh and rate is not None:
-            mixers = {id(parameter) for parameter in mixer_parameters(self.accelerator.unwrap_model(self.model))}
-            for group in list(optimizer.param_groups):
-                moved = [parameter for parameter in group["params"] if id(parameter) in mixers]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mixers]
-                if moved:
-                    settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
-                    optimizer.add_param_group({**settings, "params": moved, "lr": rate})
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        # Shrinking a vector of a mixer (decay rates, step sizes, norms) pulls its memory to some other length.
-        names = dict(model.named_parameters())
-        return [
-            name
-            for name in super().get_decay_parameter_names(model)
-            if not (".self_attn." in name and names[name].ndim < 2)
-        ]
-
 
 def call_through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
     """
     Returns `method(*args)`, called from within `wrapper`'s forward: DDP and FSDP prepare parameters and gradients
-    there, and only for what is called inside. `module` is what they wrap.
+    there, and only for what is called inside. `module` is what they wrap, or itself what FSDP2 sharded.
     """
-    if wrapper is module:
+    if wrapper is module and not is_sharded(module):
         return method(*args)
     own = module.__dict__.get("forward")
 
@@ -150,12 +127,6 @@ def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     if "input_ids" not in inputs:
         raise ValueError(f"the batch has columns {sorted(inputs)}; it needs input_ids. Tokenise the dataset first.")
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if inputs.get(key) is not None}
-
-
-def mixer_parameters(student: Any) -> list[nn.Parameter]:
-    """All parameters of the student's linear-attention layers' mixers."""
-    layers = decoder_layers(student)
-    return [p for i in student.linear_attention_layers for p in layers[i].self_attn.parameters()]
 
 
 def check_pair(student: Any, teacher: PreTrainedModel) -> None:

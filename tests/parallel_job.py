@@ -1,0 +1,107 @@
+"""What the multi-process tests start in each process: stages of tiny teachers, with their losses on record."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import DistributedType, PartialState
+from teachers import tiny_teacher, tokens
+from transformers import set_seed
+
+import hf_hybrid as hh
+from hf_hybrid.trainers.processes import is_main_process, num_processes, on_main
+from hf_hybrid.trainers.sharding import is_sharded
+
+
+# One case for each way that a layer's parameters can differ in dtype, and for both places of the teacher.
+CASES: dict[str, dict[str, Any]] = {
+    "tied head": {"family": "qwen2"},
+    "bf16 weights, fp32 decay, sharded teacher": {"family": "qwen3", "dtype": "bfloat16", "shard_teacher": True},
+    "autocast, tied, sharded teacher": {"family": "qwen2", "dtype": "bfloat16", "bf16": True, "shard_teacher": True},
+    "two mixers": {"family": "llama", "mixer": ["kimi_delta_attention", "gated_linear_attention"] * 2},
+}
+STAGES = (hh.AlignmentConfig, hh.AlignmentTrainer), (hh.DistillationConfig, hh.DistillationTrainer)
+
+
+def rows(count: int, seed: int = 0) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"input_ids": tokens(count, 24, seed).tolist()})
+
+
+def train(
+    folder: Path, family: str, dtype: str = "float32", mixer: Any = "gated_deltanet", **changes: Any
+) -> dict[str, Any]:
+    """
+    Aligns, then distils, and saves the student of each stage. Returns each stage's losses step by step, those after
+    going on from a checkpoint, held-out KL, scores, and what was sharded.
+    """
+    teacher = tiny_teacher(family, getattr(torch, dtype))
+    set_seed(0)
+    student = hh.convert(teacher, [], mixer=mixer)
+    if changes.get("bf16"):
+        student.float()
+    found: dict[str, Any] = {}
+    settings = {"per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1)), "max_steps": 4}
+    settings |= {"logging_steps": 1, "use_cpu": True, "learning_rate": 1e-3, "mixer_learning_rate": 3e-3}
+    # With a tiny epsilon, Adam makes whole steps of what is only rounding in a gradient of nearly zero.
+    settings |= {"save_steps": 2, "disable_tqdm": True, "adam_epsilon": 1e-3}
+    for kind, trainer_class in STAGES:
+        name = trainer_class.__name__
+        start = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+        layers = student.full_attention_layers
+        for resume in (None, str(folder / name / "checkpoint-2")):
+            if resume:
+                if is_sharded(teacher):
+                    teacher = tiny_teacher(family, getattr(torch, dtype))
+                set_seed(1)  # other new tensors, which the checkpoint overrules
+                student = hh.convert(tiny_teacher(family, getattr(torch, dtype)), layers, mixer=mixer)
+                if changes.get("bf16"):
+                    student.float()
+                assert start.keys() == student.state_dict().keys()
+            arguments = kind(str(folder / name), **{**settings, **changes})
+            trainer = trainer_class(model=student, teacher=teacher, args=arguments, train_dataset=rows(24))
+            trainer.train(resume_from_checkpoint=resume)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            found[f"{name} resumed" if resume else name] = losses
+        found[f"{name} sharded"] = [is_sharded(model) for model in (trainer.model, trainer.teacher)]
+        found[f"{name} kl"] = hh.held_out_kl(trainer.model, trainer.teacher, rows(5, 1), batch_size=2).per_sequence
+        trainer.save_model(str(folder / f"{name}_model"))
+        on_main(lambda: None)
+        student = hh.HybridForCausalLM.from_pretrained(folder / f"{name}_model")
+        if is_sharded(teacher):
+            teacher = tiny_teacher(family, getattr(torch, dtype))
+        if name == "AlignmentTrainer":
+            student.set_full_attention_layers([1], teacher)
+    return found | {"processes": num_processes()}
+
+
+def let_accelerate_shard_on_the_cpu() -> None:
+    """FSDP2 itself runs on the CPU with gloo; accelerate turns it on only where the processes say they have a GPU."""
+    set_device = PartialState.set_device
+
+    def set_device_and_claim_a_gpu(self: Any) -> None:
+        set_device(self)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.set_device = set_device_and_claim_a_gpu
+
+
+def main(folder: Path, recipe: Path | None) -> None:
+    """All cases, or a recipe from start to end, in `folder`; the main process writes `result.json` last."""
+    if recipe is not None:
+        from hf_hybrid.cli import main as run
+
+        sys.exit(run(["run", str(recipe), "--output", str(folder)]))
+    results = {name: train(folder / str(i), **case) for i, (name, case) in enumerate(CASES.items())}
+    if is_main_process():
+        (folder / "result.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        let_accelerate_shard_on_the_cpu()
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

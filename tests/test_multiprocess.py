@@ -1,0 +1,119 @@
+"""Two processes on the CPU give what one gives: DDP and FSDP2, by the shipped configurations of accelerate."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from parallel_job import CASES, train
+from runs import save_teacher, save_texts, tiny_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import RunResult, run_recipe
+
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+ENGINES = ["ddp", "fsdp2"]
+
+
+def launch(engine: str, *arguments: Any, processes: int = 2) -> str:
+    """Runs the job in several processes and returns what it wrote to stdout; an error shows its stderr."""
+    job = str(ROOT / "tests" / "parallel_job.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml"), "--main_process_port", "0"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, job, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the numbers of all cases in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, {name: train(folder / str(i), **case) for i, (name, case) in enumerate(CASES.items())}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict]:
+    """Engine, folder and numbers of the same cases in two processes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    launch(request.param, folder)
+    return request.param, folder, json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stage", ["AlignmentTrainer", "DistillationTrainer"])
+class TestTrainers:
+    def test_losses_are_those_of_one_process(self, alone: Any, together: Any, case: str, stage: str) -> None:
+        engine, _, found = together
+        expected, given = alone[1][case], found[case]
+        assert (expected["processes"], given["processes"]) == (1, 2)
+        shards_teacher = bool(CASES[case].get("shard_teacher"))
+        assert given[f"{stage} sharded"] == ([True, shards_teacher] if engine == "fsdp2" else [False, False])
+        half = CASES[case].get("dtype") == "bfloat16"
+        assert len(given[stage]) == 4
+        assert given[stage] == pytest.approx(expected[stage], rel=2e-2 if half else 1e-4)
+        assert given[f"{stage} kl"] == pytest.approx(expected[f"{stage} kl"], rel=3e-2 if half else 1e-4)
+
+    def test_going_on_from_a_checkpoint_changes_nothing(self, together: Any, case: str, stage: str) -> None:
+        _, _, found = together
+        assert found[case][f"{stage} resumed"] == pytest.approx(found[case][stage], rel=1e-6)
+
+    def test_saved_models_are_ordinary_hybrids(self, alone: Any, together: Any, case: str, stage: str) -> None:
+        """Same files, tensors and dtypes as from one process; fp32 decay, one tied head, no teacher."""
+        here, there = (folder / str(list(CASES).index(case)) / f"{stage}_model" for folder in (alone[0], together[1]))
+        assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
+        assert json.loads((here / "config.json").read_text()) == json.loads((there / "config.json").read_text())
+        expected, given = load_file(here / "model.safetensors"), load_file(there / "model.safetensors")
+        assert expected.keys() == given.keys()
+        half = CASES[case].get("dtype") == "bfloat16"
+        for name, tensor in expected.items():
+            assert given[name].dtype == tensor.dtype, name
+            if name.endswith(("A_log", "dt_bias", "gk_bias")):
+                assert tensor.dtype == torch.float32
+            torch.testing.assert_close(given[name], tensor, rtol=0, atol=3e-2 if half else 2e-4, msg=name)
+        model = AutoModelForCausalLM.from_pretrained(there)
+        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        assert tied == (CASES[case]["family"] == "qwen2") == ("lm_head.weight" not in given)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
+
+
+@pytest.fixture(scope="module")
+def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_ends_with_the_same_scores_and_weights(
+    engine: str, finished: RunResult, sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(*sources)))
+    said = launch(engine, tmp_path / "run", tmp_path / "recipe.yaml")
+    assert said.count("The model is in") == 1
+    result = run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path / "run")
+    assert result.already_finished and result.selected == finished.selected
+    pairs = zip(finished.scores.scores, result.scores.scores, strict=True)
+    assert all(given.per_sequence == pytest.approx(score.per_sequence, rel=1e-4) for score, given in pairs)
+    for key in ("kl", "kl_sem", "perplexity"):
+        assert result.report["evaluation"][key] == pytest.approx(finished.report["evaluation"][key], rel=1e-3), key
+    expected, given = (load_file(r.folder / "model" / "model.safetensors") for r in (finished, result))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(given[name], tensor, rtol=0, atol=1e-4, msg=name)
+    assert not list(result.folder.glob("*_checkpoints")) and not list(result.folder.glob("*.partial*"))

@@ -1,0 +1,132 @@
+"""What training a hybrid needs of a Trainer: own learning rate of mixers, and sharding that spares decay rates."""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..modeling.modeling_hybrid import decoder_layers
+from .sharding import keep_class_name, set_precision, shard_mixers, uses_fsdp2
+
+
+@dataclass
+class HybridTrainingArguments(TrainingArguments):
+    """
+    Arguments of [`HybridTrainer`]: all of [`~transformers.TrainingArguments`], with other defaults.
+
+    Args:
+        mixer_learning_rate (`float`, *optional*):
+            Learning rate of the linear-attention mixers; `learning_rate` is that of all other parameters. Both follow
+            the same schedule. None gives the mixers `learning_rate`.
+
+    Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
+    `report_to="none"`, `remove_unused_columns=False`, `dataloader_pin_memory` (on only where there is a GPU).
+    """
+
+    mixer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the linear-attention mixers; by default learning_rate."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; never of decay or norms."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report metrics."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: batches are built here."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Whether batches go through pinned memory."}
+    )
+
+
+class HybridTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] for a hybrid: two learning rates, no weight decay of what decays a state, and FSDP2 with
+    decay parameters in fp32. Plain next-token training where the rows have `labels`.
+    """
+
+    args: HybridTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if uses_fsdp2(self.accelerator):
+            set_precision(self.accelerator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        student = self.accelerator.unwrap_model(self.model)
+        rate = self.args.mixer_learning_rate
+        if fresh and rate is not None:
+            mixers = {id(parameter) for parameter in mixer_parameters(student)}
+            for group in list(optimizer.param_groups):
+                moved = [parameter for parameter in group["params"] if id(parameter) in mixers]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mixers]
+                if moved:
+                    settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+                    optimizer.add_param_group({**settings, "params": moved, "lr": rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        names = {id(parameter): name for name, parameter in student.named_parameters()}
+        self._names_of_groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # Shrinking a vector of a mixer (decay rates, step sizes, norms) pulls its memory to some other length.
+        names = dict(model.named_parameters())
+        return [
+            name
+            for name in super().get_decay_parameter_names(model)
+            if not (".self_attn." in name and names[name].ndim < 2)
+        ]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if uses_fsdp2(self.accelerator):
+            shard_mixers(self.model, self.accelerator)  # before the optimizer is made of their parameters
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if uses_fsdp2(self.accelerator):
+            shard_mixers(model, self.accelerator)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if uses_fsdp2(self.accelerator):
+            self._name_parameters()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _name_parameters(self) -> None:
+        # accelerate finds the optimizer's sharded parameters by the addresses of the shards, which are all 0 where a
+        # process has no part of a parameter: there are fewer decay rates in a layer than processes in a large run.
+        model, optimizer = cast(nn.Module, self.model), cast(torch.optim.Optimizer, self.optimizer)
+        parameters = dict(model.named_parameters())
+        for group, names in zip(optimizer.param_groups, self._names_of_groups, strict=True):
+            group["params"] = [parameters[name] for name in names]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole model, gathered where it is sharded; all processes must call this."""
+        if not uses_fsdp2(self.accelerator) or _internal_call:  # a checkpoint on the way keeps its shards
+            super().save_model(output_dir, _internal_call)
+            return
+        state_dict = self.whole_state_dict()
+        if self.args.should_save:
+            self._save(output_dir, state_dict)
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """
+        The student's tensors on the CPU of the main process, gathered where they are sharded; None where the student
+        itself has them. All processes must call this.
+        """
+        if not (uses_fsdp2(self.accelerator) or self.is_deepspeed_enabled):
+            return None
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+        # Gathered for itself, a tied tensor is a copy, which would be saved beside its source.
+        return {name: tensor for name, tensor in (state_dict or {}).items() if name not in tied}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        keep_class_name(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
+
+
+def mixer_parameters(student: Any) -> list[nn.Parameter]:
+    """All parameters of the student's linear-attention layers' mixers."""
+    layers = decoder_layers(student)
+    return [p for i in student.linear_attention_layers for p in layers[i].self_attn.parameters()]
