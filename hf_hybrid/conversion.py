@@ -127,9 +127,7 @@ def convert(
         kernel=kernel,
     )
     with torch.device(teacher.device):
-        student = model_class._from_config(
-            config, dtype=teacher.dtype, attn_implementation=teacher.config._attn_implementation
-        )
+        student = model_class._from_config(config, dtype=teacher.dtype)
     student.conversion_report = _copy_weights(teacher, student)
     if teacher.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)

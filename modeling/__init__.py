@@ -14,8 +14,7 @@ from .sliding_window_attention import SlidingWindowAttention
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
-# Looked up by name: Trainer shifts the labels before it smooths them for the classes in here alone, and pipelines
-# call every other class unsupported.
+# Trainer looks up by name for which classes it has to shift the labels before it smooths them.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridForCausalLM.__name__
 HybridConfig.register_for_auto_class()
 HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_recurrent_attention_mask, find_packed_sequence_indices
 
 from .adopted_attention import hand_over, positional_names, takes_keywords
 from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
@@ -23,6 +22,7 @@ from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
 from .linear_attention import LinearAttention, check_cache, count_tokens_in
 from .model_card import PushedWithCard
+from .packing import document_positions, packed_documents, padding_mask_of
 from .sliding_window_attention import SlidingWindowAttention
 
 
@@ -306,10 +306,14 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
     config = backbone.config._hybrid.text_config
     linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    padding_mask = None
-    if isinstance(mask, torch.Tensor):
-        padding_mask = create_recurrent_attention_mask(config, inputs, mask, cache)
-    seq_idx = packed_documents(kwargs.get("position_ids"), padding_mask) if cache is None else None
+    if not linear and not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
+        return (), kwargs  # softmax layers alone: the teacher's backbone knows what to do with it
+    padding_mask = padding_mask_of(config, inputs, mask, cache)
+    cu_seq_lens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None)
+    position_ids = kwargs.get("position_ids")
+    if (cu_seq_lens is not None or seq_idx is not None) and (linear or position_ids is None):
+        kwargs["position_ids"] = position_ids = document_positions(inputs, position_ids, cu_seq_lens, seq_idx)
+    seq_idx = packed_documents(position_ids, padding_mask, cached=bool(linear) and cache is not None)
     if seq_idx is not None:
         # The library looks for packed rows only where there is neither a mask nor a cache; rows that are packed
         # are never continued, and a mask of ones says nothing.
@@ -322,26 +326,6 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
     if isinstance(cache, Cache):
         check_cache(cache, linear)
         count_tokens_in(cache)
-    kwargs.pop("seq_idx", None)
     if padding_mask is not None:
         kwargs["padding_mask"] = padding_mask
     return (), kwargs
-
-
-def packed_documents(
-    position_ids: torch.Tensor | None, padding_mask: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """Returns the document index `[B, T]` of each token where `position_ids` restart inside a row, else None."""
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
-        return None
-    if padding_mask is None:
-        return find_packed_sequence_indices(position_ids)
-    # Positions of padding are arbitrary; what counts is a restart between two neighbouring tokens.
-    tokens = padding_mask.bool()
-    restarts = (position_ids.diff(dim=-1) != 1) & tokens[:, 1:] & tokens[:, :-1]
-    if restarts.any():
-        raise ValueError(
-            "position_ids restart inside a row (packed documents) while attention_mask has padding, which the "
-            "teacher's softmax layers cannot keep apart. Pack without padding and pass no attention_mask."
-        )
-    return None

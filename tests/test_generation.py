@@ -1,0 +1,191 @@
+"""Every way to generate gives what the uncached forward pass gives, for every mixer; what cannot is refused."""
+
+import pytest
+import torch
+from teachers import tiny_teacher, tokens
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
+
+import hf_hybrid as hh
+from hf_hybrid.modeling import MIXERS
+
+
+WINDOW = {"sliding_window": {"mixer_options": {"window": 6}}}
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+mixers = pytest.mark.parametrize("mixer", MIXERS)
+layouts = pytest.mark.parametrize("layers", [[1, 3], []], ids=["alternating", "all_linear"])
+
+
+def hybrid(mixer="gated_deltanet", layers=(1, 3), **options):
+    """A hybrid in fp32 whose logits are of the size of a trained model's, on which 1e-5 says something."""
+    torch.manual_seed(1)
+    model = hh.convert(tiny_teacher(), list(layers), mixer=mixer, **{**WINDOW.get(mixer, {}), **options})
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.3)
+    return model
+
+
+def left_padded(lengths=(4, 11, 9)):
+    """Prompts of these lengths, padded on the left, their mask, and the prompts alone `[1, T]`."""
+    longest = max(lengths)
+    alone = [tokens(1, n, seed=n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(x, (longest - x.shape[1], 0)) for x in alone])
+    mask = torch.stack([torch.arange(longest) >= longest - n for n in lengths]).long()
+    return ids, mask, alone
+
+
+def by_hand(model, ids, steps=8):
+    """Greedy decoding without a cache: ids `[1, T + steps]` and the logits `[steps, vocabulary]`."""
+    logits = []
+    with torch.no_grad():
+        for _ in range(steps):
+            last = model(ids, use_cache=False).logits[:, -1].clone()
+            logits.append(last[0].clone())
+            last[:, 2] = -torch.inf  # min_new_tokens: the end-of-sequence token is not chosen
+            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
+    return ids, torch.stack(logits)
+
+
+@mixers
+@layouts
+class TestGreedy:
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {},
+            {"prefill_chunk_size": 1},
+            {"prefill_chunk_size": 3},
+            {"prefill_chunk_size": 100},
+            {"cache_implementation": "static", "disable_compile": True},
+            {"use_cache": False},
+        ],
+        ids=["dynamic", "chunks of 1", "chunks of 3", "one chunk", "static", "uncached"],
+    )
+    def test_padded_batch_is_each_prompt_decoded_by_hand(self, mixer, layers, how):
+        model, (ids, mask, alone) = hybrid(mixer, layers), left_padded()
+        out = model.generate(
+            ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **GREEDY, **how
+        )
+        for row, prompt in enumerate(alone):
+            sequence, logits = by_hand(model, prompt)
+            assert torch.equal(out.sequences[row, ids.shape[1] :], sequence[0, prompt.shape[1] :])
+            torch.testing.assert_close(torch.stack(out.logits)[:, row], logits, **CLOSE)
+
+    def test_one_padded_prompt(self, mixer, layers):
+        model, prompt = hybrid(mixer, layers), tokens(1, 9)
+        ids, mask = torch.nn.functional.pad(prompt, (5, 0)), torch.ones(1, 14, dtype=torch.long)
+        mask[:, :5] = 0
+        got = model.generate(ids, attention_mask=mask, **GREEDY)
+        assert torch.equal(got[:, 14:], by_hand(model, prompt)[0][:, 9:])
+
+    @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+    def test_continuing_from_a_returned_cache(self, mixer, layers, static):
+        model, (ids, mask, _) = hybrid(mixer, layers), left_padded()
+        cache = StaticCache(config=model.config, max_cache_len=40) if static else None
+        options = GREEDY | {"return_dict_in_generate": True, "disable_compile": True}
+        whole = model.generate(ids, attention_mask=mask, **options).sequences
+        short = options | {"max_new_tokens": 3, "min_new_tokens": 3}
+        first = model.generate(ids, attention_mask=mask, past_key_values=cache, **short)
+        assert torch.equal(first.sequences, whole[:, :-5])
+        options |= {"max_new_tokens": 5, "min_new_tokens": 5}
+        mask = torch.nn.functional.pad(mask, (0, 3), value=1)
+        rest = model.generate(
+            first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options
+        )
+        assert torch.equal(rest.sequences, whole)
+
+    def test_another_turn_in_the_same_cache(self, mixer, layers):
+        model, ids = hybrid(mixer, layers), tokens(1, 20)
+        cache = DynamicCache(config=model.config)
+        first = model.generate(ids[:, :12], past_key_values=cache, **GREEDY)
+        turn = torch.cat([first, ids[:, 12:]], 1)
+        got = model.generate(turn, past_key_values=cache, **GREEDY)
+        assert torch.equal(got, by_hand(model, turn)[0])
+
+
+@mixers
+class TestOtherWays:
+    @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+    def test_beams(self, mixer, how):
+        model, (ids, mask, _) = hybrid(mixer), left_padded()
+        got = model.generate(ids, attention_mask=mask, **GREEDY, **how)
+        assert torch.equal(got, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY, **how))
+
+    def test_sampling(self, mixer):
+        model, (ids, mask, _) = hybrid(mixer), left_padded()
+        how = {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2, "max_new_tokens": 8}
+        texts = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            texts.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **how))
+        assert torch.equal(*texts)
+
+    def test_embeddings_for_a_prompt(self, mixer):
+        model, ids = hybrid(mixer), tokens(2, 9)
+        embeddings = model.get_input_embeddings()(ids)
+        assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), model.generate(ids, **GREEDY)[:, 9:])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("cache", ["static", None])
+    def test_compiled_decoding(self, mixer, cache):
+        # "static" is compiled by the library itself; a dynamic cache grows, which torch.compile takes as well.
+        model, ids = hybrid(mixer), tokens(2, 9)
+        expected = model.generate(ids, **GREEDY)
+        torch.compiler.reset()
+        if cache is None:
+            model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True)
+            got = model.generate(ids, **GREEDY)
+        else:
+            compiled = CompileConfig(fullgraph=True)
+            compiled._compile_all_devices = True
+            got = model.generate(ids, cache_implementation=cache, compile_config=compiled, **GREEDY)
+            assert model._compiled_call is not None
+        assert torch.equal(got, expected)
+        torch.compiler.reset()
+
+
+class TestRefused:
+    """By the library's own checks, or with a message of its kind."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported with stateful models"),
+            ({"assistant_early_exit": 1}, "assisted generation is not supported with stateful models"),
+            ({"cache_implementation": "quantized"}, r"only full attention layers.*'linear_attention'"),
+            ({"cache_implementation": "paged"}, "continuous batching cannot hold the recurrent states"),
+        ],
+    )
+    def test_generate(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            hybrid().generate(tokens(1, 8), max_new_tokens=3, **options)
+
+    def test_an_assistant(self):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            hybrid().generate(tokens(1, 8), max_new_tokens=3, assistant_model=hybrid())
+
+    def test_continuous_batching(self):
+        with pytest.raises(ValueError, match="continuous batching cannot hold the recurrent states"):
+            hybrid().generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=3))
+
+    def test_going_back(self):
+        cache = hybrid()(tokens(1, 8), use_cache=True).past_key_values
+        with pytest.raises(RuntimeError, match="does not track past states"):
+            cache.crop(-1)
+
+    def test_an_empty_prompt_as_the_library_does(self):
+        empty, messages = torch.zeros(1, 0, dtype=torch.long), []
+        for model in (tiny_teacher(), hybrid(), hybrid(layers=[])):
+            with pytest.raises(RuntimeError) as error:
+                model.generate(empty, max_new_tokens=3)
+            messages.append(str(error.value))
+        assert len(set(messages)) == 1
+
+    def test_masks_that_linear_layers_cannot_follow(self):
+        ids, mask = tokens(2, 8), torch.ones(2, 1, 8, 8).tril().bool()
+        for bad in (mask, {"full_attention": mask}):
+            with pytest.raises(ValueError, match=r"attention_mask is .*pass a mask \[batch, tokens\]"):
+                hybrid()(ids, attention_mask=bad)
+        model = hybrid(layers=[0, 1, 2, 3])  # softmax alone can
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, **CLOSE)
