@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hybrid import run as run_module
 from hf_hybrid.folder import ARTEFACTS, claim, locked, publish, seal
+from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import RunResult, run_recipe
 from hf_hybrid.stages import Event, newest_checkpoint
@@ -84,6 +85,24 @@ def test_the_card_holds_what_was_measured(finished: RunResult) -> None:
     assert "base_model" not in card and "license:" not in card  # a folder is no base model; the licence is not known
     for paper in ("2512.20569", "2505.03005", "2412.06464"):
         assert f"arxiv.org/abs/{paper}" in card
+
+
+def test_a_finished_run_can_be_pushed(finished: RunResult) -> None:
+    """What a push reads is what a run writes."""
+    made, report = provenance_of(finished.folder), finished.report
+    assert made.evaluation.to_dict() == report["evaluation"] and made.tokens == report["tokens"]
+    assert made.version == report["hf_hybrid"] and [s.kl for s in made.scores.scores] == [
+        s["kl"] for s in report["scores"]
+    ]
+    pushed = push(finished.folder, "me/mine", dry_run=True)
+    assert push(finished.folder / "model", "me/mine", dry_run=True) == pushed and pushed.left_out == []
+    assert {
+        "README.md",
+        "scores.png",
+        "model.safetensors",
+        "modeling_hybrid.py",
+        "tokenizer.json",
+    } <= pushed.files.keys()
 
 
 def test_a_finished_run_says_so_and_does_nothing(finished: RunResult, sources: tuple[Path, Path]) -> None:
