@@ -67,6 +67,7 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         check_mixers(config, self.mixers)
         super().__init__(backbone_view(config))
         self.config = config
+        self.name_or_path = config.name_or_path  # adapters record it as their base model
         backbone, layers = decoder(self), decoder_layers(self)
         for i in self.linear_attention_layers:
             layers[i].self_attn = self._mixer(i, layers[i].self_attn)

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from finetuning import TEXTS, hybrid, losses, settings, texts, tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from teachers import tiny_teacher, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, NemotronConfig, Phi3Config
@@ -224,6 +224,17 @@ def test_qlora(tmp_path, mixers):
     assert bool(changed) == (mixers == "gates")
 
 
+def test_prefix_tuning_is_refused():
+    """Its keys and values are no state of a recurrence; the embeddings of prompt tuning are tokens like others."""
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    prefixed = get_peft_model(hybrid(), PrefixTuningConfig(**options))
+    with pytest.raises(ValueError, match="past_key_values has DynamicLayer for layer 0"):
+        prefixed(ids())
+    prompted = get_peft_model(hybrid(), PromptTuningConfig(**options))
+    prompted(ids(), labels=ids()).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in prompted.parameters() if p.requires_grad)
+
+
 def test_weight_decay_of_a_plain_trainer_takes_decay_rates(tmp_path):
     """Trainer leaves out biases and norms by their names; `A_log` is neither. docs/finetuning.md says what to do."""
     model = hybrid()
@@ -275,9 +286,8 @@ def test_adapters_on_a_hybrid_loaded_without_the_package(tmp_path, mixers):
             if parameter.requires_grad and "lora_" not in name:
                 parameter.mul_(1.01)
     adapted.save_pretrained(tmp_path / "adapter")
-    # A user who has the adapter has not the folder it was made in, but the model's name.
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "model"}))
+    recorded = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert recorded["base_model_name_or_path"] == str(tmp_path / "model")
     logits = adapted(ids()).logits.detach()
     run(
         """

@@ -106,6 +106,22 @@ def test_gradient_accumulation_weighs_tokens_not_batches(tmp_path):
     assert got == pytest.approx(plain, abs=1e-3)
 
 
+def test_resumes(tmp_path):
+    def trainer(**changes):
+        return SFTTrainer(
+            model=hybrid(),
+            args=SFTConfig(**settings(tmp_path, 4, **PACKED, save_strategy="steps", save_steps=2, **changes)),
+            train_dataset=texts(),
+            processing_class=tokenizer(),
+        )
+
+    whole = trainer(max_steps=4)
+    whole.train()
+    resumed = trainer(max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+
+
 def test_evaluation_of_packed_rows(tmp_path):
     model = hybrid().eval()
     trainer = SFTTrainer(
