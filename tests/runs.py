@@ -96,7 +96,13 @@ def run_and_die(recipe: dict[str, Any], folder: str, where: str, name: str) -> N
 
 
 def run_and_report(
-    recipe: dict[str, Any], folder: str, stage: str, pipe: Any, operation: int | None = None, tear: bool = False
+    recipe: dict[str, Any],
+    folder: str,
+    stage: str,
+    pipe: Any,
+    operation: int | None = None,
+    tear: bool = False,
+    start_from: str | None = None,
 ) -> None:
     """
     Runs `recipe` up to `stage`, or all of it for `""`, and sends through `pipe` when a stage starts, and at its end
@@ -131,7 +137,7 @@ def run_and_report(
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    run_recipe(Recipe.from_dict(recipe), folder, stop_after=stage or None, progress=listen)
+    run_recipe(Recipe.from_dict(recipe), folder, stop_after=stage or None, start_from=start_from, progress=listen)
 
 
 def _changes(event: str, arguments: tuple, folder: str) -> bool:

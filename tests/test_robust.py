@@ -2,17 +2,22 @@
 
 import multiprocessing
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from runs import contents, copy_run, results, run_and_report, save_teacher, save_texts, tiny_recipe
 
 from hf_hybrid.folder import ARTEFACTS
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import run_recipe
+from hf_hybrid.stages import Event
 
 
 STAGES = list(ARTEFACTS)
@@ -142,3 +147,52 @@ def test_killed_while_it_claims_a_new_folder(reference: Reference, tmp_path: Pat
             assert process.exitcode == -signal.SIGKILL
         run_recipe(Recipe.from_dict(reference.recipe), folder, stop_after="data")
         assert results(folder)["data"] == reference.results["data"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_line_stopped_by_a_signal_goes_on(reference: Reference, tmp_path: Path, number: int) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(reference.recipe))
+    copy_run(reference.folder, tmp_path / "run", "align")
+    command = [sys.executable, "-m", "hf_hybrid", "run", str(recipe), "--output", str(tmp_path / "run")]
+    command += ["--stop-after", "align"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not list((tmp_path / "run").glob("align_checkpoints/*/files.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.splitlines()[-1] == "hf-hybrid: interrupted; the same command goes on with a run."
+    else:
+        assert process.returncode == -signal.SIGTERM
+    assert not (tmp_path / "run" / "aligned").exists()
+    events: list[Event] = []
+    run_recipe(Recipe.from_dict(reference.recipe), tmp_path / "run", stop_after="align", progress=events.append)
+    assert any(event.text.startswith("going on from checkpoint-") for event in events)
+    given = results(tmp_path / "run")
+    assert all(given[name] == reference.results[name] for name in given)
+
+
+def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path) -> None:
+    """Nothing is lost between the two places, and no artefact is left without what it was made from."""
+    before = contents(reference.folder, list(ARTEFACTS.values()))
+    changed = reference.recipe | {"mixer_options": {"rope": False}}
+    for operation in range(1, 100):
+        folder = tmp_path / str(operation)
+        shutil.copytree(reference.folder, folder)
+        _, process = start(changed, folder, "", operation, False, "align")
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        there = [name for name in ARTEFACTS.values() if (folder / name).exists()]
+        assert there == list(ARTEFACTS.values())[: len(there)]
+        moved = contents(folder / "set_aside" / "1", list(ARTEFACTS.values()))
+        assert contents(folder, list(ARTEFACTS.values())) | moved == before
+        if Recipe.load(folder / "recipe.yaml").mixer_options:
+            break
+        with pytest.raises(ValueError, match=r"mixer_options.rope: None here, False there.*add --from align"):
+            run_recipe(Recipe.from_dict(changed), folder)
+    assert operation > 10
+    result = run_recipe(Recipe.from_dict(changed), folder, stop_after="align")
+    assert result.stages == {"data": "found", "align": "done"}
