@@ -154,6 +154,10 @@ def _is_run(folder: Path) -> bool:
 def _refuse_strangers(folder: Path) -> None:
     ours = {".lock", f"recipe.yaml{PARTIAL}"}  # what a kill at the very start leaves
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.exists() else []
+    if "recipe.yaml" in strangers:
+        raise ValueError(
+            f"{folder / 'recipe.yaml'} is damaged, or was not written by hf-hybrid; restore it, or choose a new folder."
+        )
     if strangers:
         raise ValueError(f"{folder} is no run and not empty (it holds {strangers[0]!r}); choose a new folder.")
 

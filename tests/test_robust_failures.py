@@ -202,6 +202,17 @@ def test_damaged_json(name: str, stage: str, case: Case) -> None:
     assert f"{name}.json is damaged" in case.fails()
 
 
+def test_a_damaged_recipe(case: Case) -> None:
+    recipe = case.at("align").folder / "recipe.yaml"
+    whole = recipe.read_bytes()
+    for length, message in (
+        (0, "recipe.yaml is damaged"),
+        (len(whole) - 20, "another recipe (training.use_cpu: None"),
+    ):
+        recipe.write_bytes(whole[:length])
+        assert message in case.fails()
+
+
 def test_a_damaged_score_of_one_layer(case: Case) -> None:
     case.at("select")
     (case.folder / "scores.json").unlink()
@@ -342,6 +353,8 @@ def test_another_version_is_said_and_kept(case: Case, monkeypatch: pytest.Monkey
 def test_texts_that_end_early_are_counted(case: Case) -> None:
     for text in sorted(Path("texts").iterdir())[2:]:
         text.unlink()
+    del case.recipe["score"], case.recipe["finetune"]
+    case.recipe["select"] = {"selector": "uniform", "k": 2}
     events: list[Event] = []
     result = run_recipe(Recipe.from_dict(case.recipe), case.folder, progress=events.append)
     rows = result.report["rows"]
@@ -406,3 +419,11 @@ def test_a_later_artefact_without_the_one_before_is_refused(case: Case) -> None:
 
 def test_the_finished_model_holds_nothing_of_the_run(finished: Path) -> None:
     assert not {"files.json", "trainer_state.json"} & {path.name for path in (finished / "model").iterdir()}
+
+
+def test_the_page_on_runs_names_all_that_is_in_one(finished: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "runs.md").read_text()
+    for path in finished.iterdir():
+        assert f"`{path.name}{'/' if path.is_dir() else ''}`" in page, path.name
+    for stage, artefact in ARTEFACTS.items():
+        assert f"| `{stage}` | `{artefact}" in page
