@@ -156,10 +156,19 @@ def _refuse_strangers(folder: Path) -> None:
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.exists() else []
     if "recipe.yaml" in strangers:
         raise ValueError(
-            f"{folder / 'recipe.yaml'} is damaged, or was not written by hf-hybrid; restore it, or choose a new folder."
+            f"{folder / 'recipe.yaml'} is damaged, or hf-hybrid did not write it; restore it, or choose a new folder."
         )
     if strangers:
         raise ValueError(f"{folder} is no run and not empty (it holds {strangers[0]!r}); choose a new folder.")
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what killed calls were about to publish in `folder`, which the caller holds [`locked`]."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def has_work(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from .card import save_model
 from .conversion import check_teacher, convert
 from .data import build_rows, load_rows
 from .evaluation import Evaluation, evaluate_model
-from .folder import ARTEFACTS, check_whole, claim, explained, locked, publish
+from .folder import ARTEFACTS, check_whole, claim, explained, locked, publish, remove_partials
 from .inputs import check_inputs
 from .loading import load_model, load_pair
 from .plots import plot_scores
@@ -139,7 +139,9 @@ def run_recipe(
 def _enter(folder: Path, recipe: Recipe, start_from: str | None, stack: contextlib.ExitStack) -> list[str]:
     """Locks the folder and makes it the run of `recipe`; returns what was set aside for that."""
     stack.enter_context(locked(folder))
-    return claim(folder, recipe, start_from)
+    moved = claim(folder, recipe, start_from)
+    remove_partials(folder)
+    return moved
 
 
 def _check_order(folder: Path, stages: list[str]) -> None:

@@ -194,5 +194,7 @@ def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path)
         with pytest.raises(ValueError, match=r"mixer_options.rope: None here, False there.*add --from align"):
             run_recipe(Recipe.from_dict(changed), folder)
     assert operation > 10
+    (folder / "seconds.json.partial").write_text("{")  # what a kill at the very end leaves
+    (folder / "model.partial").mkdir()
     result = run_recipe(Recipe.from_dict(changed), folder, stop_after="align")
-    assert result.stages == {"data": "found", "align": "done"}
+    assert result.stages == {"data": "found", "align": "done"} and not list(folder.glob("*.partial"))
