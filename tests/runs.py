@@ -140,6 +140,13 @@ def run_and_report(
     run_recipe(Recipe.from_dict(recipe), folder, stop_after=stage or None, start_from=start_from, progress=listen)
 
 
+def run_as_rank(rank: int, port: int, *arguments: Any) -> None:
+    """[`run_and_report`] as one of two processes of a launcher."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_and_report(*arguments)
+
+
 def _changes(event: str, arguments: tuple, folder: str) -> bool:
     """Whether an audit event is about to change something in `folder`."""
     if event == "open":

@@ -1,9 +1,11 @@
 """A plug pulled at any moment: kills in every stage at random, and what a run makes of them."""
 
+import contextlib
 import multiprocessing
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import contents, copy_run, results, run_and_report, save_teacher, save_texts, tiny_recipe
+from runs import contents, copy_run, results, run_and_report, run_as_rank, save_teacher, save_texts, tiny_recipe
 
 from hf_hybrid.folder import ARTEFACTS
 from hf_hybrid.recipe import Recipe
@@ -54,6 +56,12 @@ def start(recipe: dict[str, Any], folder: Path, stage: str, *fate: Any) -> tuple
     process.start()
     there.close()
     return here, process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +206,74 @@ def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path)
     (folder / "model.partial").mkdir()
     result = run_recipe(Recipe.from_dict(changed), folder, stop_after="align")
     assert result.stages == {"data": "found", "align": "done"} and not list(folder.glob("*.partial"))
+
+
+def run_pair(recipe: dict[str, Any], folder: Path, stage: str, rng: random.Random | None, cost: Any = None) -> Any:
+    """
+    Runs `recipe` in two processes until `stage` is done; with `rng`, until one of the two is killed in it.
+
+    Returns how it was killed, None where it was not; without `rng`, what the main process sent.
+    """
+    port = free_port()
+    victim, by = (rng.randrange(2), rng.choice(["operation", "time"])) if rng else (0, "")
+    by = "time" if by and victim == 1 else by  # only the main process writes to the folder all along
+    operation = rng.randint(1, cost[0]) if rng and by == "operation" else None
+    here, there = CONTEXT.Pipe()
+    aside, other = CONTEXT.Pipe()
+    pair = [
+        CONTEXT.Process(target=run_as_rank, args=(rank, port, recipe, str(folder), stage, pipe, fate))
+        for rank, pipe, fate in ((0, there, operation), (1, other, None))
+    ]
+    for process in pair:
+        process.start()
+    there.close()
+    other.close()
+    sent = []
+    if by == "time":
+        while here.recv() != stage:
+            pass
+        pair[victim].join(rng.uniform(0, cost[1]))
+        pair[victim].kill()
+    elif not by:
+        with contextlib.suppress(EOFError):
+            while True:
+                sent.append(here.recv())
+    pair[victim].join(300)
+    # As a launcher does with the others when one dies.
+    if pair[victim].exitcode != 0:
+        pair[1 - victim].kill()
+    pair[1 - victim].join(300)
+    if not by:
+        assert [process.exitcode for process in pair] == [0, 0]
+        return sent
+    if pair[victim].exitcode == 0:
+        return None
+    assert pair[victim].exitcode == -signal.SIGKILL
+    return f"process {victim} killed by {by}"
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rng: random.Random) -> None:
+    """In each stage one of the two dies twice, and what they make is what two make that nobody kills."""
+    recipe = reference.recipe
+    costs = {entry[0]: entry[1:] for entry in run_pair(recipe, tmp_path / "whole", "report", None) if len(entry) == 3}
+    expected = results(tmp_path / "whole")
+    folder, deaths, whole = tmp_path / "run", 0, []
+    for stage in STAGES:
+        for _ in range(3 if stage in ("align", "score", "distill", "finetune") else 2):
+            before = contents(folder, whole)
+            how = run_pair(recipe, folder, stage, rng, costs[stage])
+            print(f"{stage}: {how or 'it ended before'}")
+            deaths += how is not None
+            assert before.items() <= contents(folder, whole).items()
+            if (folder / ARTEFACTS[stage]).exists():
+                break
+        before = contents(folder, whole)
+        run_pair(recipe, folder, stage, None)
+        assert before.items() <= contents(folder, whole).items()
+        whole = [*whole, ARTEFACTS[stage]]
+    assert deaths >= 10
+    given = results(folder)
+    assert given.keys() == expected.keys()
+    for name in given:
+        assert given[name] == expected[name], name
