@@ -93,7 +93,11 @@ def test_what_does_nothing_scores_zero(method, dead_layer, tmp_path):
     assert all(abs(value) > 1e-4 for value in values.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+# These make the same runs as ga-s2, or twice as many.
+EVERY = [pytest.param(m, marks=pytest.mark.slow if m in ("gr-s2", "avg-s2") else ()) for m in METHODS]
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_the_student_and_the_teacher_are_given_back_as_they_were(method, dead_layer, tmp_path):
     teacher, student = dead_layer
     before = [copy.deepcopy(model.state_dict()) for model in (teacher, student)]
@@ -153,7 +157,7 @@ class TestZeroShot:
             scores.top(1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_same_seed_same_scores_and_json_goes_round(method, dead_layer, tmp_path):
     first, second = (score(*dead_layer, tmp_path, method) for _ in range(2))
     assert [s.value for s in first.scores] == [s.value for s in second.scores] and first.order == second.order
@@ -168,7 +172,11 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in POSITIONAL and m != "block-influence"])
+# What measures all layers at once keeps one result.
+AT_ONCE = ("block-influence", "ga-s1", "path-gradient", "gates")
+
+
+@pytest.mark.parametrize("method", [m for m in EVERY if m.values[0] not in POSITIONAL])
 def test_an_interrupted_call_goes_on(method, dead_layer, tmp_path):
     """Stopped at its second report, and called again: nothing is measured twice, and the result is the same."""
     seen = []
@@ -182,7 +190,7 @@ def test_an_interrupted_call_goes_on(method, dead_layer, tmp_path):
     with pytest.raises(Stop):
         score(*dead_layer, tmp_path, method, output_dir=folder, progress=stop)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
-    assert len(times) >= 3  # the settings and two results
+    assert len(times) >= (2 if method in AT_ONCE else 3)  # the settings, and what was finished
     resumed = score(*dead_layer, tmp_path, method, output_dir=folder)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     whole = score(*dead_layer, tmp_path, method)
@@ -190,6 +198,140 @@ def test_an_interrupted_call_goes_on(method, dead_layer, tmp_path):
     assert (resumed.tokens, resumed.tokens_forward) == (whole.tokens, whole.tokens_forward)
     with pytest.raises(ValueError, match="has scores made with seed=42, this call has 1"):
         score(*dead_layer, tmp_path, method, output_dir=folder, args=arguments(tmp_path, seed=1))
+
+
+@pytest.mark.parametrize("method", ["shared", "gates", "distilled-greedy"])
+def test_a_killed_training_run_goes_on_from_its_last_checkpoint(method, dead_layer, tmp_path):
+    """Stopped at step 3 of 4, called again: the same result as without, and steps 1 and 2 are not made again."""
+    given = {"tokens_per_layer": 4 * 4 * LENGTH, "output_dir": tmp_path / "kept"}
+    seen = []
+
+    def stop(done, total, text):
+        if text == "training" and done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        score(*dead_layer, tmp_path, method, steps=stop, **given)
+    assert (tmp_path / "kept" / f"{method.split('-')[0]}_checkpoints" / "checkpoint-2" / "files.json").is_file()
+    resumed = score(*dead_layer, tmp_path, method, steps=lambda *event: seen.append(event), **given)
+    assert [done for done, _, text in seen if text == "training"] == [3, 4]
+    whole = score(*dead_layer, tmp_path, method, tokens_per_layer=4 * 4 * LENGTH)
+    assert [s.value for s in resumed.scores] == [s.value for s in whole.scores] and resumed.order == whole.order
+    assert resumed.tokens == whole.tokens == 4 * 4 * LENGTH
+    assert not list((tmp_path / "kept").glob("*_checkpoints"))
+
+
+class TestRounds:
+    GIVEN = {"tokens_per_layer": 4 * 4 * LENGTH}
+
+    def test_a_curve_changes_nothing(self, dead_layer, tmp_path):
+        plain = score(*dead_layer, tmp_path, "ga-s2", **self.GIVEN)
+        curved = score(*dead_layer, tmp_path, "ga-s2", options={"rounds": 2}, **self.GIVEN)
+        for a, b in zip(plain.scores, curved.scores, strict=True):
+            assert a.per_sequence == b.per_sequence and a.curve == []
+            assert [point[0] for point in b.curve] == [2 * 4 * LENGTH, 4 * 4 * LENGTH]
+            assert b.curve[-1][1:] == [b.value, b.sem] and b.curve[0][1] != b.value
+
+    def test_losers_stop_and_the_others_end_as_without(self, dead_layer, tmp_path):
+        plain = score(*dead_layer, tmp_path, "ga-s2", layers=[0, 1, 2], **self.GIVEN)
+        options = {"rounds": 2, "halving": True, "noise": 0.0}
+        halved = score(*dead_layer, tmp_path, "ga-s2", layers=[0, 1, 2], k=1, options=options, **self.GIVEN)
+        assert halved.order == plain.ranking and halved.order[-1] == DEAD
+        for a, b in zip(plain.scores, halved.scores, strict=True):
+            stopped = b.layer == DEAD
+            assert b.tokens == (2 if stopped else 4) * 4 * LENGTH and len(b.curve) == (1 if stopped else 2)
+            assert (a.per_sequence == b.per_sequence) != stopped
+
+    def test_a_stable_choice_ends_it_and_an_interrupted_one_goes_on(self, dead_layer, tmp_path):
+        options = {"rounds": 4, "stability_window": 1}
+        given = {"k": 1, "layers": [0, DEAD], "options": options, "output_dir": tmp_path / "kept", **self.GIVEN}
+
+        def stop(done, total, text):
+            if "layer" in text and done == 2:
+                raise Stop
+
+        with pytest.raises(Stop):
+            score(*dead_layer, tmp_path, "ga-s2", steps=stop, **given)
+        resumed = score(*dead_layer, tmp_path, "ga-s2", **given)
+        assert resumed.top(1) == [0] and resumed.order == []
+        assert [s.tokens for s in resumed.scores] == [2 * 4 * LENGTH] * 2
+        whole = score(*dead_layer, tmp_path, "ga-s2", **{**given, "output_dir": None})
+        assert [s.per_sequence for s in whole.scores] == [s.per_sequence for s in resumed.scores]
+        assert not (tmp_path / "kept" / "rounds").exists()
+
+    def test_bad_options(self, dead_layer, tmp_path):
+        with pytest.raises(ValueError, match="a run of 2 steps has no 3 rounds"):
+            score(*dead_layer, tmp_path, "ga-s2", options={"rounds": 3})
+        with pytest.raises(ValueError, match="pass at least 1 round"):
+            score(*dead_layer, tmp_path, "ga-s2", options={"rounds": 0})
+        with pytest.raises(ValueError, match="halving or a stability window"):
+            score(*dead_layer, tmp_path, "ga-s2", options={"rounds": 2, "halving": True})
+
+
+@pytest.mark.slow
+def test_avg_s2_is_the_mean_of_two_ranks(dead_layer, tmp_path):
+    ga, gr, mean = (score(*dead_layer, tmp_path, method) for method in ("ga-s2", "gr-s2", "avg-s2"))
+    for layer, found in enumerate(mean.scores):
+        assert found.value == (ga.ranking.index(layer) + gr.ranking.index(layer)) / 2 + 1
+    assert mean.tokens == ga.tokens + gr.tokens
+
+
+def test_gr_s2_is_a_run_of_its_own(dead_layer, tmp_path):
+    """Layer 1's score equals linearising it by hand, distilling on the same batches and measuring."""
+    teacher, student = dead_layer
+    twin = copy.deepcopy(student)
+    twin.set_full_attention_layers([0, 2, 3], teacher)
+    args = arguments(tmp_path, max_steps=2, save_strategy="no", disable_tqdm=True)
+    hh.DistillationTrainer(model=twin, teacher=teacher, args=args, train_dataset=rows(16)).train()
+    wanted = hh.held_out_kl(twin, teacher, rows(6, seed=9), 3).mean
+    assert score(*dead_layer, tmp_path, "gr-s2").scores[1].kl == pytest.approx(wanted, rel=1e-6)
+
+
+def test_ga_s1_is_the_alignment_loss(dead_layer, tmp_path):
+    teacher, student = dead_layer
+    trainer = hh.AlignmentTrainer(model=student, teacher=teacher, args=hh.AlignmentConfig(str(tmp_path), use_cpu=True))
+    with torch.no_grad():
+        losses = trainer.layer_losses(student, {"input_ids": tokens(6, LENGTH, 9)})
+    scores = score(teacher, student, tmp_path, "ga-s1").scores
+    assert [s.value for s in scores] == pytest.approx([losses[i].item() for i in range(LAYERS)], rel=1e-5)
+
+
+class TestGates:
+    def test_the_shares_of_all_layers_add_up_to_the_whole(self, dead_layer, tmp_path):
+        scores = score(*dead_layer, tmp_path, "path-gradient", options={"points": 6})
+        assert sum(s.value for s in scores.scores) == pytest.approx(scores.baseline, rel=1e-3)
+        assert scores.scores[DEAD].value == pytest.approx(0, abs=1e-7)
+        assert scores.tokens == 6 * 6 * LENGTH and scores.tokens_forward == 0
+
+    def test_the_gradient_at_the_start_is_the_slope(self, dead_layer, tmp_path):
+        """Against the change of the KL when one gate opens by a little, computed with the gates themselves."""
+        from hf_hybrid.trainers.both_attentions import BothAttentions
+        from hf_hybrid.trainers.scoring_gates import gated
+
+        teacher, student = (copy.deepcopy(model).double() for model in dead_layer)
+        args = arguments(tmp_path)
+        found = hh.score_layers(
+            student, teacher, None, rows(6, 9), method="path-gradient", args=args, options={"until": 0.0}
+        )
+        step, kls = 1e-5, []
+        with BothAttentions(student, teacher) as both:
+            for opened in (0.0, step):
+                with gated(both, lambda opened=opened: [opened if i == 1 else 0.0 for i in range(LAYERS)]):
+                    kls.append(hh.held_out_kl(student, teacher, rows(6, 9)).mean)
+        assert found.scores[1].value == pytest.approx((kls[0] - kls[1]) / step, rel=1e-3)
+
+    def test_gates_open_where_it_pays_and_close_beyond_the_budget(self, dead_layer, tmp_path):
+        given = {"tokens_per_layer": 20 * 4 * LENGTH, "k": 1}
+        dear, free = (
+            score(*dead_layer, tmp_path, "gates", options={"penalty": penalty, "learning_rate": 0.2}, **given)
+            for penalty in (30.0, 0.0)
+        )
+        assert all(s.value > 0.7 for s in free.scores if s.layer != DEAD)
+        assert free.scores[DEAD].value == pytest.approx(0.5, abs=0.01)
+        assert sum(s.value for s in dear.scores) < 1.5 < sum(s.value for s in free.scores)
+        assert dear.k == 1 and len(dear.order) == 1
+        with pytest.raises(ValueError, match="at least k=1"):
+            score(*dead_layer, tmp_path, "gates", k=0)
 
 
 class TestShared:

@@ -56,41 +56,50 @@ class AlignmentTrainer(TeacherTrainer):
 
     def layer_losses(self, student: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
         """The alignment loss of each linear layer, by its index."""
-        padding_mask = inputs.get("attention_mask")
-        if padding_mask is not None and bool(padding_mask.all()):
-            inputs, padding_mask = {**inputs, "attention_mask": None}, None
-        seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
-        layers = decoder_layers(student)
-        losses = {}
-        for i, (given, wanted) in self._attention_of_teacher(student.linear_attention_layers, inputs).items():
-            output = layers[i].self_attn(**given, padding_mask=padding_mask, seq_idx=seq_idx)[0]
-            losses[i] = alignment_loss(wanted, output, padding_mask)
-        return losses
-
-    @torch.no_grad()
-    def _attention_of_teacher(
-        self, layers: list[int], inputs: dict[str, Any]
-    ) -> dict[int, tuple[dict[str, Any], torch.Tensor]]:
-        """What each of the teacher's `layers` gave to its attention, by argument name, and got back."""
         teacher = self.accelerator.unwrap_model(self.teacher)
-        modules = decoder_layers(teacher)
-        seen: dict[int, tuple[dict[str, Any], torch.Tensor]] = {}
+        outputs = mixer_outputs(student, teacher, inputs)
+        return {i: alignment_loss(wanted, output, mask) for i, wanted, output, mask in outputs}
 
-        def record(i: int) -> Any:
-            def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-                kind: Any = type(module)
-                given = dict(zip(positional_names(kind), args, strict=False)) | kwargs
-                seen[i] = ({**given, "past_key_values": None}, output[0])
 
-            return hook
+def mixer_outputs(
+    student: Any, teacher: Any, inputs: dict[str, Any]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """
+    Yields, for each linear layer of `student`, its index, the output of the teacher's attention there, that of its
+    mixer on the same hidden states, both `[B, T, H]`, and the padding mask `[B, T]` or None.
+    """
+    padding_mask = inputs.get("attention_mask")
+    if padding_mask is not None and bool(padding_mask.all()):
+        inputs, padding_mask = {**inputs, "attention_mask": None}, None
+    seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
+    layers = decoder_layers(student)
+    for i, (given, wanted) in _attention_of(teacher, student.linear_attention_layers, inputs).items():
+        yield i, wanted, layers[i].self_attn(**given, padding_mask=padding_mask, seq_idx=seq_idx)[0], padding_mask
 
-        handles = [modules[i].self_attn.register_forward_hook(record(i), with_kwargs=True) for i in layers]
-        try:
-            call_through(teacher, teacher, final_hidden_states, teacher, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+
+@torch.no_grad()
+def _attention_of(
+    teacher: Any, layers: list[int], inputs: dict[str, Any]
+) -> dict[int, tuple[dict[str, Any], torch.Tensor]]:
+    """What each of the teacher's `layers` gave to its attention, by argument name, and got back."""
+    modules = decoder_layers(teacher)
+    seen: dict[int, tuple[dict[str, Any], torch.Tensor]] = {}
+
+    def record(i: int) -> Any:
+        def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            kind: Any = type(module)
+            given = dict(zip(positional_names(kind), args, strict=False)) | kwargs
+            seen[i] = ({**given, "past_key_values": None}, output[0])
+
+        return hook
+
+    handles = [modules[i].self_attn.register_forward_hook(record(i), with_kwargs=True) for i in layers]
+    try:
+        call_through(teacher, teacher, final_hidden_states, teacher, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 @contextlib.contextmanager

@@ -157,7 +157,14 @@ class LayerScores:
 
         direction = "higher" if self.higher_is_better else "lower"
         table = Table()
-        for column in ("rank", "layer", "KL" if self.unit == KL_UNIT else "value", "s.e.", "tokens", "seconds"):
+        for column in (
+            "rank",
+            "layer",
+            "value" if math.isnan(self.scores[0].kl) else "KL",
+            "s.e.",
+            "tokens",
+            "seconds",
+        ):
             table.add_column(column, justify="right")
         by_layer = {score.layer: score for score in self.scores}
         for rank, layer in enumerate(self.ranking, start=1):

@@ -15,7 +15,8 @@ from .distillation import DistillationConfig
 from .held_out import HeldOut
 from .losses import check_logit_function
 from .scores import LayerScore, LayerScores
-from .scoring_distill import ga_s2
+from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
+from .scoring_gates import gates, path_gradient
 from .scoring_job import Job, Steps, check_finite, steps_for, tokens_per_step
 from .scoring_rules import POSITIONAL, by_position
 from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
@@ -37,8 +38,13 @@ __all__ = [
 
 METHODS: dict[str, Callable[..., LayerScores]] = {
     "ga-s2": ga_s2,
+    "ga-s1": ga_s1,
+    "gr-s2": gr_s2,
+    "avg-s2": avg_s2,
     "shared": shared,
     "distilled-greedy": distilled_greedy,
+    "gates": gates,
+    "path-gradient": path_gradient,
     "zero-shot": zero_shot,
     "zero-shot-linearise": zero_shot_linearise,
     "zero-shot-greedy": zero_shot_greedy,
@@ -59,8 +65,16 @@ TEACHER_ONLY = (
     "block-influence",
     *POSITIONAL,
 )
-NO_TRAINING = (*TEACHER_ONLY, "zero-shot", "zero-shot-linearise", "zero-shot-greedy", "smart")
-NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared")
+NO_TRAINING = (
+    *TEACHER_ONLY,
+    "ga-s1",
+    "path-gradient",
+    "zero-shot",
+    "zero-shot-linearise",
+    "zero-shot-greedy",
+    "smart",
+)
+NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared", "gates")
 
 
 def score_layers(

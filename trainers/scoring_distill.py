@@ -1,25 +1,273 @@
-"""Scores with a short distillation for each layer: GA-S2 and the paper's ablations of it."""
+"""Scores with a short distillation for each layer: GA-S2, its early stops, and the paper's ablations of it."""
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..modeling.modeling_hybrid import decoder_layers
+from .alignment import mixer_outputs
+from .held_out import evaluating, standard_error
+from .losses import alignment_loss
 from .scores import LayerScore, LayerScores
-from .scoring_job import Job
+from .scoring_job import Job, tokens_per_step
 
 
-def ga_s2(job: Job) -> LayerScores:
+def ga_s2(
+    job: Job,
+    *,
+    rounds: int = 1,
+    halving: bool = False,
+    noise: float = 1.0,
+    stability_window: int = 0,
+    stability: float = 1.0,
+) -> LayerScores:
     """
     GA-S2 of arXiv 2512.20569, algorithm 1: from the aligned all-linear student, for each layer l, restore the
     teacher's attention in l, distil on the same batches in the same order, and measure `KL(teacher || student)` on
     the same held-out rows, `I(l) = -KL`. The paper's code ranks by training loss; this measures on held-out rows and
     reports the noise. One model is trained over and over, from one copy of the aligned weights in host memory.
+
+    Args:
+        rounds (`int`): measure this many times on the way, evenly spaced: the curve of each layer. It changes neither
+            the training nor the last measurement.
+        halving (`bool`): after each round stop the worse half of the layers, never one of the best k, and none that is
+            worse than the k-th by less than `noise` standard errors of the difference, row by row (successive halving,
+            arXiv 1502.07943).
+        noise (`float`): see there.
+        stability_window (`int`): stop all layers once the Jaccard similarity of the top k of neighbouring rounds, the
+            mean over this many of them, is at least `stability`: the paper's rule, which saves it 58 to 74% of the
+            tokens. 0 for none.
+        stability (`float`): see there.
     """
+    if rounds < 1 or stability_window < 0 or not 0 < stability <= 1:
+        raise ValueError(
+            f"rounds={rounds}, stability_window={stability_window}, stability={stability}; pass at least 1 round, a "
+            "window of 0 or more, and a similarity above 0 and up to 1."
+        )
+    options = {"rounds": rounds, "halving": halving, "noise": noise}
+    options |= {"stability_window": stability_window, "stability": stability}
+    if halving or stability_window:
+        return _by_rounds(job, options)
+    return job.finish("ga-s2", _each_restored(job, "layer", rounds), options=options)
+
+
+def _each_restored(job: Job, prefix: str, rounds: int = 1) -> list[LayerScore]:
+    def restore(layer: int) -> None:
+        job.student.set_full_attention_layers([layer], job.teacher)
+
+    return _each(job, restore, prefix, rounds)
+
+
+def _each(job: Job, prepare: Callable[[int], None], prefix: str, rounds: int = 1) -> list[LayerScore]:
+    """Each layer's held-out KL after `prepare(layer)` and a distillation from the aligned weights."""
     scores = []
+    points = job.step_points(rounds) if rounds > 1 else []
     with job.restored_afterwards() as aligned:
         for layer in job.layers:
 
             def work(layer: int = layer) -> LayerScore:
-                job.student.set_full_attention_layers([layer], job.teacher)
-                job.distil()
-                return LayerScore.of_rows(layer, job.kl())
+                prepare(layer)
+                measured = _Measure(job, points)
+                job.distil(callbacks=[measured])
+                score = LayerScore.of_rows(layer, measured.rows or job.kl())
+                score.curve = measured.curve
+                return score
 
-            scores.append(job.score(layer, work))
+            try:
+                scores.append(job.score(layer, work, prefix))
+            finally:
+                job.reset(aligned)
+            job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1].value:.4f}")
+    return scores
+
+
+class _Measure(TrainerCallback):
+    """Measures the held-out KL after the steps `points`; `rows` are those of the last one."""
+
+    def __init__(self, job: Job, points: list[int]) -> None:
+        self.job, self.points = job, points
+        self.rows: list[float] = []
+        self.curve: list[list[float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.points:
+            self.rows = self.job.kl()
+            tokens = state.global_step * tokens_per_step(self.job.train_dataset, args)
+            self.curve.append([tokens, sum(self.rows) / len(self.rows), standard_error(self.rows)])
+
+
+def gr_s2(job: Job) -> LayerScores:
+    """
+    GR-S2, the paper's greedy removal (arXiv 2512.20569, ablations): from the student with softmax attention in every
+    layer, give layer l its aligned mixer, distil, and measure the held-out KL. The layers that cost most keep softmax
+    attention, the least harmful lose it. Its code is not released; this is the description's reading.
+    """
+    measure = "held-out KL with only this layer linear, distilled"
+    return job.finish("gr-s2", _each_linearised(job, "layer"), measure=measure, higher_is_better=True)
+
+
+def _each_linearised(job: Job, prefix: str) -> list[LayerScore]:
+    def linearise(layer: int) -> None:
+        job.student.set_full_attention_layers(set(job.all_layers) - {layer}, job.teacher)
+
+    return _each(job, linearise, prefix)
+
+
+def avg_s2(job: Job) -> LayerScores:
+    """
+    AVG-S2 of arXiv 2512.20569's ablations: the mean of a layer's ranks in GA-S2 and GR-S2, 1 being the best. Both are
+    run, for twice the cost.
+    """
+    added, removed = _each_restored(job, "added"), _each_linearised(job, "removed")
+    ranks = []
+    for scores, sign in ((added, 1), (removed, -1)):
+        ordered = sorted(scores, key=lambda score: (sign * score.kl, score.layer))
+        ranks.append({score.layer: rank for rank, score in enumerate(ordered, start=1)})
+    averaged = []
+    for a, b in zip(added, removed, strict=True):
+        mean = (ranks[0][a.layer] + ranks[1][a.layer]) / 2
+        averaged.append(LayerScore(a.layer, float("nan"), 0.0, a.tokens + b.tokens, a.seconds + b.seconds, value=mean))
+    return job.finish("avg-s2", averaged, measure="mean rank in ga-s2 and gr-s2", unit="rank")
+
+
+def ga_s1(job: Job) -> LayerScores:
+    """
+    GA-S1 of arXiv 2512.20569's ablations: the hidden-state distance of stage 1 in the place of the KL. Stage 1 is
+    teacher-forced layer by layer, so restoring layer l takes away that layer's own distance and no other: the score is
+    the aligned mixer's `mean over tokens of ||U_T - U_S||_2 / sqrt(H)` on held-out rows. No training.
+    """
+    layers = decoder_layers(job.student)
+
+    def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[list[float]]:
+        by_layer = {}
+        for i, wanted, output, mask in mixer_outputs(job.student, job.teacher, batch):
+            pairs = enumerate(zip(wanted, output, strict=True))
+            masks = [None if mask is None else mask[j, None] for j in range(len(wanted))]
+            by_layer[i] = [alignment_loss(a[None], b[None], masks[j]).item() for j, (a, b) in pairs]
+        return [list(row) for row in zip(*(by_layer[i] for i in range(len(layers))), strict=True)]
+
+    def work() -> list[list[float]]:
+        job.tokens_forward += job.held_out.tokens
+        with evaluating(job.student, job.teacher):
+            return job.held_out.measure(of_batch)
+
+    rows = list(zip(*job.once("residuals", work), strict=True))
+    scores = [LayerScore.of_rows(layer, list(rows[layer]), is_kl=False) for layer in job.layers]
+    for score in scores:
+        job.report(score)
+    about = {"measure": "distance of the aligned mixer's output from the teacher's", "unit": "activation rms"}
+    return job.finish("ga-s1", scores, higher_is_better=True, **about)
+
+
+def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
+    """GA-S2 with all layers a round at a time, their training states on disk in between, until a rule ends it."""
+    k = job.needs_k("ga-s2 with halving or a stability window")
+    points = job.step_points(options["rounds"])
+    alive, dropped = list(job.layers), list[list[int]]()
+    scores: dict[int, LayerScore] = {}
+    tops: list[set[int]] = []
+    with job.restored_afterwards() as aligned, _states(job) as states:
+        for number in range(len(points)):
+            for layer in alive:
+                _advance(job, scores, layer, points, number, states, aligned)
+            alive.sort(key=lambda layer: (scores[layer].value, layer))
+            tops.append(set(alive[:k]))
+            if number + 1 == len(points) or _stable(tops, options["stability_window"], options["stability"]):
+                break
+            if options["halving"]:
+                losers = _losers([scores[layer] for layer in alive], k, options["noise"])
+                alive = [layer for layer in alive if layer not in losers]
+                dropped.insert(0, losers)
+                for layer in losers:
+                    shutil.rmtree(states / f"layer_{layer:03d}", ignore_errors=True)
+    for layer in job.layers:
+        job.report(scores[layer])
+    # What was stopped earlier was trained on fewer tokens: its value does not compare, its place does.
+    order = [*alive, *(layer for losers in dropped for layer in losers)] if any(dropped) else []
+    return job.finish("ga-s2", list(scores.values()), order=order, options=options)
+
+
+@contextlib.contextmanager
+def _states(job: Job) -> Iterator[Path]:
+    """A folder for the layers' training states: in the job's folder, or for the time being."""
+    if job.folder is not None:
+        yield job.folder / "rounds"
+        if PartialState().is_main_process:
+            shutil.rmtree(job.folder / "rounds", ignore_errors=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+
+
+def _advance(
+    job: Job,
+    scores: dict[int, LayerScore],
+    layer: int,
+    points: list[int],
+    number: int,
+    states: Path,
+    aligned: dict[str, torch.Tensor],
+) -> None:
+    """Trains layer `layer`'s student through round `number`, measures it, and adds that to its score."""
+    folder = states / f"layer_{layer:03d}"
+    before = None if number == 0 else folder / f"{PREFIX_CHECKPOINT_DIR}-{points[number - 1]}"
+
+    def work() -> list[float]:
+        job.student.set_full_attention_layers([layer], job.teacher)
+        settings: dict[str, Any] = {"output_dir": str(folder), "save_total_limit": 2, "save_only_model": False}
+        stop = _StopAt(points[number], save=number + 1 < len(points))
+        try:
+            job.distil(callbacks=[stop], resume_from_checkpoint=None if before is None else str(before), **settings)
+            return job.kl()
+        finally:
             job.reset(aligned)
-    return job.finish("ga-s2", scores)
+
+    rows = job.once(f"round_{number:03d}_layer_{layer:03d}", work)
+    if before is not None and PartialState().is_main_process:
+        shutil.rmtree(before, ignore_errors=True)
+    spent, old = job.spent[-1], scores.get(layer)
+    new = LayerScore.of_rows(layer, rows)
+    new.tokens = spent["tokens_forward_backward"] + (0 if old is None else old.tokens)
+    new.seconds = spent["seconds"] + (0.0 if old is None else old.seconds)
+    new.curve = [*([] if old is None else old.curve), [new.tokens, new.value, new.sem]]
+    scores[layer] = new
+    job.say(number + 1, len(points), f"layer {layer}: KL {new.value:.4f}")
+
+
+class _StopAt(TrainerCallback):
+    """Ends the training after a step, with a checkpoint to go on from."""
+
+    def __init__(self, step: int, save: bool) -> None:
+        self.step, self.save = step, save
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_save = self.save
+            control.should_training_stop = True
+
+
+def _losers(ranked: list[LayerScore], k: int, noise: float) -> list[int]:
+    """The layers to stop, the best first: of the worse half those that are worse than the k-th beyond the noise."""
+    keep, line = max(k, -(-len(ranked) // 2)), ranked[max(k, 1) - 1]
+    losers = []
+    for score in ranked[keep:]:
+        worse = [a - b for a, b in zip(score.per_sequence, line.per_sequence, strict=True)]
+        if sum(worse) / len(worse) > noise * standard_error(worse):
+            losers.append(score.layer)
+    return losers
+
+
+def _stable(tops: list[set[int]], window: int, threshold: float) -> bool:
+    """Whether the top k changed little enough over the last `window` pairs of neighbouring rounds."""
+    if not window or len(tops) <= window:
+        return False
+    pairs = list(zip(tops, tops[1:], strict=False))[-window:]
+    return sum(len(a & b) / max(1, len(a | b)) for a, b in pairs) / window >= threshold

@@ -121,8 +121,7 @@ class Job:
                 settle(Path(str(path) + PARTIAL), path)
 
         self.once(name, train)
-        if checkpoints is not None and PartialState().is_main_process:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        self.discard(f"{name}_checkpoints")
         if not made:
             try:
                 load_model(self.student, str(path), device=str(self.student.device))
@@ -130,6 +129,11 @@ class Job:
                 raise ValueError(
                     f"{path} is damaged ({error}); delete it and {name}.json, and the same call makes them again."
                 ) from error
+
+    def discard(self, name: str) -> None:
+        """Removes a subfolder whose work is done."""
+        if self.folder is not None and PartialState().is_main_process:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def score(self, layer: int, work: Callable[[], LayerScore], prefix: str = "layer") -> LayerScore:
         """The score of one layer, as [`Job.once`]; `work` leaves its tokens and seconds to this."""
@@ -170,15 +174,34 @@ class Job:
             measured |= {"train_rows": rows, "train_tokens": rows * len(self.train_dataset[0]["input_ids"])}
         return measured
 
+    def step_points(self, rounds: int) -> list[int]:
+        """The steps at the ends of `rounds` equal parts of a training run."""
+        total = self.args.max_steps
+        if self.tokens_per_layer is not None:
+            total = steps_for(self.tokens_per_layer, self.train_dataset, self.args)
+        if total < rounds:
+            raise ValueError(
+                f"a run of {max(total, 0)} steps has no {rounds} rounds; pass more tokens_per_layer, or fewer rounds."
+            )
+        return [-(-total * number // rounds) for number in range(1, rounds + 1)]
+
     def distil(
-        self, *, checkpoints: Path | None = None, callbacks: Sequence[TrainerCallback] = (), **changes: Any
+        self,
+        *,
+        kind: Callable[..., DistillationTrainer] = DistillationTrainer,
+        checkpoints: Path | None = None,
+        resume_from_checkpoint: str | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **changes: Any,
     ) -> None:
         """
         Distils the student as it is now on `tokens_per_layer` tokens, rounded up to whole steps (or for as long as
         `args` says), from the seed on: the same batches in the same order each time.
 
         Args:
+            kind (`Callable`): makes the trainer.
             checkpoints (`Path`, *optional*): where to keep ten on the way; training goes on from the newest there.
+            resume_from_checkpoint (`str`, *optional*): the one to go on from.
             callbacks (`Sequence`, *optional*), changes: for the trainer, and of its arguments.
         """
         with tempfile.TemporaryDirectory() as scratch:
@@ -195,20 +218,17 @@ class Job:
             if newest is not None:
                 done = int(newest.name.split("-")[-1])
                 self.tokens_forward_backward += done * tokens_per_step(self.train_dataset, args)
-            self.train(args, callbacks, resume_from_checkpoint=None if newest is None else str(newest))
-
-    def train(self, args: Any, callbacks: Sequence[TrainerCallback] = (), **options: Any) -> None:
-        """Distils the student with the arguments `args`; `options` go to the trainer's `train`."""
-        set_seed(args.seed)
-        trainer = DistillationTrainer(
-            model=self.student,
-            teacher=self.teacher,
-            args=args,
-            train_dataset=self.train_dataset,
-            callbacks=[*callbacks, _Count(self)],
-        )
-        trainer.remove_callback(PrinterCallback)  # L runs would print L summaries; `progress` reports instead
-        trainer.train(**options)
+                resume_from_checkpoint = str(newest)
+            set_seed(args.seed)
+            trainer = kind(
+                model=self.student,
+                teacher=self.teacher,
+                args=args,
+                train_dataset=self.train_dataset,
+                callbacks=[*callbacks, _Count(self)],
+            )
+            trainer.remove_callback(PrinterCallback)  # L runs would print L summaries; `progress` reports instead
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
 
     @contextlib.contextmanager
     def restored_afterwards(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,0 +1,163 @@
+"""Scores from gates between the two kinds of attention: `U = U_linear + g (U_softmax - U_linear)` in every layer."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .both_attentions import BothAttentions
+from .distillation import DistillationTrainer, kl_of_batch
+from .held_out import evaluating
+from .losses import masked_mean
+from .scores import LayerScore, LayerScores
+from .scoring_job import Job
+
+
+@contextlib.contextmanager
+def gated(both: BothAttentions, gates: Any) -> Iterator[None]:
+    """
+    Mixes each layer's attention outputs by `gates()[layer]`, which broadcasts to `[B, T, H]`: 0 is linear attention,
+    1 is softmax attention. The student must be linear in every layer.
+    """
+
+    def mix(layer: int) -> Any:
+        def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+            restored = both.softmax[layer](*args, **kwargs)[0]
+            return (output[0] + gates()[layer] * (restored - output[0]), *output[1:])
+
+        return hook
+
+    handles = [attention.register_forward_hook(mix(i), with_kwargs=True) for i, attention in enumerate(both.linear)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def path_gradient(job: Job, *, points: int = 4, until: float = 1.0) -> LayerScores:
+    """
+    How much each layer takes part in the fall of the KL on the way from the all-linear student to the teacher's
+    attention everywhere, all gates rising together: `phi_l = - integral over t from 0 to 1 of dKL/dg_l at g = t`, by
+    Gauss-Legendre quadrature. The scores of all layers add up to the whole fall (Aumann and Shapley 1974; integrated
+    gradients, arXiv 1703.01365, here over layers). Ours; `points` forward and backward passes in all, no training.
+
+    Args:
+        points (`int`): where on the way the gradient is taken.
+        until (`float`): where the way ends; 0 takes the gradient at the all-linear student alone, the first term of
+            the KL's Taylor series.
+    """
+    if points < 1 or not 0 <= until <= 1:
+        raise ValueError(f"points={points}, until={until}; pass at least 1 point and an end from 0 to 1.")
+    nodes, weights = np.polynomial.legendre.leggauss(points if until else 1)
+    places = [(until * (x + 1) / 2, w / 2 * (until or 1.0)) for x, w in zip(nodes, weights, strict=True)]
+
+    def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[list[float]]:
+        count, mask = len(batch["input_ids"]), batch.get("attention_mask")
+        total = torch.zeros(count, job.num_layers, dtype=torch.float64)
+        reference = job.held_out.reference(index, batch)
+        for place, weight in places:
+            at = torch.full((job.num_layers, count, 1, 1), place, device=job.teacher.device, dtype=reference.dtype)
+            at.requires_grad_(True)
+            with torch.enable_grad(), gated(both, lambda at=at: at):
+                kl = kl_of_batch(job.student, job.teacher, batch, reference=reference)
+                rows = [masked_mean(row, None if mask is None else mask[i]) for i, row in enumerate(kl)]
+                (slope,) = torch.autograd.grad(torch.stack(rows).sum(), at)
+            total -= weight * slope[..., 0, 0].T.double().cpu()
+        return total.tolist()
+
+    def work() -> list[list[float]]:
+        job.tokens_forward_backward += len(places) * job.held_out.tokens
+        trainable = [p for p in job.student.parameters() if p.requires_grad]
+        with evaluating(job.student), _frozen(trainable):
+            return job.held_out.measure(of_batch)
+
+    with BothAttentions(job.student, job.teacher) as both:
+        for attention in both.softmax:
+            attention.eval().requires_grad_(False)
+        rows = list(zip(*job.once("gradients", work), strict=True))
+    scores = [LayerScore.of_rows(layer, list(rows[layer]), is_kl=False) for layer in job.layers]
+    for score in scores:
+        job.report(score)
+    about = {"measure": "share in the fall of the KL from all linear to all softmax", "unit": "nats per token"}
+    options = {"points": points, "until": until}
+    return job.finish("path-gradient", scores, higher_is_better=True, options=options, **about)
+
+
+def gates(job: Job, *, learning_rate: float = 0.05, penalty: float = 1.0, ramp: float = 0.5) -> LayerScores:
+    """
+    One learnable gate a layer, `g_l = sigmoid(a_l)`, between the frozen softmax and linear branches, all learned
+    together in one run: `KL(teacher || student) + penalty KL_0 max(0, sum_l g_l / k - 1)`, KL_0 being that of the
+    all-linear student. The k largest gates keep softmax attention. After FlashMorph (arXiv 2606.30562), whose code is
+    not released: it learns on synthetic retrieval, this on the training rows, and the form of the penalty is ours.
+
+    Args:
+        learning_rate (`float`): of the gates, which start at 1/2.
+        penalty (`float`): weight of the budget.
+        ramp (`float`): share of the steps over which the penalty rises from 0 to its weight.
+    """
+    k = job.needs_k("gates")
+    if k < 1:
+        raise ValueError("method='gates' needs a budget of at least k=1 layer.")
+    weight = penalty * job.baseline
+
+    def work() -> list[float]:
+        values = nn.Parameter(torch.zeros(job.num_layers, device=job.teacher.device))
+        job.student.register_parameter("softmax_gates", values)
+        trained: dict[str, Any] = {"learning_rate": learning_rate, "mixer_learning_rate": None}
+
+        def kind(**options: Any) -> DistillationTrainer:
+            trainer = _GateTrainer(**options)
+            trainer.budget, trainer.weight, trainer.ramp = k, weight, ramp
+            return trainer
+
+        checkpoints = None if job.folder is None else job.folder / "gates_checkpoints"
+        frozen = [p for p in job.student.parameters() if p.requires_grad and p is not values]
+        try:
+            with _frozen(frozen), gated(both, lambda: torch.sigmoid(job.student.softmax_gates)):
+                job.distil(kind=kind, checkpoints=checkpoints, **trained)
+        finally:
+            del job.student.softmax_gates
+        return torch.sigmoid(values).tolist()
+
+    with job.restored_afterwards(), BothAttentions(job.student, job.teacher) as both:
+        for attention in both.softmax:
+            attention.requires_grad_(False)
+        found = job.once("gates", work)
+        job.discard("gates_checkpoints")
+    scores = [LayerScore(layer, float("nan"), 0.0, 0, 0.0, value=found[layer]) for layer in job.layers]
+    for score in scores:
+        job.report(score)
+    order = sorted(job.layers, key=lambda layer: (-found[layer], layer))[:k]
+    about = {"measure": "learned gate, 1 for softmax attention", "unit": "0 to 1", "higher_is_better": True}
+    options = {"learning_rate": learning_rate, "penalty": penalty, "ramp": ramp}
+    return job.finish("gates", scores, order=order, k=k, options=options, **about)
+
+
+class _GateTrainer(DistillationTrainer):
+    """Adds the price of the gates that are open beyond the budget."""
+
+    budget: int
+    weight: float
+    ramp: float
+
+    def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        done = (self.state.global_step + 1) / self.state.max_steps
+        rising = min(1.0, done / self.ramp) if self.ramp else 1.0
+        excess = torch.sigmoid(student.softmax_gates).sum() / self.budget - 1
+        return super().student_loss(student, inputs) + rising * self.weight * excess.clamp(min=0)
+
+
+@contextlib.contextmanager
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Without gradients for `parameters`, which had them."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
