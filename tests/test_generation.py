@@ -90,9 +90,7 @@ class TestGreedy:
         assert torch.equal(first.sequences, whole[:, :-5])
         options |= {"max_new_tokens": 5, "min_new_tokens": 5}
         mask = torch.nn.functional.pad(mask, (0, 3), value=1)
-        rest = model.generate(
-            first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options
-        )
+        rest = model.generate(first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options)
         assert torch.equal(rest.sequences, whole)
 
     def test_another_turn_in_the_same_cache(self, mixer, layers):
