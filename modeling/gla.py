@@ -71,7 +71,7 @@ def chunk_gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     Gated linear attention in chunks (arXiv 2312.06635, section 4), with memory linear in T.
@@ -80,7 +80,7 @@ def chunk_gla(
 
     Args:
         q, k, v, g, scale, initial_state, seq_idx: see `recurrent_gla`.
-        chunk_size: tokens per chunk, a power of two from 16 on.
+        chunk_size: tokens per chunk, a power of two from 16 on; by default 32 on CPUs and 64 elsewhere.
 
     Returns:
         The output `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 for float64
@@ -92,7 +92,7 @@ def chunk_gla(
     state = first_state(q, v, initial_state, dtype)
     log2_decay = forget_at_restarts(g.to(dtype) * math.log2(math.e), seq_idx)
     inputs = [q.to(dtype) * scale, k, v, log2_decay]
-    o, state = run_chunks(_segment, inputs, state, fit_chunk_size(chunk_size, q.shape[1]), dtype)
+    o, state = run_chunks(_segment, inputs, state, fit_chunk_size(chunk_size, q), dtype)
     return o.to(v.dtype), state
 
 

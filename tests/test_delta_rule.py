@@ -71,7 +71,7 @@ def test_chunk_equals_recurrent(tokens, state):
     assert_close(run(chunk_gated_delta_rule, inputs), run(recurrent_gated_delta_rule, inputs))
 
 
-@pytest.mark.parametrize("chunk_size", [16, 32, 128])
+@pytest.mark.parametrize("chunk_size", [16, 64, 128])
 def test_chunk_size_and_scale(chunk_size):
     inputs = make_inputs(150)
     expected = run(recurrent_gated_delta_rule, inputs, scale=0.7)

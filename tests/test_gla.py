@@ -1,7 +1,7 @@
 """Gated linear attention: the chunked form against the token-by-token one, and that against the paper's equation."""
 
 import torch
-from recurrences import RecurrenceTests
+from recurrences import RecurrenceTests, assert_close, run
 
 from hf_hybrid.modeling.gla import chunk_gla, recurrent_gla
 
@@ -27,3 +27,12 @@ class TestGatedLinearAttention(RecurrenceTests):
         scores = torch.einsum("bihk,bjhk->bhij", inputs["q"], inputs["k"]).tril()
         expected = torch.einsum("bhij,bjhv->bihv", scores, inputs["v"])
         torch.testing.assert_close(chunk_gla(**inputs, scale=1.0)[0], expected, rtol=0, atol=1e-11)
+
+    def test_identical_keys(self):
+        """Nothing erases what the same key wrote before: the state grows with every token."""
+        inputs = self.inputs(256, key=64, value=64, heads=2)
+        inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).clone()
+        inputs["g"] *= 1e-4
+        expected = run(recurrent_gla, inputs)
+        assert_close(run(chunk_gla, inputs), expected, 1e-11)
+        assert_close(run(chunk_gla, {name: x.float() for name, x in inputs.items()}), expected, 3e-6)
