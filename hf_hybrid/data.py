@@ -1,5 +1,7 @@
 """Text from anywhere, as packed rows of tokens: three sets that share no row, for training, scoring and reporting."""
 
+import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_from_disk
 
-from .text import pieces
+from .text import open_text
 
 
 SETS = ("train", "score", "report")
@@ -18,9 +20,37 @@ _TEXTS_AT_ONCE = 128
 
 
 @dataclass
+class SourceConfig:
+    """
+    One of several sources of text. Exactly one of `dataset` and `text_files` is given.
+
+    Args:
+        weight (`float`): its share of the characters, relative to the other sources' weights.
+        dataset, subset, split, revision, streaming, text_files, text_column: as in [`DataConfig`].
+    """
+
+    weight: float = 1.0
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    text_files: list[str] = field(default_factory=list)
+    text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset) == bool(self.text_files):
+            given = "both dataset and text_files" if self.dataset else "neither dataset nor text_files"
+            raise ValueError(f"a source of data.sources gives {given}; give exactly one.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.sources has weight={self.weight}; pass a number above 0, or leave the source out.")
+
+
+@dataclass
 class DataConfig:
     """
-    Where text comes from and how it becomes rows. Exactly one of `dataset`, `text_files` and `source` is given.
+    Where text comes from and how it becomes rows. Exactly one of `dataset`, `text_files`, `sources` and `source` is
+    given.
 
     Args:
         dataset (`str`, *optional*): name of a dataset for `datasets.load_dataset`; no code of the dataset is run.
@@ -28,6 +58,8 @@ class DataConfig:
         streaming (`bool`): read only as much of the dataset as is needed, without downloading the rest.
         text_files (`list[str]`, *optional*): paths or patterns of local files. A `.jsonl` file holds a document
             a line, any other file is one document. Files are taken in an order drawn with the seed.
+        sources (`list[SourceConfig]`, *optional*): several of these with weights, mixed document by document in exact
+            shares; the text ends where the first of them ends.
         source (`str`, *optional*): `"embedded-demo"`, the built-in data of the embedded teacher.
         text_column (`str`): the column, or key of a `.jsonl` line, with the text.
         block_size (`int`): tokens of a row. Stages with shorter rows cut these into equal parts.
@@ -35,6 +67,9 @@ class DataConfig:
         report_rows (`int`): rows that the final model is measured on.
         respect_documents (`bool`): give each row `position_ids` that restart with each document, so that no token sees
             another document. Off, as in the paper's released code, documents run into each other.
+        on_the_fly (`bool`): tokenise and pack the training rows as they are needed, in the text's order, and keep
+            only the held-out rows and those of the scores on disk. By default all rows are written once and drawn in
+            random order.
     """
 
     dataset: str | None = None
@@ -43,27 +78,38 @@ class DataConfig:
     revision: str | None = None
     streaming: bool = True
     text_files: list[str] = field(default_factory=list)
+    sources: list[SourceConfig] = field(default_factory=list)
     source: str | None = None
     text_column: str = "text"
     block_size: int = 512
     held_out_rows: int = 64
     report_rows: int = 64
     respect_documents: bool = True
+    on_the_fly: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in ("dataset", "text_files", "source") if getattr(self, name)]
+        given = [name for name in ("dataset", "text_files", "sources", "source") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
-                f"data gives {' and '.join(given) or 'no source of text'}; give exactly one of dataset, text_files "
-                "and source."
+                f"data gives {' and '.join(given) or 'no source of text'}; give exactly one of dataset, text_files, "
+                "sources and source."
             )
         if self.source not in (None, "embedded-demo"):
             raise ValueError(f"data.source={self.source!r} is unknown; the only one is 'embedded-demo'.")
+        if self.source and self.on_the_fly:
+            raise ValueError(f"data.on_the_fly reads text, and data.source={self.source!r} has none; leave it out.")
         if isinstance(self.text_files, str):
             self.text_files = [self.text_files]
         for name in ("block_size", "held_out_rows", "report_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} is too small; pass at least 1.")
+
+    def all_sources(self) -> list[SourceConfig]:
+        """The sources of text, each with its weight; one where there is only one."""
+        if self.sources:
+            return self.sources
+        names = ("dataset", "subset", "split", "revision", "streaming", "text_files", "text_column")
+        return [SourceConfig(**{name: getattr(self, name) for name in names})]
 
 
 def build_rows(
@@ -139,50 +185,104 @@ class CutRows:
             return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        start = index % self.parts * self.block_size
-        row = self.rows[index // self.parts]
-        cut = {name: np.asarray(column[start : start + self.block_size], np.int64) for name, column in row.items()}
-        if "position_ids" in cut:
-            cut["position_ids"] = _positions(np.diff(cut["position_ids"], prepend=-2) != 1)
-        return cut
+        return cut_row(self.rows[index // self.parts], index % self.parts, self.block_size)
 
 
-def packed_rows(config: DataConfig, tokenizer: Any, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Yields rows of `block_size` tokens: documents one after the other, cut wherever a row is full."""
-    end = tokenizer.eos_token_id
-    ids = np.empty(0, np.int32)
-    starts = np.empty(0, bool)
-    new_document = True
-    for batch in _batched(pieces(config, seed), _TEXTS_AT_ONCE):
-        tokens = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        parts, marks = [ids], [starts]
+def cut_row(row: dict[str, np.ndarray], part: int, block_size: int) -> dict[str, np.ndarray]:
+    """The `part`-th `block_size` tokens of a row, as int64, with positions of their own."""
+    start = part * block_size
+    cut = {name: np.asarray(column[start : start + block_size], np.int64) for name, column in row.items()}
+    if "position_ids" in cut:
+        cut["position_ids"] = _positions(np.diff(cut["position_ids"], prepend=-2) != 1)
+    return cut
+
+
+class PackedRows:
+    """
+    Iterator over rows of `block_size` tokens: documents one after the other, cut wherever a row is full.
+
+    Args:
+        config ([`DataConfig`]): the text.
+        tokenizer (`PreTrainedTokenizerBase`): the teacher's. Documents are joined by its end-of-sequence token.
+        seed (`int`): of the order of files.
+        state (`dict`, *optional*): what [`PackedRows.state`] gave; the rows go on from there.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0, state: dict[str, Any] | None = None) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.text = open_text(config, seed)
+        self.rows = 0  # given out so far
+        self._ids, self._starts = np.empty(0, np.int32), np.empty(0, bool)
+        self._new_document = True
+        self._ready: deque[dict[str, np.ndarray]] = deque()
+        self._taken: deque[dict[str, Any]] = deque()  # states, each from just before a batch of texts was read
+        if state is not None:
+            self.text.restore(state["text"])
+            self._ids, self._starts = np.asarray(state["ids"], np.int32), np.asarray(state["starts"], bool)
+            self._new_document = state["new_document"]
+            self.rows = state["row"]
+            for _ in range(state["skip"]):
+                next(self)
+
+    def __iter__(self) -> "PackedRows":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while not self._ready:
+            self._read()
+        self.rows += 1
+        return self._ready.popleft()
+
+    def state(self, rows: int | None = None) -> dict[str, Any]:
+        """
+        Where it was after `rows` rows, by default all that were given out, as plain data. States from before that are
+        forgotten: what is asked for next must be no earlier.
+        """
+        rows = self.rows if rows is None else rows
+        while len(self._taken) > 1 and self._taken[1]["row"] <= rows:
+            self._taken.popleft()
+        if not self._taken:
+            return self._now()
+        return {**self._taken[0], "skip": rows - self._taken[0]["row"]}
+
+    def _now(self) -> dict[str, Any]:
+        left = {"ids": self._ids.tolist(), "starts": self._starts.tolist(), "new_document": self._new_document}
+        return {"text": self.text.state(), **left, "row": self.rows + len(self._ready), "skip": 0}
+
+    def _read(self) -> None:
+        """Tokenises the next texts; raises `StopIteration` where there are none."""
+        taken = self._now()
+        batch = list(islice(self.text, _TEXTS_AT_ONCE))
+        if not batch:
+            raise StopIteration
+        self._taken.append(taken)
+        end, size = self.tokenizer.eos_token_id, self.config.block_size
+        tokens = self.tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        parts, marks = [self._ids], [self._starts]
         for (_, is_end), piece in zip(batch, tokens, strict=True):
             part = np.asarray([*piece, end] if is_end and end is not None else piece, np.int32)
             mark = np.zeros(len(part), bool)
-            mark[:1] = new_document
-            new_document = is_end or (new_document and not len(part))
+            mark[:1] = self._new_document
+            self._new_document = is_end or (self._new_document and not len(part))
             parts.append(part)
             marks.append(mark)
         ids, starts = np.concatenate(parts), np.concatenate(marks)
-        full = len(ids) // config.block_size * config.block_size
-        for row, mark in zip(*(x[:full].reshape(-1, config.block_size) for x in (ids, starts)), strict=True):
-            yield (
-                {"input_ids": row, "position_ids": _positions(mark)}
-                if config.respect_documents
-                else {"input_ids": row}
-            )
-        ids, starts = ids[full:], starts[full:]
+        full = len(ids) // size * size
+        for row, mark in zip(*(x[:full].reshape(-1, size) for x in (ids, starts)), strict=True):
+            columns = {"position_ids": _positions(mark)} if self.config.respect_documents else {}
+            self._ready.append({"input_ids": row, **columns})
+        self._ids, self._starts = ids[full:], starts[full:]
+
+
+def packed_rows(config: DataConfig, tokenizer: Any, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the rows of [`PackedRows`], from the first on."""
+    return PackedRows(config, tokenizer, seed)
 
 
 def _positions(starts: np.ndarray) -> np.ndarray:
     """Position of each token in its document, for rows `[..., T]` of marks of first tokens; a row starts at 0."""
     index = np.arange(starts.shape[-1])
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
-
-
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def _write(rows: Iterator[dict[str, Any]], folder: Path, vocab_size: int | None) -> int:
@@ -221,7 +321,7 @@ def _check_counts(counts: dict[str, int], wanted: dict[str, int], config: DataCo
 
 
 def _no_rows(config: DataConfig) -> ValueError:
-    if config.source is None and not any(text.strip() for text, _ in pieces(config, 0)):
+    if config.source is None and not any(text.strip() for text, _ in open_text(config, 0)):
         return ValueError(f"{_name(config)} is empty; give one that has text.")
     return ValueError(
         f"{_name(config)} is shorter than one block of {config.block_size} tokens; give more text or a smaller "
@@ -232,4 +332,7 @@ def _no_rows(config: DataConfig) -> ValueError:
 def _name(config: DataConfig) -> str:
     if config.dataset:
         return f"dataset {config.dataset!r} (split {config.split!r})"
+    if config.sources:
+        names = [source.dataset or ", ".join(source.text_files) for source in config.sources]
+        return f"the mixture of {' and '.join(names)}, which ends with the first of them,"
     return f"text_files {config.text_files}" if config.text_files else f"data source {config.source!r}"

@@ -39,6 +39,7 @@ _MANAGED = frozenset(
         "eval_strategy",
         "remove_unused_columns",
         "resume_from_checkpoint",
+        "ignore_data_skip",
         "load_best_model_at_end",
         "save_only_model",
         "disable_tqdm",
@@ -188,6 +189,8 @@ class Recipe:
             _check_stage(name, stage, self.data.block_size)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose auto, float32, bfloat16 or float16.")
+        if self.data.on_the_fly and self.training.get("dataloader_num_workers"):
+            raise ValueError("training.dataloader_num_workers is set, but data.on_the_fly reads in the main process.")
         managed = sorted(_MANAGED & set(self.training))
         if managed:
             raise ValueError(f"training.{managed[0]} is set from the recipe's own stages; set it there.")

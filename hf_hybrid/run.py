@@ -41,6 +41,8 @@ from .stages import (
     join,
     rows_needed,
     steps_of,
+    stream_for,
+    streams,
     train,
     training_arguments,
 )
@@ -256,13 +258,15 @@ class _Run:
         return self.folder / f"{name}_checkpoints"
 
     def _train(self, name: str, student: Any) -> None:
-        rows = cut_for(self.recipe, name, self.rows["train"])
-        needed = steps_of(self.recipe, name) * self.recipe.stages()[name].batch_size
-        if needed > len(rows):
-            text = (
-                f"the text has {len(rows)} rows, {needed} are trained on: each is used {needed / len(rows):.1f} times"
-            )
-            self.listener(Event(name, "note", text=text))
+        rows: Any = None
+        if streams(self.recipe, name):
+            rows = stream_for(self.recipe, name, self.tokenizer)
+        else:
+            rows = cut_for(self.recipe, name, self.rows["train"])
+            needed, there = steps_of(self.recipe, name) * self.recipe.stages()[name].batch_size, len(rows)
+            if needed > there:
+                text = f"the text has {there} rows, {needed} are trained on: each is used {needed / there:.1f} times"
+                self.listener(Event(name, "note", text=text))
         trainer = train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
         weights = trainer.whole_state_dict()
         on_main(lambda: self._publish_student(name, student, trainer.state, weights))
@@ -281,7 +285,8 @@ class _Run:
             vocabulary = self.teacher.config.vocab_size
             needed = rows_needed(self.recipe)
             rows = build_rows(self.recipe.data, self.tokenizer, needed, self.recipe.seed, partial, vocabulary)
-            for name, stage in self.recipe.stages().items():
+            stored = {name: s for name, s in self.recipe.stages().items() if not streams(self.recipe, name)}
+            for name, stage in stored.items():
                 available = len(cut_for(self.recipe, name, rows["train"]))
                 if available < stage.batch_size:
                     raise ValueError(

@@ -28,6 +28,7 @@ from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
 
 from .data import CutRows
 from .recipe import Recipe, StageConfig
+from .stream import KeepPosition, PackedStream, go_on
 
 
 # Fields of `training` for the stages with a teacher; the fine-tuning has none.
@@ -82,10 +83,23 @@ def steps_of(recipe: Recipe, name: str) -> int:
 def rows_needed(recipe: Recipe) -> int:
     """Training rows of `data.block_size` tokens that give every stage what it needs without repetition."""
     block = recipe.data.block_size
-    return max(
-        math.ceil(steps_of(recipe, name) * stage.batch_size * (stage.block_size or block) / block)
+    needed = {
+        name: math.ceil(steps_of(recipe, name) * stage.batch_size * (stage.block_size or block) / block)
         for name, stage in recipe.stages().items()
-    )
+        if not streams(recipe, name)
+    }
+    return max(needed.values(), default=1)
+
+
+def streams(recipe: Recipe, name: str) -> bool:
+    """Whether a stage's rows are made as it trains. Scores never are: all layers see the same rows in one order."""
+    return recipe.data.on_the_fly and name != "score"
+
+
+def stream_for(recipe: Recipe, name: str, tokenizer: Any) -> PackedStream:
+    """The rows of a stage that [`streams`]."""
+    block = recipe.stages()[name].block_size or recipe.data.block_size
+    return PackedStream(recipe.data, tokenizer, recipe.seed, block, labels=name == "finetune")
 
 
 def cut_for(recipe: Recipe, name: str, rows: Any) -> CutRows:
@@ -146,6 +160,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         "logging_nan_inf_filter": False,  # it shows a loss that is not finite as the mean of those before
         "disable_tqdm": True,
         "report_to": "none",
+        "ignore_data_skip": streams(recipe, name),  # a stream goes on by itself
     }
     if name == "finetune":
         kind: type[HybridTrainingArguments] = HybridTrainingArguments
@@ -168,7 +183,7 @@ def check_training(recipe: Recipe, folder: Path) -> None:
 
 
 def train(
-    recipe: Recipe, name: str, student: Any, teacher: Any, rows: CutRows, folder: Path, listener: Listener
+    recipe: Recipe, name: str, student: Any, teacher: Any, rows: Any, folder: Path, listener: Listener
 ) -> HybridTrainer:
     """
     Trains `student` through the stage `name`, from the newest complete checkpoint in `folder` if there is one.
@@ -184,10 +199,14 @@ def train(
         kind: Any = AlignmentTrainer if name == "align" else DistillationTrainer
         trainer = kind(model=student, teacher=teacher, args=args, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Steps(name, listener))
+    if isinstance(rows, PackedStream):
+        trainer.add_callback(KeepPosition(rows, recipe.stages()[name].batch_size))
+    trainer.add_callback(_Steps(name, listener))  # seals checkpoints, so it comes last
     checkpoint = on_main(lambda: newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text))))
     if checkpoint is not None:
         listener(Event(name, "note", text=f"going on from {checkpoint.name}"))
+        if isinstance(rows, PackedStream):
+            go_on(rows, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 

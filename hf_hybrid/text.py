@@ -1,4 +1,4 @@
-"""Text of datasets and local files, piece by piece."""
+"""Text of datasets and local files, piece by piece, from any position that it was left at."""
 
 import glob
 import json
@@ -7,29 +7,143 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 
 if TYPE_CHECKING:
-    from .data import DataConfig
+    from .data import DataConfig, SourceConfig
 
 _PIECE_CHARACTERS = 2**18  # a longer text file is tokenised in pieces, cut at line ends
 
 
-def pieces(config: "DataConfig", seed: int) -> Iterator[tuple[str, bool]]:
-    """Yields text with whether a document ends with it, reading no further than it is asked to."""
-    if config.dataset:
-        for text in _texts_of_dataset(config):
-            yield text, True
-        return
-    files = find_files(config.text_files)
-    random.Random(seed).shuffle(files)
-    for file in files:
-        try:
-            yield from _pieces_of_file(file, config.text_column)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error.reason}); leave it out of text_files.") from error
+def open_text(config: "DataConfig", seed: int) -> "Mixture":
+    """The text of `config`, from its start."""
+    return Mixture([(_open(source, seed), source.weight) for source in config.all_sources()])
+
+
+def _open(source: "SourceConfig", seed: int) -> "FileTexts | DatasetTexts":
+    return DatasetTexts(source) if source.dataset else FileTexts(source, seed)
+
+
+class Mixture:
+    """
+    Iterator over `(text, whether a document ends with it)`, of one source or of several by their weights.
+
+    The next document comes from the source that is furthest behind its share of the characters so far: nothing is
+    random, and the shares are exact up to one document. The mixture ends where the first of its sources ends.
+
+    Args:
+        sources (`list`): pairs of a source, which has `__next__`, `state` and `restore`, and its weight.
+    """
+
+    def __init__(self, sources: list[tuple[Any, float]]) -> None:
+        self.sources = [source for source, _ in sources]
+        self.weights = [weight for _, weight in sources]
+        self.characters = [0] * len(sources)
+        self.current: int | None = None  # amid a document of this source
+
+    def __iter__(self) -> "Mixture":
+        return self
+
+    def __next__(self) -> tuple[str, bool]:
+        if self.current is None:
+            behind = [count / weight for count, weight in zip(self.characters, self.weights, strict=True)]
+            self.current = behind.index(min(behind))
+        index = self.current
+        text, is_end = next(self.sources[index])
+        self.characters[index] += len(text)
+        if is_end:
+            self.current = None
+        return text, is_end
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, as plain data."""
+        sources = [source.state() for source in self.sources]
+        return {"characters": list(self.characters), "current": self.current, "sources": sources}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken."""
+        self.characters, self.current = list(state["characters"]), state["current"]
+        for source, its in zip(self.sources, state["sources"], strict=True):
+            source.restore(its)
+
+
+class FileTexts:
+    """Iterator over the pieces of local files, in an order drawn with the seed; an open file is never read whole."""
+
+    def __init__(self, source: "SourceConfig", seed: int) -> None:
+        self.files = find_files(source.text_files)
+        random.Random(seed).shuffle(self.files)
+        self.text_column = source.text_column
+        self.restore({"file": 0, "offset": 0, "line": 0})
+
+    def state(self) -> dict[str, int]:
+        return {"file": self.file, "offset": self.offset, "line": self.line}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.file, self.offset, self.line = state["file"], state["offset"], state["line"]
+        self.stream: Any = None
+
+    def __iter__(self) -> "FileTexts":
+        return self
+
+    def __next__(self) -> tuple[str, bool]:
+        while self.file < len(self.files):
+            path = self.files[self.file]
+            if self.stream is None:
+                self.stream = open(path, "rb")  # noqa: SIM115  open from one piece to the next
+                self.stream.seek(self.offset)
+            try:
+                piece = self._line(path) if path.suffix == ".jsonl" else self._lines()
+                self.offset = self.stream.tell()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text ({error.reason}); leave it out of text_files.") from error
+            if piece is None or piece[1] and path.suffix != ".jsonl":
+                self.stream.close()
+                self.restore({"file": self.file + 1, "offset": 0, "line": 0})
+            if piece is not None:
+                return piece
+        raise StopIteration
+
+    def _line(self, path: Path) -> tuple[str, bool] | None:
+        while line := self.stream.readline():
+            self.line += 1
+            if line.strip():
+                return _text_of_line(line.decode("utf-8"), f"{path}, line {self.line}", self.text_column), True
+        return None
+
+    def _lines(self) -> tuple[str, bool]:
+        # Read as bytes, which have cheap positions, and cut at line ends, where no character is cut.
+        text = b"".join(self.stream.readlines(_PIECE_CHARACTERS)).decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n"), not text
+
+
+class DatasetTexts:
+    """Iterator over the documents of a dataset of `datasets`, whose own state it keeps."""
+
+    def __init__(self, source: "SourceConfig") -> None:
+        self.source = source
+        rows = _load(source)
+        self.rows = rows if isinstance(rows, IterableDataset) else rows.to_iterable_dataset()
+        self.iterator: Iterator[Any] | None = None
+
+    def state(self) -> dict[str, Any] | None:
+        # Nothing is read yet.
+        return None if self.iterator is None else self.rows.state_dict()
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.rows.load_state_dict(state)
+            self.iterator = iter(self.rows)
+
+    def __iter__(self) -> "DatasetTexts":
+        return self
+
+    def __next__(self) -> tuple[str, bool]:
+        if self.iterator is None:
+            self.iterator = iter(self.rows)
+        return _text_of(next(self.iterator), f"dataset {self.source.dataset!r}", self.source.text_column), True
 
 
 def find_files(patterns: list[str]) -> list[Path]:
@@ -46,18 +160,6 @@ def find_files(patterns: list[str]) -> list[Path]:
     return sorted(found)
 
 
-def _pieces_of_file(file: Path, text_column: str) -> Iterator[tuple[str, bool]]:
-    with open(file, encoding="utf-8") as stream:
-        if file.suffix == ".jsonl":
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _text_of_line(line, f"{file}, line {number}", text_column), True
-            return
-        while lines := stream.readlines(_PIECE_CHARACTERS):
-            yield "".join(lines), False
-    yield "", True
-
-
 def _text_of_line(line: str, where: str, text_column: str) -> str:
     try:
         record = json.loads(line)
@@ -66,18 +168,16 @@ def _text_of_line(line: str, where: str, text_column: str) -> str:
     return _text_of(record if isinstance(record, dict) else {}, where, text_column)
 
 
-def _texts_of_dataset(config: "DataConfig") -> Iterator[str]:
+def _load(source: "SourceConfig") -> Any:
     try:
-        rows = load_dataset(
-            config.dataset, config.subset, split=config.split, streaming=config.streaming, revision=config.revision
+        return load_dataset(
+            source.dataset, source.subset, split=source.split, streaming=source.streaming, revision=source.revision
         )
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"dataset {config.dataset!r} (subset {config.subset!r}, split {config.split!r}) did not load: {first}"
+            f"dataset {source.dataset!r} (subset {source.subset!r}, split {source.split!r}) did not load: {first}"
         ) from error
-    for row in rows:
-        yield _text_of(row, f"dataset {config.dataset!r}", config.text_column)
 
 
 def _text_of(record: dict[str, Any], where: str, text_column: str) -> str:

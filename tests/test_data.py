@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -94,12 +95,14 @@ def test_only_as_much_is_read_as_is_needed(
 ) -> None:
     read = []
 
-    def endless(*args: Any, **kwargs: Any) -> Any:
+    def endless() -> Any:
         while True:
             read.append(1)
             yield {"text": LINES[len(read) % 7]}
 
-    monkeypatch.setattr(text_module, "load_dataset", endless)
+    monkeypatch.setattr(
+        text_module, "load_dataset", lambda *args, **kwargs: datasets.IterableDataset.from_generator(endless)
+    )
     config = DataConfig(dataset="somebody/something", block_size=16, held_out_rows=3, report_rows=2)
     build_rows(config, tokenizer, 5, 0, tmp_path / "rows")
     assert len(read) <= 2 * data_module._TEXTS_AT_ONCE
@@ -154,7 +157,7 @@ def test_the_order_of_files_depends_on_the_seed_alone(tokenizer: PreTrainedToken
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "data gives no source of text; give exactly one of dataset, text_files and source"),
+        ({}, "data gives no source of text; give exactly one of dataset, text_files, sources and source"),
         ({"dataset": "a/b", "text_files": ["c"]}, "data gives dataset and text_files; give exactly one"),
         ({"source": "pile"}, "data.source='pile' is unknown"),
         ({"dataset": "a/b", "block_size": 0}, "data.block_size=0 is too small"),
