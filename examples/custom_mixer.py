@@ -3,11 +3,12 @@ A hybrid with a mixer of one's own: convert with it, distil it a little, save it
 
 The mixer is `retention.py`: a subclass of `LinearAttention` with its recurrence, and a subclass of `HybridForCausalLM`
 that lists it. Trainers, caches, padding and packing work with it as with any other. Its checkpoint carries
-`retention.py`, and loads in three ways:
+`retention.py` and loads
 
-- `RetentionHybrid.from_pretrained(folder)`, here;
-- `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where hf_hybrid is installed;
-- the same where only torch and transformers are, after `make_portable` below.
+- with `RetentionHybrid.from_pretrained(folder)`, here;
+- with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` in a process that has not imported
+  hf_hybrid (which would take its own class, and say that it lacks the mixer): where hf_hybrid is installed as it is,
+  and where only torch and transformers are after `make_portable` below.
 
     python examples/custom_mixer.py --output retention_hybrid --max-steps 20
 """

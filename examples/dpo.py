@@ -11,6 +11,7 @@ to end a Python line early.
 import argparse
 import copy
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -54,7 +55,7 @@ def main() -> None:
             per_device_train_batch_size=args.batch_size,
             beta=args.beta,
             learning_rate=1e-5,
-            bf16=False,
+            bf16=torch.cuda.is_available(),
             logging_steps=1,
             save_strategy="no",
             report_to="none",

@@ -8,6 +8,7 @@ Documents are packed into rows without seeing one another. Without `--dataset` i
 
 import argparse
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -49,7 +50,7 @@ def main() -> None:
             packing=True,
             per_device_train_batch_size=args.batch_size,
             learning_rate=1e-3,  # of the adapter; a model in full wants a hundredth of it
-            bf16=False,
+            bf16=torch.cuda.is_available(),
             logging_steps=5,
             save_strategy="no",
             report_to="none",

@@ -1,10 +1,12 @@
 """Each example runs by the command in its docstring, with few steps, and what it saves is what it says."""
 
+import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,31 @@ def test_custom_mixer(example, tmp_path):
     there = load_file(tmp_path / "there.safetensors")
     assert torch.equal(there["logits"], model(ids).logits)
     assert torch.equal(there["text"], model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", [False, True])
+def test_custom_mixer_where_the_package_is_installed(monkeypatch, tmp_path, imported):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from retention import RetentionHybrid
+
+    hh.convert(hh.embedded_teacher(), [2], mixer="retention", model_class=RetentionHybrid).save_pretrained(
+        tmp_path / "model"
+    )
+    code = f"""
+    {"import hf_hybrid.modeling" if imported else ""}
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+    print(type(model.base_model.layers[0].self_attn).__name__)
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    if imported:
+        assert done.returncode == 1 and "use the subclass of HybridForCausalLM that has it" in done.stderr
+    else:
+        assert done.stdout.strip() == "Retention", done.stderr
 
 
 def test_custom_mixer_decodes_pads_and_packs(monkeypatch):
