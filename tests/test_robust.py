@@ -1,6 +1,7 @@
 """A plug pulled at any moment: kills in every stage at random, and what a run makes of them."""
 
 import contextlib
+import copy
 import multiprocessing
 import random
 import shutil
@@ -232,7 +233,7 @@ def run_pair(recipe: dict[str, Any], folder: Path, stage: str, rng: random.Rando
     if by == "time":
         while here.recv() != stage:
             pass
-        pair[victim].join(rng.uniform(0, cost[1]))
+        pair[victim].join(rng.uniform(0, 0.7 * cost[1]))
         pair[victim].kill()
     elif not by:
         with contextlib.suppress(EOFError):
@@ -277,3 +278,30 @@ def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rn
     assert given.keys() == expected.keys()
     for name in given:
         assert given[name] == expected[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["shared", "distilled-greedy", "zero-shot-greedy"])
+def test_scores_of_sets_of_layers_killed_at_random(
+    method: str, reference: Reference, tmp_path: Path, rng: random.Random
+) -> None:
+    changed = copy.copy(reference)
+    changes = {"score": reference.recipe["score"] | {"method": method}, "select": {"selector": method, "k": 2}}
+    changed.recipe = reference.recipe | changes
+    changed.folder = tmp_path / "whole"
+    copy_run(reference.folder, changed.folder, "score")
+    here, process = start(changed.recipe, changed.folder, "score", None, False, "score")
+    assert here.recv() == "score"
+    changed.cost = {"score": here.recv()[1:]}
+    process.join()
+    expected = results(changed.folder)["scores.json"]
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        copy_run(changed.folder, folder, "score")
+        for by in ("operation", "time"):
+            if (folder / "scores.json").exists():  # the kill came right after
+                break
+            print(f"{method}: {kill(changed, folder, 'score', rng, by)}")
+        run_recipe(Recipe.from_dict(changed.recipe), folder, stop_after="score")
+        assert results(folder)["scores.json"] == expected
+        assert [path for path in folder.rglob("*") if ".partial" in path.name or "checkpoint" in path.name] == []
