@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .cli_score import add_score_options
 
 
 _EXAMPLES = """\
@@ -17,6 +18,7 @@ examples:
   hf-hybrid demo --output demo_output
   hf-hybrid run demo --output my_run
   hf-hybrid run my_recipe.yaml --output my_run        (again after a kill: it goes on)
+  hf-hybrid score embedded --method zero-shot-greedy --k 2 --output scores
   hf-hybrid score --recipe my_recipe.yaml --output my_run
   hf-hybrid convert Qwen/Qwen3-0.6B --full-attention-layers 3,10,17,24 --output hybrid
   hf-hybrid push my_run me/my-hybrid --private
@@ -78,8 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
     run.add_argument("--stop-after", metavar="STAGE", help="data, align, score, select, distill, finetune, ...")
     run.add_argument("--from", dest="start_from", metavar="STAGE", help="make STAGE and what follows again")
-    score = add("score", _score, "run a recipe up to the scores of its layers; table, JSON and bar chart")
-    score.add_argument("--recipe", required=True, help="path of a YAML file, or the name of a shipped recipe")
+    score = add("score", _score, "score a model's layers, or run a recipe up to its scores; table, JSON and chart")
+    score.add_argument(
+        "teacher", metavar="TEACHER", nargs="?", help="Hub id or folder, or 'embedded'; or give --recipe"
+    )
+    score.add_argument("--recipe", help="path of a YAML file, or the name of a shipped recipe")
+    add_score_options(score)
     for sub in (run, score):
         sub.add_argument("--output", required=True, help="folder of the run")
     convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
@@ -178,31 +184,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    result = _run_recipe(options.recipe, options, "score")
-    if not _is_main_process():
-        return
-    scores = result.scores
-    if scores is None:
-        raise ValueError(f"recipe {options.recipe} has no score stage; add one.")
-    from .plots import plot_scores
-    from .recipe import Recipe
-    from .selection import select_layers
+    from .cli_score import print_scores, recipe_of
 
-    select, num_layers = Recipe.load(result.folder / "recipe.yaml").select, len(scores.scores)
-    selector = select.selector if select.layers is None else select.layers
-    layers = select_layers(selector, select.count(num_layers), num_layers, scores)
-    plot_scores(scores, layers, result.folder / "scores.png")
-    if options.json:
-        _print_json(json.loads((result.folder / "scores.json").read_text()))
-        return
-    print(scores)
-    print(f"Saved: {result.folder / 'scores.json'}, {result.folder / 'scores.png'}.")
+    recipe = recipe_of(options)
+    result = _run_recipe(recipe, options, "score")
+    if _is_main_process():
+        print_scores(result, recipe, options)
 
 
-def _run_recipe(name: str, options: argparse.Namespace, stop_after: str | None, start_from: str | None = None) -> Any:
+def _run_recipe(name: Any, options: argparse.Namespace, stop_after: str | None, start_from: str | None = None) -> Any:
     from .recipe import Recipe, find_recipe
 
-    recipe = Recipe.load(find_recipe(name))
+    recipe = Recipe.load(find_recipe(name)) if isinstance(name, str) else name
     recipe.trust_remote_code = recipe.trust_remote_code or options.trust_remote_code
     _quiet()
     from .progress import StageBars

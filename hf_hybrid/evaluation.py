@@ -150,10 +150,16 @@ def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
     return math.exp(total / count)
 
 
-@torch.no_grad()
 def cache_bytes(model: PreTrainedModel, context: int) -> int:
+    """Bytes of cache of one sequence after `context` tokens: the sum of [`layer_cache_bytes`]."""
+    return sum(layer_cache_bytes(model, context))
+
+
+@torch.no_grad()
+def layer_cache_bytes(model: PreTrainedModel, context: int) -> list[int]:
     """
-    Bytes of cache of one sequence after `context` tokens, from what a real cache holds after a short forward pass.
+    Bytes of cache of one sequence after `context` tokens in each layer, from what a real cache holds after a short
+    forward pass.
 
     A softmax layer grows with every token, up to its window where it has one; a linear layer's state does not grow.
     """
@@ -164,15 +170,16 @@ def cache_bytes(model: PreTrainedModel, context: int) -> int:
     model.eval()
     model(input_ids=ids, past_key_values=cache, use_cache=True)
     model.train(training)
-    total = 0
+    sizes = []
     for layer in cache.layers:
+        size = sum(state.nbytes for state in _states(layer))
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.numel():
             window = getattr(layer, "sliding_window", None)
             tokens = context if window is None else min(context, window - 1)
-            total += (keys.nbytes + values.nbytes) // keys.shape[-2] * tokens
-        total += sum(state.nbytes for state in _states(layer))
-    return total
+            size += (keys.nbytes + values.nbytes) // keys.shape[-2] * tokens
+        sizes.append(size)
+    return sizes
 
 
 def _states(layer: Any) -> Iterable[torch.Tensor]:

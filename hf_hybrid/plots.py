@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -41,6 +41,36 @@ def plot_scores(scores: "LayerScores", selected: Iterable[int], path: str | os.P
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=_CHOSEN, label="keeps softmax"), Patch(color=_OTHER, label="linear")]
     axes.legend(handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(figure, path)
+
+
+def plot_curves(scores: "LayerScores", path: str | os.PathLike) -> None:
+    """Writes each layer's value over the tokens it was trained on to `path`, with a band of ± 1 standard error."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = [score for score in sorted(scores.scores, key=lambda score: score.layer) if score.curve]
+    if not measured:
+        raise ValueError("no score was measured on the way; score with options={'rounds': 8}.")
+    figure = Figure(figsize=(7.0, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = colormaps["viridis"].resampled(max(2, len(measured)))
+    for i, score in enumerate(measured):
+        tokens, values, errors = zip(*score.curve, strict=True)
+        lower, upper = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        axes.fill_between(tokens, lower, upper, color=colours(i), alpha=0.15, linewidth=0)
+        axes.plot(tokens, values, color=colours(i), marker="o", markersize=3, label=str(score.layer))
+    axes.set_xlabel("tokens of distillation")
+    axes.set_ylabel(f"held-out KL ({scores.unit})")
+    axes.set_title(f"{scores.method}: one layer restored, ± 1 s.e. over rows", fontsize="medium", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="layer", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
     path = Path(path)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     figure.savefig(partial)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hf_hybrid.trainers.durable import write_text
-from hf_hybrid.trainers.scoring import METHODS
+from hf_hybrid.trainers.scoring import METHODS, NEEDS_K
 
 from .data import DataConfig
 from .schema import parse
@@ -130,24 +130,39 @@ class SelectStage:
     Args:
         selector (`str`): the score stage's method, or a rule that goes by position, see `select_layers`.
         k (`int`, *optional*), fraction (`float`, *optional*), layers (`list[int]`, *optional*):
-            exactly one: how many layers, which share of them (rounded to the nearest, a half upwards), or which.
+            exactly one, or `cache_bytes`: how many layers, which share of them (rounded to the nearest, a half
+            upwards), or which.
+        cache_bytes (`int`, *optional*): as many of the best as keep the cache of a sequence within this, see
+            `layers_within`.
+        context (`int`, *optional*): tokens of that sequence.
     """
 
     selector: str = "ga-s2"
     k: int | None = None
     fraction: float | None = None
     layers: list[int] | None = None
+    cache_bytes: int | None = None
+    context: int | None = None
 
     def __post_init__(self) -> None:
         check_selector(self.selector)
-        given = [name for name in ("k", "fraction", "layers") if getattr(self, name) is not None]
+        ways = ("k", "fraction", "layers", "cache_bytes")
+        given = [name for name in ways if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"select gives {' and '.join(given) or 'no layers'}; give one of k, fraction and layers.")
+            raise ValueError(
+                f"select gives {' and '.join(given) or 'no layers'}; give one of k, fraction, layers, cache_bytes."
+            )
+        if (self.cache_bytes is None) != (self.context is None):
+            raise ValueError("select.cache_bytes and select.context go together: bytes, and at how many tokens.")
+        if self.cache_bytes is not None and self.selector in NEEDS_K:
+            raise ValueError(
+                f"select.selector={self.selector!r} chooses layers for one k, not by size; give k, or choose another."
+            )
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"select.fraction={self.fraction} is outside 0..1; 0.25 keeps a quarter of the layers.")
 
     def count(self, num_layers: int) -> int | None:
-        """How many layers of `num_layers` keep softmax attention; None where they are listed."""
+        """How many layers of `num_layers` keep softmax attention; None where that is not said."""
         return self.k if self.fraction is None else int(self.fraction * num_layers + 0.5)
 
 

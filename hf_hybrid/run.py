@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainerState, set_seed
@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_hybrid.modeling import HybridConfig
 from hf_hybrid.modeling.modeling_hybrid import check_mixers
-from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
+from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.durable import read_json, read_record, write_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
 from hf_hybrid.trainers.sharding import is_sharded, keep_class_name
@@ -31,6 +31,7 @@ from .inputs import check_inputs
 from .loading import load_model, load_pair
 from .plots import plot_scores
 from .recipe import Recipe
+from .score import choose, needs_alignment, score_stage
 from .selection import select_layers
 from .stages import (
     Event,
@@ -117,7 +118,7 @@ def run_recipe(
         run = _Run(recipe, folder, progress if progress and is_main_process() else (lambda event: None))
         if moved:
             run.listener(Event(str(start_from), "note", text=f"made again; kept are {', '.join(moved)}"))
-        stages = [name for name in ARTEFACTS if name not in ("score", "finetune") or name in recipe.stages()]
+        stages = _stages(recipe)
         there = on_main(lambda: {name for name in ARTEFACTS if (folder / ARTEFACTS[name]).exists()})
         already_finished = {"model", "report"} <= there
         if not already_finished:
@@ -144,6 +145,15 @@ def _enter(folder: Path, recipe: Recipe, start_from: str | None, stack: contextl
     moved = claim(folder, recipe, start_from)
     remove_partials(folder)
     return moved
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    """The stages of `recipe` in their order; scores that need no aligned student come before the alignment."""
+    stages = [name for name in ARTEFACTS if name not in ("score", "finetune") or name in recipe.stages()]
+    if not needs_alignment(recipe):
+        stages.remove("score")
+        stages.insert(stages.index("align"), "score")
+    return stages
 
 
 def _check_order(folder: Path, stages: list[str]) -> None:
@@ -206,7 +216,8 @@ class _Run:
         check_mixers(config)
         # Any scores will do: this is about the number of layers.
         selector = "uniform" if recipe.select.layers is None else recipe.select.layers
-        select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
+        if recipe.select.cache_bytes is None:
+            select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
         self.checked = True
 
     @functools.cached_property
@@ -304,35 +315,18 @@ class _Run:
         self._train("align", student)
 
     def _score(self) -> None:
-        stage = self.recipe.score
-        if stage is None:
+        if self.recipe.score is None:
             return
-        num_layers = self.teacher.config.num_hidden_layers
-        arguments = training_arguments(self.recipe, "score", self._checkpoints("score"))
-
-        def report(score: Any) -> None:
-            text = f"layer {score.layer}: KL {score.kl:.4f}"
-            self.listener(Event("score", "step", score.layer + 1, num_layers, text))
-
-        scores = score_layers(
-            self._student_of("align"),
-            self.teacher,
-            cut_for(self.recipe, "score", self.rows["train"]),
-            cut_for(self.recipe, "score", self.rows["score"]),
-            args=cast(DistillationConfig, arguments),
-            tokens_per_layer=stage.tokens_per_layer,
-            method=stage.method,
-            options=stage.options,
-            k=self.recipe.select.count(num_layers),
-            output_dir=self.folder / "scores",
-            progress=report,
-        )
+        student = self._student_of("align") if needs_alignment(self.recipe) else None
+        kept = self.folder / "scores"
+        scores = score_stage(self.recipe, student, self.teacher, self.tokenizer, self.rows, kept, self.listener)
         on_main(lambda: scores.save(self.folder / ARTEFACTS["score"]))
 
     def _select(self) -> None:
-        select, num_layers = self.recipe.select, self.teacher.config.num_hidden_layers
+        select = self.recipe.select
         selector = select.selector if select.layers is None else select.layers
-        layers = select_layers(selector, select.count(num_layers), num_layers, self.scores, seed=self.recipe.seed)
+        student = None if select.cache_bytes is None else self._student_of("align")
+        layers = choose(self.recipe, self.scores, self.teacher, student)
         if self.scores is not None:
             plot_scores(self.scores, layers, self.folder / "scores.png")
         write_json(self.folder / ARTEFACTS["select"], {"selector": selector, "layers": layers})

@@ -1,5 +1,6 @@
 """Which layers keep softmax attention: from scores, by position, or as given."""
 
+import math
 from collections.abc import Sequence
 
 from hf_hybrid.modeling.configuration_hybrid import check_layers
@@ -8,7 +9,7 @@ from hf_hybrid.trainers.scoring import METHODS
 from hf_hybrid.trainers.scoring_rules import PHASES, POSITIONAL, check_count, positional_layers, uniform_layers
 
 
-__all__ = ["PHASES", "POSITIONAL", "SELECTORS", "check_selector", "select_layers", "uniform_layers"]
+__all__ = ["PHASES", "POSITIONAL", "SELECTORS", "check_selector", "layers_within", "select_layers", "uniform_layers"]
 
 SELECTORS = tuple(METHODS)
 
@@ -47,6 +48,69 @@ def select_layers(
     if selector in POSITIONAL:
         return positional_layers(selector, k, num_layers, seed)
     return checked_scores(selector, scores, num_layers).top(k)
+
+
+def layers_within(
+    scores: LayerScores, softmax_bytes: Sequence[int], linear_bytes: Sequence[int], limit: int
+) -> list[int]:
+    """
+    Returns the layers that keep softmax attention, ascending, such that the cache of all layers stays within `limit`.
+
+    Where each layer has a score of its own, the set with the largest sum of gains is found exactly, by dynamic
+    programming over the layers (Nemhauser and Ullmann 1969): a layer's gain is how much the KL falls below
+    `scores.baseline`, or its value where higher is better, and layers without a gain are left linear. Where layers
+    were chosen together, gains do not add up; they are taken in their order, each one that still fits.
+
+    Args:
+        scores ([`LayerScores`]): of all layers.
+        softmax_bytes, linear_bytes (`Sequence[int]`): bytes of cache of each layer, as softmax and as linear
+            attention, at the context that the limit is for, see `hf_hybrid.evaluation.layer_cache_bytes`.
+        limit (`int`): bytes.
+    """
+    count = len(scores.scores)
+    if not count == len(softmax_bytes) == len(linear_bytes):
+        raise ValueError(f"scores of {count} layers, sizes of {len(softmax_bytes)} and {len(linear_bytes)}; pass all.")
+    extra = [a - b for a, b in zip(softmax_bytes, linear_bytes, strict=True)]
+    free = limit - sum(min(a, b) for a, b in zip(softmax_bytes, linear_bytes, strict=True))
+    if free < 0:
+        raise ValueError(
+            f"a cache of {limit:,} bytes is less than the {limit - free:,} that all layers need at their smallest; "
+            "raise the limit, or shorten the context."
+        )
+    # Softmax attention over a short context takes less than a state.
+    always = [layer for layer in range(count) if extra[layer] <= 0]
+    rest = [layer for layer in scores.ranking if extra[layer] > 0]
+    if scores.order:
+        chosen = []
+        for layer in rest:
+            if extra[layer] <= free:
+                chosen.append(layer)
+                free -= extra[layer]
+        return sorted([*always, *chosen])
+    gains = _gains(scores)
+    frontier: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    for layer in rest:
+        if gains[layer] > 0:
+            added = [(size + extra[layer], gain + gains[layer], (*kept, layer)) for size, gain, kept in frontier]
+            frontier = _undominated([*frontier, *(entry for entry in added if entry[0] <= free)])
+    return sorted([*always, *frontier[-1][2]])
+
+
+def _gains(scores: LayerScores) -> dict[int, float]:
+    if scores.higher_is_better:
+        return {score.layer: score.value for score in scores.scores}
+    start = scores.baseline if not math.isnan(scores.scores[0].kl) else math.nan
+    start = max(score.value for score in scores.scores) if math.isnan(start) else start
+    return {score.layer: start - score.value for score in scores.scores}
+
+
+def _undominated(entries: list[tuple[int, float, tuple[int, ...]]]) -> list[tuple[int, float, tuple[int, ...]]]:
+    """Of (bytes, gain, layers) those that no other one of at most as many bytes equals or betters, by bytes."""
+    kept: list[tuple[int, float, tuple[int, ...]]] = []
+    for entry in sorted(entries, key=lambda entry: (entry[0], -entry[1])):
+        if not kept or entry[1] > kept[-1][1]:
+            kept.append(entry)
+    return kept
 
 
 def checked_scores(selector: str, scores: LayerScores | None, num_layers: int) -> LayerScores:

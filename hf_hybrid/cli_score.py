@@ -1,0 +1,105 @@
+"""The command `score`: its options, the recipe they make, and what it prints."""
+
+import argparse
+import json
+from typing import Any
+
+
+def add_score_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how a model given by name is scored; a recipe says it itself."""
+    parser.add_argument("--method", help="how: ga-s2 (default), shared, zero-shot-greedy, ...; see docs/scoring.md")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
+    parser.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
+    parser.add_argument("--tokens-per-layer", type=int, help="tokens of a training run of the method")
+    parser.add_argument("--align-tokens", type=int, help="tokens of the alignment, where the method needs one")
+    parser.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
+    parser.add_argument("--dataset", help="dataset id, instead of --data-files")
+    parser.add_argument("--subset", help="subset of the dataset")
+    parser.add_argument("--split", help="split of the dataset (default: train)")
+    parser.add_argument("--text-column", help="column with the text (default: text)")
+    parser.add_argument("--block-size", type=int, help="tokens of a row")
+    parser.add_argument("--rows", type=int, help="rows to measure on (default: 64)")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+
+
+_DATA = {
+    "data_files": "text_files",
+    "dataset": "dataset",
+    "subset": "subset",
+    "split": "split",
+    "text_column": "text_column",
+    "block_size": "block_size",
+    "rows": "held_out_rows",
+}
+_OTHERS = ("method", "k", "tokens_per_layer", "align_tokens", "seed")
+
+
+def recipe_of(options: argparse.Namespace) -> Any:
+    """The recipe that the options name or make."""
+    from .recipe import Recipe, find_recipe
+    from .score import check_method, scoring_recipe
+
+    given = [name for name in (*_OTHERS, *_DATA) if getattr(options, name) is not None]
+    given += ["option"] if options.option else []
+    if (options.teacher is None) == (options.recipe is None):
+        raise ValueError("score needs a TEACHER or a --recipe, one of the two.")
+    if options.recipe is not None:
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is set in the recipe; change it there.")
+        return Recipe.load(find_recipe(options.recipe))
+    method = options.method or "ga-s2"
+    check_method(method)
+    if options.dataset and options.data_files:
+        raise ValueError("--dataset and --data-files were both given; give one.")
+    data = {field: getattr(options, name) for name, field in _DATA.items() if getattr(options, name) is not None}
+    if options.teacher == "embedded" and not (options.dataset or options.data_files):
+        data["source"] = "embedded-demo"
+    return scoring_recipe(
+        options.teacher,
+        method,
+        data,
+        k=options.k,
+        tokens_per_layer=options.tokens_per_layer,
+        align_tokens=options.align_tokens,
+        options=_method_options(options.option),
+        seed=options.seed or 0,
+    )
+
+
+def _method_options(given: list[str]) -> dict[str, Any]:
+    import yaml
+
+    parsed = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--option {text!r} is no NAME=VALUE; write, for example, --option rounds=4.")
+        parsed[name] = yaml.safe_load(value)
+    return parsed
+
+
+def print_scores(result: Any, recipe: Any, options: argparse.Namespace) -> None:
+    """Prints the scores and the choice that follows from them, and draws both."""
+    from .plots import plot_curves, plot_scores
+    from .selection import select_layers
+
+    scores = result.scores
+    if scores is None:
+        raise ValueError(f"recipe {options.recipe} has no score stage; add one.")
+    select, num_layers = recipe.select, len(scores.scores)
+    layers: list[int] | None = None
+    if select.cache_bytes is None:
+        selector = select.selector if select.layers is None else select.layers
+        layers = select_layers(selector, select.count(num_layers), num_layers, scores, seed=recipe.seed)
+    saved = [result.folder / "scores.json", result.folder / "scores.png"]
+    plot_scores(scores, layers or [], saved[1])
+    if any(score.curve for score in scores.scores):
+        saved.append(result.folder / "curves.png")
+        plot_curves(scores, saved[2])
+    if options.json:
+        print(json.dumps(json.loads(saved[0].read_text()), indent=1))
+        return
+    print(scores)
+    if layers is not None:
+        print(f"Softmax attention would be kept in layers {layers}.")
+    print(f"Saved: {', '.join(map(str, saved))}.")
