@@ -57,7 +57,10 @@ def main() -> None:
 
     operators = {name: load(name) for name in NAMES}
     missing = [name for name, operator in operators.items() if operator is None]
+    for name in missing:
+        sys.stderr.write(f"{name} is left out: fla and triton are not installed here; `make benchmarks` has them\n")
     available = {name: operator for name, operator in operators.items() if operator is not None}
+    check_agreement(available)
     rows: list[Row] = []
     for tokens in args.tokens:
         for mode in MODES:
@@ -87,6 +90,15 @@ def load(name: str) -> Operator | None:
     except ImportError:
         return None
     return lambda q, k, v, g, beta: naive(q, k, v, g=g, beta=beta)[0]
+
+
+@torch.no_grad()
+def check_agreement(operators: dict[str, Operator]) -> None:
+    """Raises an error where the forms of the delta rule do not give the same outputs."""
+    inputs, _ = make_inputs("ours", "forward", 200)
+    outputs = {name: operator(*inputs) for name, operator in operators.items() if name != "sdpa"}
+    for name, output in outputs.items():
+        torch.testing.assert_close(output, outputs["ours"], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def make_inputs(name: str, mode: str, tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:

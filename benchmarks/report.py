@@ -1,12 +1,15 @@
-"""Writes docs/performance.md from the JSON of the benchmarks; `make benchmarks` runs them and then this.
+"""Writes docs/performance.md from the JSON of the benchmarks; `make benchmarks` runs those on the CPU and then this.
 
 python benchmarks/delta_rule.py --output benchmarks/results/delta_rule.json
 python benchmarks/decode.py --output benchmarks/results/decode.json
+python benchmarks/gpu.py --output benchmarks/results/gpu.json      # where there is a GPU
 python benchmarks/report.py
 """
 
 import json
 import platform
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +65,96 @@ def decode(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def gpu(results: dict[str, Any]) -> str:
+    """The parts that were measured on a GPU, each as a table; cells that were not measured are empty."""
+    found = dict(results["environment"])
+    card = found.pop("device")
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    text = (
+        f"`python benchmarks/gpu.py`, {versions}; bf16, the shapes of Qwen2.5-1.5B with random weights. Hybrids keep "
+        "softmax in 7 of 28 layers; sdpa is torch's own softmax attention. Empty: not measured."
+    )
+    head = f"## On a GPU: {card}\n\n{textwrap.fill(text, 119)}"
+    notes = [textwrap.fill(f"- {note}", 119, subsequent_indent="  ") for note in results.get("notes", [])]
+    parts = ["\n\n".join([head, *(["\n".join(notes)] if notes else [])])]
+    renderers = {"recurrence": gpu_recurrence, "training": gpu_training, "inference": gpu_inference}
+    parts += [render(results[part]) for part, render in renderers.items() if results.get(part)]
+    return "\n\n".join([*parts, gpu_correctness(results["correctness"])])
+
+
+def pivot(rows: list[dict[str, Any]], down: list[str], across: str, show: Callable[[dict[str, Any]], str]) -> str:
+    """A table with a line for each combination of `down`, and a column for each value of `across`."""
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    lines = dict.fromkeys(tuple(row[key] for key in down) for row in rows)
+    cells = {(*(row[key] for key in down), row[across]): show(row) for row in rows}
+    labels = [[f"{x:,}" if isinstance(x, int) else str(x).replace("_", " + ") for x in line] for line in lines]
+    body = [
+        label + [cells.get((*line, column), "") for column in columns]
+        for label, line in zip(labels, lines, strict=True)
+    ]
+    return table([*down, *columns], body)
+
+
+def gpu_recurrence(rows: list[dict[str, Any]]) -> str:
+    text = "### Recurrence of one layer\n\nOne sequence, 12 heads of width 128; ms, and MB beyond the inputs.\n\n"
+    rows = sorted(rows, key=lambda row: (row["tokens"], row["mode"]))
+    return text + pivot(rows, ["tokens", "mode"], "impl", lambda row: f"{row['ms']:.1f} ({row['peak_mb']:,.0f})")
+
+
+def gpu_training(rows: list[dict[str, Any]]) -> str:
+    text = (
+        "### Distillation step\n\nTeacher forward, student forward and backward, KL of all tokens, no optimizer, no "
+        "gradient checkpointing; rows of\n4,096 tokens. Tokens per second, and GB at the peak with both models.\n\n"
+    )
+    return text + pivot(
+        rows, ["batch"], "model", lambda row: f"{row['tokens_per_second']:,.0f} ({row['peak_mb'] / 1e3:.1f})"
+    )
+
+
+def gpu_inference(rows: list[dict[str, Any]]) -> str:
+    text = (
+        "### Prefill and decoding\n\nOne sequence, eager mode. Prefill in milliseconds; decoding in milliseconds per "
+        "token; MB of cache.\n\n"
+    )
+    rows = sorted(rows, key=lambda row: row["context"])
+    return text + pivot(
+        rows,
+        ["context"],
+        "model",
+        lambda row: f"{row['prefill_ms']:,.0f}; {row['decode_ms']:.0f}; {row['cache_bytes'] / 1e6:,.0f}",
+    )
+
+
+def gpu_correctness(rows: list[dict[str, Any]]) -> str:
+    text = (
+        "### fla's kernels against our torch forms\n\nRelative errors `||x - y|| / ||y||`, y being our torch form in "
+        "float64 on the same rounded inputs; T = 300. The\nlargest over the gradients of q, k, v, decay, write "
+        "strength and first state.\n\n"
+    )
+    body = []
+    for row in rows:
+        errors = dict(row["errors"])
+        output, state = errors.pop("o"), errors.pop("final_state")
+        gradients = f"{max(errors.values()):.1e}" if errors else ""
+        named = [row["mixer"], row["kernel"], row["dtype"], row["case"]]
+        body.append([*named, f"{output:.1e}", f"{state:.1e}", gradients])
+    return text + table(["mixer", "kernel", "dtype", "case", "output", "state", "gradients"], body)
+
+
 def main() -> None:
     load = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     head = (
-        "# Performance\n\nWritten by `make benchmarks` on a machine with two shared cores "
-        f"({platform.machine()}, torch {torch.__version__}). Times on it vary by tens of percent: read the ratios.\n"
-        "No GPU was measured; rows that were not measured are left out."
+        "# Performance\n\nThe CPU's numbers are written by `make benchmarks`, on a machine with two shared cores "
+        f"({platform.machine()}, torch {torch.__version__}).\nTimes on it vary by tens of percent: read the ratios."
     )
+    parts = [head, delta_rule(load["delta_rule"]), decode(load["decode"])]
+    parts += [gpu(load["gpu"])] if "gpu" in load else []
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n\n".join([head, delta_rule(load["delta_rule"]), decode(load["decode"])]) + "\n")
+    PAGE.write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
