@@ -172,9 +172,9 @@ def show(rows: list[Row], missing: list[str], threads: int) -> None:
     for row in rows:
         other = reference[row["tokens"], row["mode"]]
         cells = []
-        for value, base in ((row["ms"], other["ms"]), (row["peak_mb"], other["peak_mb"])):
+        for value, base, least in ((row["ms"], other["ms"], 0.0), (row["peak_mb"], other["peak_mb"], 1.0)):
             # Below a megabyte the resident set says too little for a ratio.
-            ratio = "-" if value is None or base is None or value < 1 else f"{base / value:.2f}x"
+            ratio = "-" if value is None or base is None or min(value, base) < least else f"{base / value:.2f}x"
             cells += ["-" if value is None else f"{value:.1f}", ratio]
         table.add_row(
             str(row["tokens"]), "forward" if row["mode"] == "forward" else "fwd + bwd", str(row["impl"]), *cells
