@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from hf_hybrid.demo_data import is_held_out, standard_library_files
 from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ordinary_token_ids, task_accuracy
@@ -34,6 +34,7 @@ END_OF_TEXT = "<|endoftext|>"
 LENGTH = 256  # tokens per training row
 RAMP = 0.3  # share of the steps over which the tasks grow from easy to full
 UNPREDICTABLE = 0.1  # loss weight of random tokens: enough to stay calibrated on them, too little to learn them
+FAMILIES: dict[str, Any] = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
 EVALUATION_SEED = 2**40  # training generators are seeded with --seed, far below
 
 CARD = """---
@@ -148,15 +149,27 @@ def load_corpus(cache: Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in ("train", "held_out")}, file.metadata()
 
 
-def build_model(vocab_size: int, end_of_text: int) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
+def build_model(
+    vocab_size: int,
+    end_of_text: int,
+    *,
+    family: str = "qwen3",
+    layers: int = 6,
+    hidden: int = 96,
+    intermediate: int = 256,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+) -> Any:
+    """A model of the family with the library's plain initialisation; the defaults are the embedded teacher's."""
+    config = FAMILIES[family](
         vocab_size=vocab_size,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
@@ -164,7 +177,7 @@ def build_model(vocab_size: int, end_of_text: int) -> Qwen3ForCausalLM:
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
     )
-    return Qwen3ForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def draw_text(rows: int, tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -203,7 +216,7 @@ def weighted_loss(model: nn.Module, input_ids: Tensor, weights: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3ForCausalLM, held_out: Tensor, token_ids: Tensor, rows: int = 256) -> dict[str, float]:
+def evaluate(model: Any, held_out: Tensor, token_ids: Tensor, rows: int = 256) -> dict[str, float]:
     """Held-out text loss and the accuracy of each task, on fixed rows that depend on no training seed."""
     model.eval()
     generator = torch.Generator().manual_seed(EVALUATION_SEED)

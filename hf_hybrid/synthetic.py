@@ -117,48 +117,54 @@ def chained_recall(
     token_ids: Tensor,
     generator: torch.Generator,
     num_chains: int | None = None,
+    hops: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """
-    Two-hop recall: the pairs `a b` and `b c` of every chain are defined, then `a a` asks for `c`.
+    Recall of several hops. Two: the pairs `a b` and `b c` of every chain are defined, then `a a` asks for `c`.
 
-    A block is the `2 * num_chains` pairs in a random order, followed by one question `a a c` for each chain, again in
-    a random order: `7 * num_chains` tokens. A row is filled with such blocks, each with new chains, and the last block
-    is cut where the row ends, so nothing is padding. All tokens of all chains of a row differ, and the doubled `a`
-    tells the question from one of `associative_recall`.
+    A block is the `hops * num_chains` pairs in a random order, followed by one question for each chain, the chain's
+    first token `hops` times and its last (`a a c`), again in a random order: `(3 * hops + 1) * num_chains` tokens. A
+    row is filled with such blocks, each with new chains, and the last block is cut where the row ends, so nothing is
+    padding. All tokens of all chains of a row differ, and the doubled `a` tells the question from one of
+    `associative_recall`.
 
     Args:
         batch_size (`int`): Number of rows.
-        length (`int`): Tokens per row, at least `7 * num_chains`.
-        token_ids (`Tensor`): Distinct allowed ids, 1-D, at least three for each chain of a row.
+        length (`int`): Tokens per row, at least `(3 * hops + 1) * num_chains`.
+        token_ids (`Tensor`): Distinct allowed ids, 1-D, at least `hops + 1` for each chain of a row.
         generator (`torch.Generator`): Source of all randomness; the result lies on its device.
-        num_chains (`int`, *optional*): Chains per block. Defaults to `length // 7`, as many as fit.
+        num_chains (`int`, *optional*): Chains per block. Defaults to as many as fit, `length // 7` for two hops.
+        hops (`int`, *optional*, defaults to 2): Retrievals on top of one another that a question takes.
 
     Returns:
         `tuple[Tensor, Tensor]`: `input_ids` (int64) and `answer_mask` (bool, true at the `c` of each question), both
         of shape `[batch_size, length]`.
     """
-    num_chains = length // 7 if num_chains is None else num_chains
-    if num_chains < 1 or length < 7 * num_chains:
+    if hops < 1:
+        raise ValueError(f"hops must be at least 1, got {hops}.")
+    size = 3 * hops + 1
+    num_chains = length // size if num_chains is None else num_chains
+    if num_chains < 1 or length < size * num_chains:
         raise ValueError(
-            "length must hold a block of 7 * num_chains tokens (4 to define each chain and 3 to ask for it) and "
-            f"num_chains must be at least 1, got length={length} and num_chains={num_chains}."
+            f"length must hold a block of {size} * num_chains tokens ({2 * hops} to define each chain and {hops + 1} "
+            f"to ask for it) and num_chains must be at least 1, got length={length} and num_chains={num_chains}."
         )
-    blocks = -(-length // (7 * num_chains))
-    token_ids = _checked_token_ids(token_ids, 3 * num_chains * blocks, batch_size, generator)
+    blocks = -(-length // (size * num_chains))
+    token_ids = _checked_token_ids(token_ids, (hops + 1) * num_chains * blocks, batch_size, generator)
     device = generator.device
 
     shuffled = token_ids[torch.rand(batch_size, token_ids.numel(), generator=generator, device=device).argsort(-1)]
-    chains = shuffled[:, : 3 * num_chains * blocks].view(batch_size, blocks, 3, num_chains)
-    first, second, third = chains.unbind(2)
-    left, right = torch.cat((first, second), -1), torch.cat((second, third), -1)
+    chains = shuffled[:, : (hops + 1) * num_chains * blocks].view(batch_size, blocks, hops + 1, num_chains)
+    first, last = chains[:, :, 0], chains[:, :, -1]
+    left, right = chains[:, :, :-1].flatten(2), chains[:, :, 1:].flatten(2)
     order = torch.rand(left.shape, generator=generator, device=device).argsort(-1)
     definitions = torch.stack((left.gather(-1, order), right.gather(-1, order)), -1).flatten(2)
     order = torch.rand(first.shape, generator=generator, device=device).argsort(-1)
     asked = first.gather(-1, order)
-    questions = torch.stack((asked, asked, third.gather(-1, order)), -1).flatten(2)
+    questions = torch.stack((*[asked] * hops, last.gather(-1, order)), -1).flatten(2)
     input_ids = torch.cat((definitions, questions), -1)
     answer_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    answer_mask[..., 4 * num_chains + 2 :: 3] = True
+    answer_mask[..., 2 * hops * num_chains + hops :: hops + 1] = True
     return input_ids.flatten(1)[:, :length].contiguous(), answer_mask.flatten(1)[:, :length].contiguous()
 
 

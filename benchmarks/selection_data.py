@@ -1,0 +1,120 @@
+"""The teachers of the selection benchmark and the rows that its students are aligned, distilled and measured on."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import hf_hybrid as hh
+from hf_hybrid.demo_data import demo_rows
+from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ordinary_token_ids
+
+
+LENGTH = 256
+BATCH = 8  # rows per step
+ALIGN_STEPS, DISTILL_STEPS = 100, 60
+SELECT_ROWS, REPORT_ROWS = 48, 96
+KINDS = ("text", "recall", "copying", "chained", "hops3")
+FOLDER = Path(__file__).parent / "teachers"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where a teacher is, how many rows of each of KINDS a batch has, and whether methods were developed on it."""
+
+    name: str
+    split: str
+    mix: tuple[int, ...] = (2, 2, 2, 2, 0)
+
+
+TEACHERS = {
+    teacher.name: teacher
+    for teacher in (
+        Teacher("embedded", "dev"),
+        Teacher("qwen3-8-moved", "dev"),
+        Teacher("qwen3-10-twins", "dev"),
+        Teacher("qwen3-12-spread", "dev"),
+        Teacher("qwen3-10", "test"),
+        Teacher("qwen3-8-drop", "test"),
+        Teacher("qwen3-8-hops3", "test", (2, 1, 1, 2, 2)),
+        Teacher("llama-8", "test"),
+        Teacher("llama-9", "test", (2, 3, 3, 0, 0)),
+        Teacher("qwen3-8-text", "test", (5, 1, 2, 0, 0)),
+        Teacher("qwen3-9-twins", "test", (2, 3, 3, 0, 0)),
+    )
+}
+
+
+def load_teacher(name: str) -> Any:
+    """The teacher in fp32 and eval mode."""
+    if name == "embedded":
+        return hh.embedded_teacher()
+    return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32).eval()
+
+
+@dataclass
+class Rows:
+    """Rows of one split: tokens `[N, T]`, which tokens are answers, and each row's kind."""
+
+    input_ids: Tensor
+    answers: Tensor
+    kinds: list[str]
+
+    def dataset(self) -> Any:
+        """The rows as the trainers take them."""
+        import datasets
+
+        return datasets.Dataset.from_dict({"input_ids": self.input_ids.tolist()})
+
+
+def rows(mix: tuple[int, ...], split: str, seed: int, count: int, cache: Path | None = None) -> Rows:
+    """
+    `count` rows in which every eight hold `mix` rows of KINDS.
+
+    `split` is `"align"`, `"train"`, `"score"` (layers are chosen on these rows) or `"report"` (what is reported is
+    measured on these): no two share a draw, and the held-out splits share no source file with any other.
+    """
+    path = None if cache is None else cache / f"{'-'.join(map(str, mix))}_{split}_{seed}_{count}.safetensors"
+    if path is not None and path.is_file():
+        found = load_file(path)
+        ids, answers = found["input_ids"].long(), found["answers"]
+    else:
+        ids, answers = _draw(mix, split, seed, count)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"input_ids": ids.to(torch.int16), "answers": answers}, path)
+    kinds = [kind for kind, number in zip(KINDS, mix, strict=True) for _ in range(number)]
+    return Rows(ids, answers, (kinds * (-(-count // len(kinds))))[:count])
+
+
+def _draw(mix: tuple[int, ...], split: str, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    tokenizer = _tokenizer()
+    token_ids = ordinary_token_ids(tokenizer)
+    batches = -(-count // sum(mix))
+    place = ("align", "train", "score", "report").index(split)
+    generator = torch.Generator().manual_seed(10**6 + 4 * seed + place)
+    # Alignment and distillation read other files first: the order of the files depends on the seed.
+    source = demo_rows(
+        tokenizer, LENGTH, 3 * batches * mix[0], 2 * seed + (place == 0), "train" if place < 2 else split
+    )
+    text = torch.tensor(source[::3]["input_ids"])
+    parts = [(text, torch.zeros_like(text, dtype=torch.bool))]
+    tasks: list[Any] = [associative_recall, copying, chained_recall, functools.partial(chained_recall, hops=3)]
+    for task, number in zip(tasks, mix[1:], strict=True):
+        if number:
+            parts.append(task(batches * number, LENGTH, token_ids, generator))
+    ids, answers = (
+        torch.cat([x.unflatten(0, (batches, -1)) for x in part], 1).flatten(0, 1)[:count]
+        for part in zip(*parts, strict=True)
+    )
+    return ids, answers
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return hh.embedded_tokenizer()

@@ -1,0 +1,421 @@
+"""Trains the teachers that the selection benchmark is run on: many at once on one GPU, each as a CUDA graph.
+
+    python benchmarks/selection_teachers.py --seconds 330 --output TEACHERS --device cuda
+    python benchmarks/selection_teachers.py --only qwen3-8 --steps 8000 --output TEACHERS
+
+The recipes below ask for what separates selectors: several families and depths, layers that can stand in for one
+another (`twins`, `drop`), recall of two and three hops, retrieval in layers that no rule of thumb names (`late`: these
+layers' attention is switched on half-way), more text. All start from a plain initialisation and learn as the embedded
+teacher does (`examples/train_teacher.py`): rows of 256 tokens, tasks that grow. The tokenizer is the embedded one.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import hf_hybrid as hh
+from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ordinary_token_ids, task_accuracy
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import train_teacher as one  # noqa: E402
+
+
+STEPS_AT_ONCE = 64  # steps whose data are drawn together
+SWITCH_ON = 0.45  # share of training after which late layers attend
+DROP_FROM = 0.4  # share of training after which attention is dropped
+TASKS = ("text", "recall", "copying", "chained", "hops3")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    One teacher: its shape, its seed, rows of each task per step (see TASKS), and what is done to its attention.
+
+    `start` continues another teacher; with `order` its layers are laid out anew: index of the layer to copy, or -1 for
+    a new layer that adds nothing at first. MLPs are cut to `intermediate` by the size of their neurons.
+    """
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    seed: int
+    rows: tuple[int, ...] = (24, 12, 12, 16, 0)
+    drop: float = 0.0
+    twins: tuple[int, ...] = ()
+    late: tuple[int, ...] = ()
+    start: str | None = None
+    order: tuple[int, ...] = ()
+    rate: float = 2e-3
+
+
+MORE_TEXT, THREE_HOPS, CHAINS = (44, 6, 6, 8, 0), (20, 8, 8, 12, 16), (16, 16, 8, 24, 0)
+HALF = (12, 5, 4, 11, 0)
+FROM_SCRATCH = (
+    Recipe("qwen3-8", "qwen3", 8, 96, 160, 4, 2, 32, 1),
+    Recipe("qwen3-8-seed2", "qwen3", 8, 96, 160, 4, 2, 32, 2),
+    Recipe("llama-8", "llama", 8, 96, 168, 4, 4, 24, 3),
+    Recipe("llama-8-seed2", "llama", 8, 96, 168, 4, 4, 24, 4),
+    Recipe("qwen3-10", "qwen3", 10, 80, 160, 4, 2, 32, 5),
+    Recipe("qwen3-12", "qwen3", 12, 72, 144, 4, 2, 24, 6, (20, 8, 8, 28, 0)),
+    Recipe("qwen2-9", "qwen2", 9, 88, 160, 4, 1, 32, 7, (20, 8, 8, 28, 0)),
+    Recipe("llama-8-twins", "llama", 8, 96, 168, 4, 4, 24, 8, twins=(3, 5)),
+    Recipe("qwen3-9-twins", "qwen3", 9, 88, 160, 4, 2, 32, 9, twins=(4, 6), late=(0, 2, 8)),
+    Recipe("qwen3-8-drop", "qwen3", 8, 96, 160, 4, 2, 32, 10, drop=0.2),
+    Recipe("llama-9-placed", "llama", 9, 88, 160, 4, 2, 32, 11, late=(0, 3, 4, 7, 8)),
+    Recipe("qwen3-10-placed", "qwen3", 10, 80, 160, 4, 2, 32, 12, late=(0, 1, 2, 3, 8, 9)),
+    Recipe("qwen3-8-hops3", "qwen3", 8, 96, 160, 4, 2, 32, 13, THREE_HOPS),
+    Recipe("llama-10-hops3", "llama", 10, 80, 152, 4, 4, 24, 14, THREE_HOPS),
+    Recipe("qwen3-8-text", "qwen3", 8, 96, 160, 4, 2, 32, 15, MORE_TEXT),
+    Recipe("llama-8-text-drop", "llama", 8, 96, 168, 4, 4, 24, 16, MORE_TEXT, drop=0.1),
+)
+CONTINUED = (
+    Recipe("qwen2-9-more", "qwen2", 9, 88, 160, 4, 1, 32, 19, CHAINS, start="qwen2-9"),
+    Recipe("qwen3-9-twins-more", "qwen3", 9, 88, 160, 4, 2, 32, 20, CHAINS, start="qwen3-9-twins", twins=(4, 6)),
+    Recipe("qwen3-10-more", "qwen3", 10, 80, 160, 4, 2, 32, 21, CHAINS, start="qwen3-10"),
+    Recipe("qwen3-8-more-drop", "qwen3", 8, 96, 160, 4, 2, 32, 22, CHAINS, start="qwen3-8-seed2", drop=0.15),
+    Recipe("qwen3-8-hops3-more", "qwen3", 8, 96, 160, 4, 2, 32, 23, (16, 12, 6, 18, 12), start="qwen3-8-hops3"),
+    Recipe("llama-8-more", "llama", 8, 96, 168, 4, 4, 24, 24, CHAINS, start="llama-8"),
+    Recipe("llama-9-more", "llama", 9, 88, 160, 4, 2, 32, 25, CHAINS, start="llama-9-placed"),
+    Recipe(
+        "qwen3-8-moved",
+        "qwen3",
+        8,
+        96,
+        160,
+        4,
+        2,
+        32,
+        26,
+        HALF,
+        rate=1e-3,
+        start="embedded",
+        order=(0, -1, 1, 2, -1, 3, 4, 5),
+    ),
+    Recipe(
+        "qwen3-10-twins",
+        "qwen3",
+        10,
+        96,
+        96,
+        4,
+        2,
+        32,
+        27,
+        HALF,
+        rate=1e-3,
+        start="embedded",
+        order=(-1, 0, 1, 2, 2, -1, 3, 4, -1, 5),
+        twins=(3, 4),
+    ),
+    Recipe(
+        "qwen3-9-drop",
+        "qwen3",
+        9,
+        96,
+        128,
+        4,
+        2,
+        32,
+        28,
+        HALF,
+        rate=1e-3,
+        drop=0.15,
+        start="embedded",
+        order=(0, 1, -1, 2, 3, 3, 4, 5, -1),
+    ),
+    Recipe(
+        "qwen3-12-spread",
+        "qwen3",
+        12,
+        96,
+        64,
+        4,
+        2,
+        32,
+        29,
+        HALF,
+        rate=1e-3,
+        drop=0.05,
+        start="embedded",
+        order=(-1, 0, -1, 1, -1, 2, -1, 3, 4, -1, 5, -1),
+    ),
+)
+RECIPES = FROM_SCRATCH + CONTINUED
+
+
+def block(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, gate: Tensor) -> Tensor:
+    """One decoder layer, its attention's output times `gate` `[rows]`. Called without a mask: no host sync."""
+    mixed = layer.self_attn(layer.input_layernorm(x), position_embeddings=(cos, sin), attention_mask=None)[0]
+    x = x + gate[:, None, None] * mixed
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def gated_loss(model: Any, run: Any, input_ids: Tensor, weights: Tensor, gates: Tensor) -> Tensor:
+    """Next-token loss, as `one.weighted_loss` where all `gates` `[rows, layers]` are 1; `run` is [`block`]."""
+    backbone = model.model
+    x = backbone.embed_tokens(input_ids)
+    cos, sin = backbone.rotary_emb(x, torch.arange(input_ids.shape[1], device=x.device)[None])
+    for i, layer in enumerate(backbone.layers):
+        x = run(layer, x, cos, sin, gates[:, i])
+    logits = model.lm_head(backbone.norm(x))[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def lay_out(model: Any, source: Any, order: tuple[int, ...]) -> None:
+    """Copies `source` into `model`, its layers in `order`; a layer -1 keeps its initialisation but adds nothing."""
+    model.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
+    model.model.norm.load_state_dict(source.model.norm.state_dict())
+    for layer, origin in zip(model.model.layers, order or range(len(source.model.layers)), strict=True):
+        if origin < 0:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            continue
+        old = source.model.layers[origin]
+        for name in ("self_attn", "input_layernorm", "post_attention_layernorm"):
+            getattr(layer, name).load_state_dict(getattr(old, name).state_dict())
+        size = old.mlp.up_proj.weight.norm(dim=1) * old.mlp.down_proj.weight.norm(dim=0)
+        kept = size.topk(layer.mlp.up_proj.out_features).indices.sort().values
+        layer.mlp.gate_proj.weight.copy_(old.mlp.gate_proj.weight[kept])
+        layer.mlp.up_proj.weight.copy_(old.mlp.up_proj.weight[kept])
+        layer.mlp.down_proj.weight.copy_(old.mlp.down_proj.weight[:, kept])
+
+
+class Trainee:
+    """One teacher in training, with its inputs in fixed buffers so that a step can be replayed as a CUDA graph."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int, end_of_text: int, device: torch.device, run: Any) -> None:
+        self.recipe, self.device, self.run = recipe, device, run
+        torch.manual_seed(recipe.seed)
+        shape = {k: getattr(recipe, k) for k in ("family", "layers", "hidden", "intermediate", "heads", "kv_heads")}
+        self.model = one.build_model(vocab_size, end_of_text, head_dim=recipe.head_dim, **shape).to(device)
+        matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
+        vectors = [weight for weight in self.model.parameters() if weight.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        cuda = device.type == "cuda"
+        rows = sum(recipe.rows)
+        self.rate = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
+        self.input_ids = torch.zeros(rows, one.LENGTH, dtype=torch.long, device=device)
+        self.weights = torch.ones(rows, one.LENGTH, device=device)
+        self.gates = torch.ones(rows, recipe.layers, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.stream = torch.cuda.Stream() if cuda else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.data: tuple[Tensor, ...] = ()
+
+    def step(self) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = gated_loss(self.model, self.run, self.input_ids, self.weights, self.gates)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def capture(self) -> None:
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.step()
+
+    def take(self, pool: dict[str, tuple[Tensor, Tensor]], progress: float, generator: torch.Generator) -> None:
+        """Draws this teacher's rows for every step of `pool`, and which layers attend in which row."""
+        parts = []
+        for name, count in zip(TASKS, self.recipe.rows, strict=True):
+            if count:
+                rows, weights = pool[name]
+                steps = torch.arange(len(rows), device=rows.device)[:, None]
+                order = torch.rand(rows.shape[:2], generator=generator, device=rows.device).argsort(-1)
+                chosen = order[:, :count]
+                parts.append((rows[steps, chosen], weights[steps, chosen]))
+        ids, weights = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        gates = torch.ones(*ids.shape[:2], self.recipe.layers, device=self.device)
+        if progress < SWITCH_ON:
+            gates[..., list(self.recipe.late)] = 0.0
+        if progress >= DROP_FROM and self.recipe.drop:
+            gates *= torch.rand(gates.shape, generator=generator, device=self.device) >= self.recipe.drop
+        if progress >= DROP_FROM and self.recipe.twins:
+            first, second = self.recipe.twins
+            drawn = torch.rand(gates.shape[:2], generator=generator, device=self.device)
+            gates[..., first] *= drawn >= 0.4  # never both
+            gates[..., second] *= drawn < 0.6
+        self.data = ids, weights, gates
+
+    def advance(self, i: int, rate: float) -> None:
+        ids, weights, gates = self.data
+        self.input_ids.copy_(ids[i])
+        self.weights.copy_(weights[i])
+        self.gates.copy_(gates[i])
+        self.rate.fill_(self.recipe.rate * rate)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step()
+
+
+def draw_pool(
+    steps: int,
+    progress: float,
+    ramp: float,
+    most: dict[str, int],
+    tokens: Tensor,
+    token_ids: Tensor,
+    generator: torch.Generator,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows and loss weights `[steps, rows, length]` of each task, twice as many rows as any teacher takes of it."""
+    device = tokens.device
+    sizes = 1 + min(5, int(6 * progress / ramp))  # sizes grow as in one.draw_batch
+    drawn = torch.randint(sizes, (steps,), generator=generator, device=device)
+    easier = torch.rand(steps, generator=generator, device=device) < 0.5
+    levels = torch.where(easier, drawn, sizes - 1).tolist()
+    pool = {}
+    for name, count in most.items():
+        ids = torch.empty(steps, 2 * count, one.LENGTH, dtype=torch.long, device=device)
+        marked = torch.empty(steps, 2 * count, one.LENGTH, dtype=torch.bool, device=device)
+        for level in sorted(set(levels)) if count else ():
+            where = torch.tensor([i for i, other in enumerate(levels) if other == level], device=device)
+            rows, mask = draw_task(name, 2 * count * len(where), level, tokens, token_ids, generator)
+            ids[where], marked[where] = (x.view(len(where), 2 * count, one.LENGTH) for x in (rows, mask))
+        pool[name] = ids, torch.where(marked, 1.0, one.UNPREDICTABLE)
+    return pool
+
+
+def draw_task(
+    name: str, rows: int, level: int, tokens: Tensor, token_ids: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows of one task at one size, and which tokens can be predicted."""
+    if name == "text":
+        starts = torch.randint(tokens.numel() - one.LENGTH + 1, (rows, 1), generator=generator, device=tokens.device)
+        ids = tokens[starts + torch.arange(one.LENGTH, device=tokens.device)].long()
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    if name == "recall":
+        return associative_recall(rows, one.LENGTH, token_ids, generator, num_pairs=2 * 2**level)
+    if name == "copying":
+        return copying(rows, one.LENGTH, token_ids, generator, segment=4 * 2**level)
+    chains = 2**level if level < 5 else None
+    return chained_recall(rows, one.LENGTH, token_ids, generator, chains, hops=3 if name == "hops3" else 2)
+
+
+@torch.no_grad()
+def measure(model: Any, held_out: Tensor, token_ids: Tensor, rows: int) -> dict[str, float]:
+    """The embedded teacher's metrics, and recall of three hops."""
+    metrics = one.evaluate(model, held_out, token_ids, rows)
+    generator = torch.Generator().manual_seed(one.EVALUATION_SEED + 1)
+    metrics["hops3_256"] = task_accuracy(model, *chained_recall(rows, one.LENGTH, token_ids, generator, hops=3))
+    return metrics
+
+
+def save(trainee: Trainee, output: Path, record: dict[str, Any], held_out: Tensor, token_ids: Tensor) -> None:
+    model = trainee.model.to(torch.bfloat16)  # what is measured is what is stored
+    model.save_pretrained(output / trainee.recipe.name)
+    stored = type(model).from_pretrained(output / trainee.recipe.name, dtype=torch.float32).to(trainee.device)
+    metrics = {**measure(stored, held_out, token_ids, 128), "recipe": dataclasses.asdict(trainee.recipe), **record}
+    (output / trainee.recipe.name / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    shown = {name: round(value, 3) for name, value in metrics.items() if isinstance(value, float)}
+    print(trainee.recipe.name, json.dumps(shown), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names of recipes; by default those that start from scratch")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--seconds", type=float, help="train for this long instead: progress then follows the clock")
+    parser.add_argument("--starts", type=Path, help="folder of the teachers that recipes continue")
+    parser.add_argument("--ramp", type=float, default=one.RAMP, help="share of training over which the tasks grow")
+    parser.add_argument("--compile", action="store_true", help="compile one layer of each shape")
+    parser.add_argument("--corpus", type=Path, help="see examples/train_teacher.py")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    corpus, description = one.load_corpus(args.corpus)
+    tokenizer = hh.embedded_tokenizer()
+    token_ids = ordinary_token_ids(tokenizer)
+    recipes = [
+        recipe for recipe in RECIPES if recipe in FROM_SCRATCH and not args.only or recipe.name in (args.only or ())
+    ]
+    if not recipes:
+        raise ValueError(f"--only {args.only} names none of {[recipe.name for recipe in RECIPES]}.")
+    torch._dynamo.config.recompile_limit = 64
+    run = torch.compile(block, dynamic=False) if args.compile else block
+    trainees = [Trainee(r, len(tokenizer), tokenizer.eos_token_id, device, run) for r in recipes]
+    for trainee in trainees:
+        if trainee.recipe.start == "embedded":
+            lay_out(trainee.model, hh.embedded_teacher(), trainee.recipe.order)
+        elif trainee.recipe.start:
+            source = AutoModelForCausalLM.from_pretrained(args.starts / trainee.recipe.start, dtype=torch.float32)
+            lay_out(trainee.model, source, trainee.recipe.order)
+    if cuda and not args.eager:
+        for trainee in trainees:
+            trainee.capture()
+    tokens = corpus["train"].to(device)
+    most = {name: max(recipe.rows[i] for recipe in recipes) for i, name in enumerate(TASKS)}
+    generator = torch.Generator(device).manual_seed(recipes[0].seed)
+    print(f"{[sum(p.numel() for p in t.model.parameters()) for t in trainees]} parameters", flush=True)
+
+    started, done, shown = time.time(), 0, 0.0
+    while True:
+        progress = (time.time() - started) / args.seconds if args.seconds else done / args.steps
+        if progress >= 1:
+            break
+        count = STEPS_AT_ONCE if args.seconds else min(STEPS_AT_ONCE, args.steps - done)
+        pool = draw_pool(count, progress, args.ramp, most, tokens, token_ids.to(device), generator)
+        for trainee in trainees:
+            trainee.take(pool, progress, generator)
+        if cuda:
+            torch.cuda.synchronize()
+        rate = min((done + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * progress))
+        for i in range(count):
+            for trainee in trainees:
+                with torch.cuda.stream(trainee.stream):  # does nothing for None
+                    trainee.advance(i, rate)
+        if cuda:
+            torch.cuda.synchronize()
+        done += count
+        if progress >= shown:
+            shown += 0.05
+            losses = " ".join(f"{trainee.loss.item():.2f}" for trainee in trainees)
+            if progress > 0.1 and not any(trainee.loss.item() < 5.5 for trainee in trainees):
+                raise RuntimeError(f"nothing is learned: losses {losses} at step {done}.")
+            print(
+                f"{progress:.2f} step {done} {(time.time() - started) / done * 1e3:.1f} ms/step  {losses}", flush=True
+            )
+
+    name = torch.cuda.get_device_name(device) if cuda else "the CPU"
+    record = {"steps": done, "device": name}
+    record |= {"seconds": round(time.time() - started), "trained_together": len(recipes), "torch": torch.__version__}
+    record |= {"transformers": transformers.__version__, "python_source": description["python"]}
+    for trainee in trainees:
+        save(trainee, args.output, record, corpus["held_out"], token_ids)
+
+
+if __name__ == "__main__":
+    main()

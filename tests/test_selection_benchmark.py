@@ -1,0 +1,103 @@
+"""The selection benchmark's own training loop against the package's trainers, and its bookkeeping."""
+
+import json
+
+import pytest
+import selection_truth as truth
+import torch
+from selection_data import BATCH, TEACHERS, load_teacher, rows
+
+import hf_hybrid as hh
+from hf_hybrid.trainers.held_out import held_out_kl
+
+
+NAME, STEPS, KEEP = "embedded", 2, [2, 4]
+
+
+@pytest.fixture(scope="module")
+def slot():
+    teacher = load_teacher(NAME).requires_grad_(False)
+    data = truth.Data(NAME, 0, teacher, None, STEPS, STEPS)
+    for key in ("held_out", "answers", "held_out_reference"):  # a few rows suffice here
+        setattr(data, key, getattr(data, key)[:1])
+    return truth.Slot(teacher, data, graph=False)
+
+
+def student_of(slot, values):
+    """A hybrid of the package with the all-linear parameters in `values`."""
+    slot.reset(values)
+    student = hh.convert(slot.teacher, [])
+    student.load_state_dict(slot.student.model.state_dict())
+    return student
+
+
+def test_alignment_is_the_trainers(slot, tmp_path):
+    values = truth.fresh_values(NAME, 3)
+    aligned = truth.align(slot, values, STEPS)
+    student = student_of(slot, values)
+    data = rows(TEACHERS[NAME].mix, "align", 0, STEPS * BATCH).dataset()
+    args = hh.AlignmentConfig(
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=truth.ALIGN_LR,
+        train_sampling_strategy="sequential", use_cpu=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    hh.AlignmentTrainer(student, slot.teacher, args, train_dataset=data).train()
+    slot.reset(aligned)
+    for name, ours in slot.student.model.named_parameters():
+        torch.testing.assert_close(
+            ours, student.get_parameter(name), atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_distillation_is_the_trainers(slot, tmp_path, masked):
+    values = truth.fresh_values(NAME, 3)
+    if masked:  # as in the CUDA graphs: both branches, and a mask
+        slot.set_keep = lambda layers: setattr(
+            slot, "keep", torch.tensor([float(i in layers) for i in range(slot.num_layers)])
+        )
+    found = slot.distill(values, KEEP, STEPS, [])[STEPS]
+    slot.__dict__.pop("set_keep", None)
+
+    student = student_of(slot, values)
+    student.set_full_attention_layers(KEEP, slot.teacher)
+    data = rows(TEACHERS[NAME].mix, "train", 0, STEPS * BATCH).dataset()
+    args = hh.DistillationConfig(
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=truth.LR,
+        mixer_learning_rate=truth.MIXER_LR, train_sampling_strategy="sequential", use_cpu=True, save_strategy="no",
+        logging_strategy="no",
+    )  # fmt: skip
+    hh.DistillationTrainer(student, slot.teacher, args, train_dataset=data).train()
+    held_out = rows(TEACHERS[NAME].mix, "score", 0, 48).dataset().select(range(len(found)))
+    theirs = held_out_kl(student, slot.teacher, held_out)
+    assert found[:, 0].tolist() == pytest.approx(theirs.per_sequence, abs=2e-4)
+
+
+def test_rows_are_disjoint_and_cached(tmp_path):
+    mix = (2, 2, 2, 1, 1)
+    first = {split: rows(mix, split, 0, 16, tmp_path) for split in ("align", "train", "score", "report")}
+    for split, drawn in first.items():
+        again = rows(mix, split, 0, 16, tmp_path)
+        assert torch.equal(drawn.input_ids, again.input_ids) and torch.equal(drawn.answers, again.answers)
+        assert (
+            drawn.kinds
+            == again.kinds
+            == ["text"] * 2
+            + ["recall"] * 2
+            + ["copying"] * 2
+            + ["chained", "hops3"]
+            + (["text"] * 2 + ["recall"] * 2 + ["copying"] * 2 + ["chained", "hops3"])
+        )
+        assert not drawn.answers[0].any() and drawn.answers[2].sum() == 64
+    seen = [tuple(row) for drawn in first.values() for row in drawn.input_ids.tolist()]
+    assert len(set(seen)) == len(seen)
+
+
+def test_wanted_sets_resume_and_start_with_the_best_pair(tmp_path):
+    line = {"teacher": "t", "seed": 0, "steps": 5, "kl": 0.0}
+    lines = [
+        line | {"layers": [a, b], "select": {"5": [kl, 0.0]}} for (a, b), kl in {(0, 1): 3.0, (1, 3): 1.0}.items()
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    assert list(truth.wanted_sets("t", 4, 0, [0, 2], tmp_path)) == [[], [0, 2], [0, 3], [1, 2], [2, 3]]
+    assert list(truth.wanted_sets("t", 4, 0, [3], tmp_path))[:2] == [[0, 1, 3], [1, 2, 3]]
+    assert list(truth.wanted_sets("t", 4, 1, [-1], tmp_path))[0] == [0, 1, 2]
