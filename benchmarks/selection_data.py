@@ -17,7 +17,7 @@ from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ord
 
 LENGTH = 256
 BATCH = 8  # rows per step
-ALIGN_STEPS, DISTILL_STEPS = 100, 60
+ALIGN_STEPS, DISTILL_STEPS = 100, 48
 SELECT_ROWS, REPORT_ROWS = 48, 96
 KINDS = ("text", "recall", "copying", "chained", "hops3")
 FOLDER = Path(__file__).parent / "teachers"

@@ -283,12 +283,12 @@ def align(slot: Slot, values: list[Tensor], steps: int) -> list[Tensor]:
 
 def record(name: str, seed: int, layers: list[int], found: dict[int, Tensor], kinds: list[str]) -> dict[str, Any]:
     """What is kept of one distillation: KL in nats per token, by kind of row, and recall."""
-    steps = max(found)
-    select = {}
+    steps, select = max(found), {}
+    found = {step: measured.cpu() for step, measured in found.items()}
     for step, rows_found in found.items():
         kl = rows_found[:SELECT_ROWS, 0].double()
         select[step] = [round(kl.mean().item(), 5), round(kl.std().item() / len(kl) ** 0.5, 5)]
-    report = found[steps][SELECT_ROWS:].double().cpu()
+    report = found[steps][SELECT_ROWS:].double()
     kl = report[:, 0]
     by_kind = {}
     for kind in sorted(set(kinds)):
@@ -340,40 +340,53 @@ class Runner:
     """Slots for all teachers of one shape, used for one teacher and seed at a time."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.args, self.graph = args, args.device != "cpu"
+        self.args, self.graph = args, args.device != "cpu" and not args.eager
         self.teacher = load_teacher(name).to(args.device).requires_grad_(False)
         self.data = self._data(name, 0)
         self.slots = [Slot(self.teacher, self.data, self.graph) for _ in range(args.slots)]
         self.aligned: dict[tuple[str, int], list[Tensor]] = {}
         if self.graph:
             self.slots[0].capture(["align_step"])
-            for slot in self.slots:
-                slot.capture(["distill_step", "measure_step"])
+
+    def capture(self) -> None:
+        for slot in self.slots if self.graph else ():
+            slot.capture(["distill_step", "measure_step"])
 
     def _data(self, name: str, seed: int) -> Data:
         return Data(name, seed, self.teacher, self.args.rows, self.args.steps, self.args.align_steps)
 
     def load(self, name: str, seed: int) -> list[Tensor]:
+        """Puts the teacher and its rows in place; the parameters of its aligned student, kept in a file as well."""
         self.teacher.load_state_dict(load_teacher(name).state_dict())
         data = self._data(name, seed)
         self.data.copy_(data)
         self.data.kinds = data.kinds
-        if (name, seed) not in self.aligned:
-            self.aligned[name, seed] = align(self.slots[0], fresh_values(name, seed), self.args.align_steps)
-            folder = self.args.cache / "aligned"
-            folder.mkdir(parents=True, exist_ok=True)
-            mixers = {id(p) for p in self.slots[0].mixers}
-            kept = [
-                value.cpu()
-                for value, own in zip(self.aligned[name, seed], self.slots[0].parameters, strict=True)
-                if id(own) in mixers
-            ]
-            torch.save(kept, folder / f"{name}_{seed}.pt")
-        return self.aligned[name, seed]
+        if (name, seed) in self.aligned:
+            return self.aligned[name, seed]
+        path, slot = self.args.cache / "aligned" / f"{name}_{seed}.pt", self.slots[0]
+        if self.graph:
+            torch.cuda.synchronize()
+        values = fresh_values(name, seed)
+        mixers = {id(parameter) for parameter in slot.mixers}
+        places = [i for i, parameter in enumerate(slot.parameters) if id(parameter) in mixers]
+        if path.is_file():
+            for i, value in zip(places, torch.load(path), strict=True):
+                values[i] = value
+            values = [value.to(self.args.device) for value in values]
+        else:
+            values = align(slot, values, self.args.align_steps)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            torch.save([values[i].cpu() for i in places], partial)
+            partial.rename(path)
+        self.aligned[name, seed] = values
+        return values
 
     def distill_all(self, name: str, seed: int, ks: Iterable[int], deadline: float) -> int:
         """Distils what is missing of one teacher and seed until `deadline`; returns how many sets were done."""
         values = self.load(name, seed)
+        if self.graph:
+            torch.cuda.synchronize()  # the slots' streams do not wait for the default one
         pending: dict[int, tuple[list[int], dict[int, Tensor]]] = {}
         path, count = self.args.cache / f"{name}.jsonl", 0
 
@@ -411,28 +424,26 @@ def compute(args: argparse.Namespace) -> None:
     shapes: dict[str, list[str]] = {}
     for name in args.teachers:
         shapes.setdefault(shape_of(name), []).append(name)
-    started, shares = (
-        time.time(),
-        [sum(load_teacher(n).config.num_hidden_layers ** 2.5 for n in g) for g in shapes.values()],
-    )
-    for i, names in enumerate(shapes.values()):
+    groups, started = list(shapes.values()), time.time()
+    runners = [Runner(names[0], args) for names in groups]
+    for seed in args.seeds:
+        for runner, names in zip(runners, groups, strict=True):
+            for name in names:
+                runner.load(name, seed)
+    print(f"{time.time() - started:.0f} s: aligned", flush=True)
+    shares = [sum(load_teacher(name).config.num_hidden_layers ** 2.5 for name in names) for names in groups]
+    for i, (runner, names) in enumerate(zip(runners, groups, strict=True)):
+        runner.capture()
         left = math.inf if args.seconds is None else args.seconds - (time.time() - started)
         deadline = time.time() + left * shares[i] / sum(shares[i:])
-        runner = Runner(names[0], args)
-        print(f"{time.time() - started:.0f} s: {names}, ready", flush=True)
-        for ks in (args.k, args.later_k):
-            for seed in args.seeds if ks is args.k else args.seeds[:1]:
-                for name in names:
-                    since = time.time()
-                    count = runner.distill_all(name, seed, ks, deadline) if ks else 0
-                    print(
-                        f"{time.time() - started:.0f} s: {name}, seed {seed}, K {list(ks)}: {count} sets, "
-                        f"{(time.time() - since) / max(count, 1):.3f} s each",
-                        flush=True,
-                    )
-        del runner
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
+        for seed, ks in [*((seed, args.k) for seed in args.seeds), (args.seeds[0], args.later_k)]:
+            for name in names if ks else ():
+                since = time.time()
+                count = runner.distill_all(name, seed, ks, deadline)
+                each = (time.time() - since) / max(count, 1)
+                now = time.time() - started
+                print(f"{now:.0f} s: {name}, seed {seed}, K {ks}: {count} sets, {each:.3f} s each", flush=True)
+        runner.slots.clear()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -447,6 +458,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--align-steps", type=int, default=ALIGN_STEPS)
     parser.add_argument("--slots", type=int, default=1, help="students trained at once (GPU)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--seconds", type=float, help="stop starting new distillations after this long")
     return parser
 
