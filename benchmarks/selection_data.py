@@ -15,10 +15,10 @@ from hf_hybrid.demo_data import demo_rows
 from hf_hybrid.synthetic import associative_recall, chained_recall, copying, ordinary_token_ids
 
 
-LENGTH = 256
+LENGTH, ALIGN_LENGTH = 128, 256  # tokens of a row
 BATCH = 8  # rows per step
-ALIGN_STEPS, DISTILL_STEPS = 100, 48
-SELECT_ROWS, REPORT_ROWS = 48, 96
+ALIGN_STEPS, DISTILL_STEPS = 100, 24
+SELECT_ROWS, REPORT_ROWS = 24, 48
 KINDS = ("text", "recall", "copying", "chained", "hops3")
 FOLDER = Path(__file__).parent / "teachers"
 
@@ -72,19 +72,21 @@ class Rows:
         return datasets.Dataset.from_dict({"input_ids": self.input_ids.tolist()})
 
 
-def rows(mix: tuple[int, ...], split: str, seed: int, count: int, cache: Path | None = None) -> Rows:
+def rows(
+    mix: tuple[int, ...], split: str, seed: int, count: int, cache: Path | None = None, length: int = LENGTH
+) -> Rows:
     """
-    `count` rows in which every eight hold `mix` rows of KINDS.
+    `count` rows of `length` tokens in which every eight hold `mix` rows of KINDS.
 
     `split` is `"align"`, `"train"`, `"score"` (layers are chosen on these rows) or `"report"` (what is reported is
     measured on these): no two share a draw, and the held-out splits share no source file with any other.
     """
-    path = None if cache is None else cache / f"{'-'.join(map(str, mix))}_{split}_{seed}_{count}.safetensors"
+    path = None if cache is None else cache / f"{'-'.join(map(str, mix))}_{split}_{seed}_{count}x{length}.safetensors"
     if path is not None and path.is_file():
         found = load_file(path)
         ids, answers = found["input_ids"].long(), found["answers"]
     else:
-        ids, answers = _draw(mix, split, seed, count)
+        ids, answers = _draw(mix, split, seed, count, length)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"input_ids": ids.to(torch.int16), "answers": answers}, path)
@@ -92,7 +94,7 @@ def rows(mix: tuple[int, ...], split: str, seed: int, count: int, cache: Path | 
     return Rows(ids, answers, (kinds * (-(-count // len(kinds))))[:count])
 
 
-def _draw(mix: tuple[int, ...], split: str, seed: int, count: int) -> tuple[Tensor, Tensor]:
+def _draw(mix: tuple[int, ...], split: str, seed: int, count: int, length: int) -> tuple[Tensor, Tensor]:
     tokenizer = _tokenizer()
     token_ids = ordinary_token_ids(tokenizer)
     batches = -(-count // sum(mix))
@@ -100,14 +102,14 @@ def _draw(mix: tuple[int, ...], split: str, seed: int, count: int) -> tuple[Tens
     generator = torch.Generator().manual_seed(10**6 + 4 * seed + place)
     # Alignment and distillation read other files first: the order of the files depends on the seed.
     source = demo_rows(
-        tokenizer, LENGTH, 3 * batches * mix[0], 2 * seed + (place == 0), "train" if place < 2 else split
+        tokenizer, length, 3 * batches * mix[0], 2 * seed + (place == 0), "train" if place < 2 else split
     )
     text = torch.tensor(source[::3]["input_ids"])
     parts = [(text, torch.zeros_like(text, dtype=torch.bool))]
     tasks: list[Any] = [associative_recall, copying, chained_recall, functools.partial(chained_recall, hops=3)]
     for task, number in zip(tasks, mix[1:], strict=True):
         if number:
-            parts.append(task(batches * number, LENGTH, token_ids, generator))
+            parts.append(task(batches * number, length, token_ids, generator))
     ids, answers = (
         torch.cat([x.unflatten(0, (batches, -1)) for x in part], 1).flatten(0, 1)[:count]
         for part in zip(*parts, strict=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from selection_data import (
+    ALIGN_LENGTH,
     ALIGN_STEPS,
     BATCH,
     DISTILL_STEPS,
@@ -43,9 +44,9 @@ from hf_hybrid.trainers.losses import alignment_loss, kl_per_token, logit_functi
 from hf_hybrid.trainers.teacher_trainer import mixer_parameters
 
 
-MIXER_LR, LR, ALIGN_LR = 3e-3, 3e-4, 3e-3
+MIXER_LR, LR, ALIGN_LR = 1e-3, 1e-4, 3e-3
 EVALUATION_BATCH = 24
-CHECKPOINTS = (4, 8, 15, 30)  # steps at which single layers are measured as well
+CHECKPOINTS = (3, 6, 12)  # steps at which single layers are measured as well
 
 
 class Student(nn.Module):
@@ -93,7 +94,7 @@ class Data:
     def __init__(self, name: str, seed: int, teacher: Any, cache: Path | None, steps: int, align_steps: int) -> None:
         mix, device = TEACHERS[name].mix, teacher.device
         self.train = rows(mix, "train", seed, steps * BATCH, cache).input_ids.view(steps, BATCH, -1).to(device)
-        self.align = rows(mix, "align", seed, align_steps * BATCH, cache).input_ids
+        self.align = rows(mix, "align", seed, align_steps * BATCH, cache, ALIGN_LENGTH).input_ids
         self.align = self.align.view(align_steps, BATCH, -1).to(device)
         select, report = rows(mix, "score", seed, SELECT_ROWS, cache), rows(mix, "report", 0, REPORT_ROWS, cache)
         self.kinds = report.kinds
@@ -320,19 +321,31 @@ def read(cache: Path, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def wanted_sets(name: str, num_layers: int, seed: int, ks: Iterable[int], cache: Path) -> Iterator[list[int]]:
-    """The sets still to be distilled; those of three layers start with those that hold the best pair."""
+def wanted_sets(
+    name: str, num_layers: int, seed: int, ks: Iterable[int], cache: Path, best: int | None = None
+) -> Iterator[list[int]]:
+    """
+    The sets still to be distilled, the promising ones first, `best` of each size at most.
+
+    What a set promises is its own KL with another seed, or else that of its best subset with one layer less.
+    """
     there = read(cache, name)
     done = {tuple(r["layers"]) for r in there if r["seed"] == seed}
-    pairs = {tuple(r["layers"]): r["select"][str(r["steps"])][0] for r in there if len(r["layers"]) == 2}
+    known: dict[tuple[int, ...], list[float]] = {}
+    for r in there:
+        known.setdefault(tuple(r["layers"]), []).append(r["select"][str(r["steps"])][0])
 
-    def promise(layers: tuple[int, ...]) -> float:
-        return min((pairs.get(pair, math.inf) for pair in itertools.combinations(layers, 2)), default=math.inf)
+    def promise(layers: tuple[int, ...]) -> tuple[int, float]:
+        if layers in known:
+            return 0, sum(known[layers]) / len(known[layers])
+        smaller = (known.get(s) for s in itertools.combinations(layers, len(layers) - 1))
+        return 1, min((sum(kls) / len(kls) for kls in smaller if kls), default=math.inf)
 
     for k in ks:
         # A negative K counts from the top: all layers softmax but -K of them.
-        size = k if k >= 0 else num_layers + k
-        sets = sorted(itertools.combinations(range(num_layers), size), key=promise if k == 3 else None)
+        sets = list(itertools.combinations(range(num_layers), k if k >= 0 else num_layers + k))
+        if k > 1:
+            sets = sorted(sets, key=promise)[:best]
         yield from (list(layers) for layers in sets if layers not in done)
 
 
@@ -398,7 +411,8 @@ class Runner:
             with path.open("a") as stream:
                 stream.write(json.dumps(record(name, seed, layers, found, self.data.kinds)) + "\n")
 
-        for layers in wanted_sets(name, len(decoder_layers(self.teacher)), seed, ks, self.args.cache):
+        num_layers = len(decoder_layers(self.teacher))
+        for layers in self.args.sets or wanted_sets(name, num_layers, seed, ks, self.args.cache, self.args.best):
             if time.time() > deadline:
                 break
             i = count % len(self.slots)
@@ -453,7 +467,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
     parser.add_argument("--k", type=int, nargs="*", default=[0, 1, 2, -1], help="set sizes; -1: all layers but one")
-    parser.add_argument("--later-k", type=int, nargs="*", default=[3], help="set sizes afterwards, first seed only")
+    parser.add_argument("--later-k", type=int, nargs="*", default=[], help="set sizes afterwards, first seed only")
+    parser.add_argument("--best", type=int, help="of sets of two layers and more, only the most promising")
+    parser.add_argument("--sets", type=json.loads, help="JSON list of layer sets, in the place of all")
     parser.add_argument("--steps", type=int, default=DISTILL_STEPS)
     parser.add_argument("--align-steps", type=int, default=ALIGN_STEPS)
     parser.add_argument("--slots", type=int, default=1, help="students trained at once (GPU)")
