@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selection_data import BATCH, LENGTH, TEACHERS, load_teacher, rows
+from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS, load_teacher, rows
 from selection_truth import LR, MIXER_LR, SELECT_ROWS
 from transformers.utils import logging
 
@@ -29,6 +29,7 @@ from hf_hybrid.trainers.teacher_trainer import mixer_parameters
 
 
 KS = (1, 2, 3)
+POSITIONAL = ("uniform", "uniform-last", "uniform-centre", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Method:
     label: str
     method: str
     steps: int = 0
-    rows: int = SELECT_ROWS // 2
+    rows: int = SELECT_ROWS
     nested: bool = True  # one call serves every K
     needs_k: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -47,26 +48,24 @@ class Method:
 METHODS = {
     method.label: method
     for method in (
-        Method("distilled-greedy", "distilled-greedy", steps=24, needs_k=True),
-        Method("zero-shot-greedy", "zero-shot-greedy", needs_k=True),
-        Method("shared", "shared", steps=48, needs_k=True),
+        Method("zero-shot-removal", "zero-shot-removal"),
         Method("zero-shot-linearise", "zero-shot-linearise"),
         Method("zero-shot", "zero-shot"),
-        Method("smart", "smart", needs_k=True, nested=False),
+        Method("zero-shot-greedy", "zero-shot-greedy", needs_k=True),
+        Method("distilled-greedy", "distilled-greedy", steps=16, needs_k=True),
+        Method("path-gradient", "path-gradient"),
+        Method("ga-s1", "ga-s1"),
+        Method("block-influence", "block-influence"),
         Method("ablation-kl", "ablation-kl"),
         Method("ablation-recall", "ablation-recall"),
         Method("ablation-ppl", "ablation-ppl"),
         Method("attention-mse", "attention-mse"),
-        Method("block-influence", "block-influence"),
-        Method("uniform", "uniform", needs_k=True, nested=False),
-        Method("uniform-last", "uniform-last", needs_k=True, nested=False),
-        Method("uniform-centre", "uniform-centre", needs_k=True, nested=False),
-        Method("first", "first", needs_k=True, nested=False),
-        Method("last", "last", needs_k=True, nested=False),
+        Method("smart", "smart", needs_k=True, nested=False),
+        Method("shared", "shared", steps=24, needs_k=True),
+        Method("gates", "gates", steps=24, needs_k=True, nested=False),
+        *(Method(rule, rule, needs_k=True, nested=False) for rule in POSITIONAL),
     )
 }
-TEACHER_ONLY = ("ablation-kl", "ablation-recall", "ablation-ppl", "attention-mse", "block-influence")
-POSITIONAL = ("uniform", "uniform-last", "uniform-centre", "first", "last")
 
 
 def aligned_student(name: str, seed: int, teacher: Any, path: Path) -> Any:
@@ -172,7 +171,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
-    parser.add_argument("--train-rows", type=int, default=48 * BATCH)
+    parser.add_argument("--train-rows", type=int, default=DISTILL_STEPS * BATCH)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--wait", action="store_true", help="wait for students that another process aligns")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th job from I")

@@ -18,6 +18,7 @@ from .scores import LayerScore, LayerScores
 from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
 from .scoring_gates import gates, path_gradient
 from .scoring_job import Job, Steps, check_finite, steps_for, tokens_per_step
+from .scoring_removal import zero_shot_removal
 from .scoring_rules import POSITIONAL, by_position
 from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
 from .scoring_teacher import ablation_kl, ablation_ppl, ablation_recall, attention_mse, block_influence, token_nll
@@ -48,6 +49,7 @@ METHODS: dict[str, Callable[..., LayerScores]] = {
     "zero-shot": zero_shot,
     "zero-shot-linearise": zero_shot_linearise,
     "zero-shot-greedy": zero_shot_greedy,
+    "zero-shot-removal": zero_shot_removal,
     "smart": smart,
     "ablation-kl": ablation_kl,
     "ablation-recall": ablation_recall,
@@ -72,6 +74,7 @@ NO_TRAINING = (
     "zero-shot",
     "zero-shot-linearise",
     "zero-shot-greedy",
+    "zero-shot-removal",
     "smart",
 )
 NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared", "gates")
