@@ -25,7 +25,7 @@ from transformers.utils import logging
 import hf_hybrid as hh
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.synthetic import associative_recall, ordinary_token_ids
-from hf_hybrid.trainers.teacher_trainer import mixer_parameters
+from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
 
 
 KS = (1, 2, 3)

@@ -40,8 +40,8 @@ from torch import Tensor, nn
 
 import hf_hybrid as hh
 from hf_hybrid.modeling.modeling_hybrid import decoder, decoder_layers
+from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
 from hf_hybrid.trainers.losses import alignment_loss, kl_per_token, logit_function
-from hf_hybrid.trainers.teacher_trainer import mixer_parameters
 
 
 MIXER_LR, LR, ALIGN_LR = 1e-3, 1e-4, 3e-3
