@@ -5,7 +5,7 @@ import json
 import pytest
 import selection_truth as truth
 import torch
-from selection_data import BATCH, TEACHERS, load_teacher, rows
+from selection_data import ALIGN_LENGTH, BATCH, TEACHERS, load_teacher, rows
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import held_out_kl
@@ -35,7 +35,7 @@ def test_alignment_is_the_trainers(slot, tmp_path):
     values = truth.fresh_values(NAME, 3)
     aligned = truth.align(slot, values, STEPS)
     student = student_of(slot, values)
-    data = rows(TEACHERS[NAME].mix, "align", 0, STEPS * BATCH).dataset()
+    data = rows(TEACHERS[NAME].mix, "align", 0, STEPS * BATCH, length=ALIGN_LENGTH).dataset()
     args = hh.AlignmentConfig(
         output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=truth.ALIGN_LR,
         train_sampling_strategy="sequential", use_cpu=True, save_strategy="no", logging_strategy="no",
@@ -67,7 +67,7 @@ def test_distillation_is_the_trainers(slot, tmp_path, masked):
         logging_strategy="no",
     )  # fmt: skip
     hh.DistillationTrainer(student, slot.teacher, args, train_dataset=data).train()
-    held_out = rows(TEACHERS[NAME].mix, "score", 0, 48).dataset().select(range(len(found)))
+    held_out = rows(TEACHERS[NAME].mix, "score", 0, truth.SELECT_ROWS).dataset().select(range(len(found)))
     theirs = held_out_kl(student, slot.teacher, held_out)
     assert found[:, 0].tolist() == pytest.approx(theirs.per_sequence, abs=2e-4)
 
@@ -87,7 +87,7 @@ def test_rows_are_disjoint_and_cached(tmp_path):
             + ["chained", "hops3"]
             + (["text"] * 2 + ["recall"] * 2 + ["copying"] * 2 + ["chained", "hops3"])
         )
-        assert not drawn.answers[0].any() and drawn.answers[2].sum() == 64
+        assert not drawn.answers[0].any() and drawn.answers[2].sum() == 32
     seen = [tuple(row) for drawn in first.values() for row in drawn.input_ids.tolist()]
     assert len(set(seen)) == len(seen)
 
