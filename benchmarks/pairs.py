@@ -25,8 +25,8 @@ from hf_hybrid.demo_data import demo_rows
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.synthetic import associative_recall, ordinary_token_ids, task_accuracy
 from hf_hybrid.trainers.held_out import held_out_kl
-from hf_hybrid.trainers.losses import alignment_loss, chunked_kl_per_token, logit_function
 from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
+from hf_hybrid.trainers.losses import alignment_loss, chunked_kl_per_token, logit_function
 
 
 def parse_args() -> argparse.Namespace:
