@@ -47,6 +47,10 @@ _MANAGED = frozenset(
 )
 
 
+# Schedules that end at final_learning_rate.
+_ENDING = frozenset({"cosine", "stable-cosine-stable"})
+
+
 @dataclass(kw_only=True)
 class StageConfig:
     """
@@ -59,7 +63,11 @@ class StageConfig:
         block_size (`int`, *optional*): tokens of a row, a divisor of `data.block_size`, which is also the default.
         learning_rate (`float`): of all parameters that train, or all but the mixers.
         mixer_learning_rate (`float`, *optional*): of the linear-attention mixers; by default `learning_rate`.
-        lr_scheduler_type (`str`): as in [`~transformers.TrainingArguments`].
+        lr_scheduler_type (`str`): as in [`~transformers.TrainingArguments`], or `"stable-cosine-stable"` of RADLADS
+            (arXiv 2505.03005, table 2): constant until 83.3% of the steps, then along a cosine to
+            `final_learning_rate` at 87.5%, and constant again.
+        final_learning_rate (`float`, *optional*): where that schedule, or `"cosine"`, ends, for mixers and all else;
+            by default 0.
         warmup_steps (`float`): steps, or below 1 the share of all steps.
         checkpoints (`int`): checkpoints written on the way, evenly spaced; a killed run loses at most that share.
     """
@@ -70,6 +78,7 @@ class StageConfig:
     learning_rate: float = 1e-3
     mixer_learning_rate: float | None = None
     lr_scheduler_type: str = "constant"
+    final_learning_rate: float | None = None
     warmup_steps: float = 0.0
     checkpoints: int = 10
 
@@ -296,10 +305,15 @@ def _check_stage(name: str, stage: StageConfig, block_size: int) -> None:
         value = getattr(stage, key)
         if value is not None and value < 1:
             raise ValueError(f"{name}.{key}={value} is too small; pass at least 1.")
-    for key in ("learning_rate", "mixer_learning_rate"):
+    for key in ("learning_rate", "mixer_learning_rate", "final_learning_rate"):
         value = getattr(stage, key)
         if value is not None and not 0 <= value < 10:
             raise ValueError(f"{name}.{key}={value} is no learning rate; pass a number from 0 up to 10.")
+    if stage.final_learning_rate is not None and stage.lr_scheduler_type not in _ENDING:
+        raise ValueError(
+            f"{name}.final_learning_rate is set, but lr_scheduler_type={stage.lr_scheduler_type!r} does not end "
+            f"there; choose one of {sorted(_ENDING)}."
+        )
     if not stage.warmup_steps >= 0:
         raise ValueError(f"{name}.warmup_steps={stage.warmup_steps} is negative; pass 0, a share below 1, or steps.")
     if stage.micro_batch_size and stage.batch_size % stage.micro_batch_size:

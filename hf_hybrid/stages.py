@@ -162,6 +162,11 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         "report_to": "none",
         "ignore_data_skip": streams(recipe, name),  # a stream goes on by itself
     }
+    if stage.lr_scheduler_type == "stable-cosine-stable" or stage.final_learning_rate is not None:
+        values["lr_scheduler_type"] = "constant_with_warmup"
+        values["final_learning_rate"] = stage.final_learning_rate or 0.0
+        if stage.lr_scheduler_type == "cosine":
+            values["decay_window"] = [0.0, 1.0]
     if name == "finetune":
         kind: type[HybridTrainingArguments] = HybridTrainingArguments
     else:

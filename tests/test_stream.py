@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_in_the_stream(tmp_path: Path) -> None:
     """Same losses, step by step, and same weights as a run that was never stopped; the text ends before the steps."""
     teacher, texts = save_teacher(tmp_path / "teacher"), save_texts(tmp_path / "texts")
     recipe = tiny_recipe(teacher, texts)
-    recipe["data"] |= {"on_the_fly": True, "report_rows": 90}
+    recipe["data"] |= {"on_the_fly": True, "report_rows": 140}
     recipe["training"]["logging_steps"] = 1
     whole = run_recipe(Recipe.from_dict(recipe), tmp_path / "whole")
     context = multiprocessing.get_context("forkserver")

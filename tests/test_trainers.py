@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from teachers import tiny_teacher, tokens
+from transformers import TrainerCallback
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.losses import kl_per_token
@@ -73,6 +74,42 @@ class TestAlignment:
             packed = trainer.compute_loss(student, {"input_ids": ids, "position_ids": positions}).item()
             alone = [trainer.compute_loss(student, {"input_ids": x}).item() for x in ids.split([10, 14], dim=1)]
         assert packed == pytest.approx((10 * alone[0] + 14 * alone[1]) / 24, rel=1e-5)
+
+    def test_checkpointing_recomputes_each_mixer_and_changes_nothing(self, tmp_path):
+        teacher, data, results = tiny_teacher(), rows(16), []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            student, calls = hh.convert(teacher, [2]), []
+            student.base_model.layers[0].self_attn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            args = arguments(hh.AlignmentConfig, tmp_path, max_steps=3, gradient_checkpointing=checkpointing)
+            hh.AlignmentTrainer(model=student, teacher=teacher, args=args, train_dataset=data).train()
+            assert len(calls) == (6 if checkpointing else 3)
+            results.append(student.state_dict())
+        assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+    def test_one_backbone_serves_both_while_it_trains(self, tmp_path):
+        """Frozen weights are the teacher's own tensors, whatever the student's dtype, and the student's afterwards."""
+        teacher = tiny_teacher("qwen2", torch.bfloat16)
+        student = hh.convert(teacher, [1]).float()
+        student.base_model.layers[3].mlp.up_proj.weight.data += 1  # not the teacher's any more
+        before = copy.deepcopy(student.state_dict())
+        seen = []
+
+        class Look(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                theirs = {name: p.data_ptr() for name, p in teacher.named_parameters()}
+                seen.append({name for name, p in student.named_parameters() if p.data_ptr() == theirs.get(name)})
+
+        args = arguments(hh.AlignmentConfig, tmp_path, max_steps=2, bf16=True)
+        trainer = hh.AlignmentTrainer(
+            model=student, teacher=teacher, args=args, train_dataset=rows(16), callbacks=[Look()]
+        )
+        trainer.train()
+        frozen = {n for n, _ in student.named_parameters() if ".self_attn." not in n or ".layers.1." in n}
+        assert seen[0] == seen[1] == frozen - {"model.layers.3.mlp.up_proj.weight"}
+        theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+        assert all(p.data_ptr() not in theirs and p.dtype == torch.float32 for p in student.parameters())
+        assert all(torch.equal(before[name], student.state_dict()[name]) for name in frozen)
 
     def test_nothing_to_align(self, tmp_path):
         teacher = tiny_teacher()

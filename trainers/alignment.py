@@ -3,9 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from torch.utils.checkpoint import checkpoint
 
 from ..modeling.adopted_attention import positional_names
 from ..modeling.modeling_hybrid import decoder_layers, packed_documents
@@ -47,7 +50,8 @@ class AlignmentTrainer(TeacherTrainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with _only_mixers_trainable(self.model):
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        with _only_mixers_trainable(self.model), _one_backbone(self.model, teacher, self.accelerator):
             return super().train(*args, **kwargs)
 
     def student_loss(self, student: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -74,7 +78,12 @@ def mixer_outputs(
     seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
     layers = decoder_layers(student)
     for i, (given, wanted) in _attention_of(teacher, student.linear_attention_layers, inputs).items():
-        yield i, wanted, layers[i].self_attn(**given, padding_mask=padding_mask, seq_idx=seq_idx)[0], padding_mask
+        mixer = partial(layers[i].self_attn, **given, padding_mask=padding_mask, seq_idx=seq_idx)
+        if student.is_gradient_checkpointing and torch.is_grad_enabled():
+            output = checkpoint(mixer, use_reentrant=False)[0]
+        else:
+            output = mixer()[0]
+        yield i, wanted, output, padding_mask
 
 
 @torch.no_grad()
@@ -100,6 +109,31 @@ def _attention_of(
         for handle in handles:
             handle.remove()
     return seen
+
+
+@contextlib.contextmanager
+def _one_backbone(student: Any, teacher: Any, accelerator: Any) -> Iterator[None]:
+    """
+    Lets the student's frozen parameters be the teacher's tensors where they are equal: only the teacher's layers run,
+    so the student's own copy of them would lie in memory unused. On leaving, the student has its own again.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        yield  # they hold a part of each parameter, in their own storage
+        return
+    theirs = dict(teacher.named_parameters())
+    shared: list[tuple[torch.nn.Parameter, torch.dtype]] = []
+    for name, parameter in student.named_parameters():
+        same = theirs.get(name)
+        if parameter.requires_grad or same is None or same.shape != parameter.shape or same.device != parameter.device:
+            continue
+        if torch.equal(same.to(parameter.dtype), parameter):
+            shared.append((parameter, parameter.dtype))
+            parameter.data = same.data
+    try:
+        yield
+    finally:
+        for parameter, dtype in shared:
+            parameter.data = parameter.data.to(dtype, copy=True)
 
 
 @contextlib.contextmanager

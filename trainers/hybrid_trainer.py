@@ -1,10 +1,14 @@
 """What training a hybrid needs of a Trainer: own learning rate of mixers, and sharding that spares decay rates."""
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from ..modeling.modeling_hybrid import decoder_layers
@@ -21,12 +25,26 @@ class HybridTrainingArguments(TrainingArguments):
             Learning rate of the linear-attention mixers; `learning_rate` is that of all other parameters. Both follow
             the same schedule. None gives the mixers `learning_rate`.
 
+        final_learning_rate (`float`, *optional*):
+            Where both rates end: they stay as they are, after the warm-up, until the share `decay_window[0]` of all
+            steps, fall along a cosine until `decay_window[1]`, and stay at `final_learning_rate`. In place of
+            `lr_scheduler_type`. None leaves that in charge.
+        decay_window (`list[float]`):
+            By default that of RADLADS (arXiv 2505.03005, table 2, step 2a); `[0, 1]` is a cosine over all steps.
+
     Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
     `report_to="none"`, `remove_unused_columns=False`, `dataloader_pin_memory` (on only where there is a GPU).
     """
 
     mixer_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the linear-attention mixers; by default learning_rate."}
+    )
+    final_learning_rate: float | None = field(
+        default=None, metadata={"help": "Where both learning rates end; None leaves lr_scheduler_type in charge."}
+    )
+    decay_window: list[float] = field(
+        default_factory=lambda: [0.833, 0.875],
+        metadata={"help": "Shares of all steps between which the rates fall to final_learning_rate."},
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of matrices; never of decay or norms."})
@@ -35,6 +53,12 @@ class HybridTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Whether batches go through pinned memory."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = self.decay_window
+        if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
+            raise ValueError(f"decay_window={window} is no part of the steps; pass two ascending shares from 0 to 1.")
 
 
 class HybridTrainer(Trainer):
@@ -90,7 +114,25 @@ class HybridTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if uses_fsdp2(self.accelerator):
             self._name_parameters()
-        return super().create_scheduler(num_training_steps, optimizer)
+        final = self.args.final_learning_rate
+        if final is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        shares: list[Callable[[int], float]] = [
+            partial(
+                share_of_rate,
+                total=num_training_steps,
+                warmup=warmup,
+                window=self.args.decay_window,
+                end=final / rate if rate else 1.0,
+            )
+            for rate in rates
+        ]
+        self.lr_scheduler = LambdaLR(optimizer, shares)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _name_parameters(self) -> None:
         # accelerate finds the optimizer's sharded parameters by the addresses of the shards, which are all 0 where a
@@ -124,6 +166,17 @@ class HybridTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         keep_class_name(self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
+
+
+def share_of_rate(step: int, *, total: int, warmup: int, window: Sequence[float], end: float) -> float:
+    """The share of the learning rate at `step` of `total`: see `decay_window` of [`HybridTrainingArguments`]."""
+    if step < warmup:
+        return step / warmup
+    first, last = (share * total for share in window)
+    if step < first or last == first == total:
+        return 1.0
+    done = 1.0 if step >= last else (step - first) / (last - first)
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def mixer_parameters(student: Any) -> list[nn.Parameter]:
