@@ -210,14 +210,14 @@ activations are smaller with fla's kernels, which this does not measure.
 TAIL = """
 What each option does, and how to set it:
 
-- **Logits in chunks** is always on: `chunk_tokens` of `DistillationConfig` bounds how many tokens' logits of both models
-  exist at once, by default as many as stay within 64 MiB for each model. Compare "all logits at once".
-- **Checkpointing**, `gradient_checkpointing: true`: layers are computed again in the backward pass; in the alignment, each
-  mixer.
-- **bf16 autocast**, `bf16: true` in `training`: weights, gradients and AdamW stay in fp32; activations are halved on GPUs.
-  On the CPU autocast keeps a bf16 copy of every weight through the forward pass, which here eats up the gain.
-- **One backbone** is always on in the alignment, but for FSDP2 and DeepSpeed: only the teacher's layers run there, so the
-  student's frozen weights are the teacher's tensors for the while. Compare "two backbones".
+- **Logits in chunks** is always on: `chunk_tokens` of `DistillationConfig` bounds how many tokens' logits of both
+  models exist at once, by default as many as stay within 64 MiB for each model. Compare "all logits at once".
+- **Checkpointing**, `gradient_checkpointing: true`: layers are computed again in the backward pass; in the alignment,
+  each mixer.
+- **bf16 autocast**, `bf16: true` in `training`: weights, gradients and AdamW stay in fp32; activations are halved on
+  GPUs. On the CPU autocast keeps a bf16 copy of the weights, which here eats up the gain.
+- **One backbone** is always on in the alignment, but for FSDP2 and DeepSpeed: only the teacher's layers run there, so
+  the student's frozen weights are the teacher's tensors for the while. Compare "two backbones".
 
 The arithmetic for large teachers: [scaling.md](scaling.md).
 """

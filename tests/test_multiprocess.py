@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from parallel_job import CASES, train
 from runs import save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
@@ -117,3 +119,16 @@ def test_a_run_ends_with_the_same_scores_and_weights(
     for name, tensor in expected.items():
         torch.testing.assert_close(given[name], tensor, rtol=0, atol=1e-4, msg=name)
     assert not list(result.folder.glob("*_checkpoints")) and not list(result.folder.glob("*.partial*"))
+
+
+def test_every_shipped_configuration_is_one_of_accelerate() -> None:
+    """accelerate refuses keys that it does not know; DeepSpeed's settings are checked against its plugin's fields."""
+    folder = ROOT / "recipes" / "accelerate"
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert {path.stem for path in folder.iterdir()} == set(kinds)
+    known = {action.dest for action in launch_command_parser()._actions}
+    for name, kind in kinds.items():
+        config = load_config_from_file(str(folder / f"{name}.yaml"))
+        assert config.distributed_type == kind
+        assert set(config.deepspeed_config) | set(config.fsdp_config) <= known
+    assert load_config_from_file(str(folder / "zero3.yaml")).deepspeed_config["zero_stage"] == 3
