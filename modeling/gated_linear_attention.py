@@ -29,9 +29,10 @@ class GatedLinearAttention(LinearAttention):
     to unit length: the sum only adds, so it needs no bound on the keys, and their length is what the teacher's softmax
     weighs tokens by.
 
-    Keeps of the teacher: q, k, v and output projections with their biases, q/k norms, rotary embedding, grouping of
-    heads. Adds, per layer: `gk_proj` (16 hidden + 16 H D), `gk_bias` (H D), `g_proj` (hidden x H V), `o_norm` (V), and
-    a convolution where asked for. State: `4 H D V` bytes per sequence.
+    Keeps of the teacher: everything in its attention but the softmax, from the projections to q, k and v (biases,
+    norms, rotary embedding, grouping of heads) to the output projection. Adds, per layer: `gk_proj` (16 hidden +
+    16 H D), `gk_bias` (H D), `g_proj` (hidden x H V) unless the teacher has a gate, `o_norm` (V), and a convolution
+    where asked for. State: `4 H D V` bytes per sequence.
     """
 
     decay_parameters = ("gk_bias",)

@@ -39,9 +39,10 @@ class KimiDeltaAttention(LinearAttention):
     write strength `beta_t = sigmoid(b_proj x_t)`; the layer returns `o_proj(norm(o_t) * sigmoid(g_proj x_t))`. Unlike
     in the official layer, `g_proj` has full rank (all mixers share it), and there is no convolution by default.
 
-    Keeps of the teacher: q, k, v and output projections with their biases, q/k norms, rotary embedding, grouping of
-    heads. Adds, per layer: `f_proj` (hidden V + V H D), `dt_bias` (H D), `A_log` (H), `b_proj` (hidden x H), `g_proj`
-    (hidden x H V), `o_norm` (V), and a convolution where asked for. State: `4 H D V` bytes per sequence.
+    Keeps of the teacher: everything in its attention but the softmax, from the projections to q, k and v (biases,
+    norms, rotary embedding, grouping of heads) to the output projection. Adds, per layer: `f_proj` (hidden V + V H
+    D), `dt_bias` (H D), `A_log` (H), `b_proj` (hidden x H), `g_proj` (hidden x H V) unless the teacher has a gate,
+    `o_norm` (V), and a convolution where asked for. State: `4 H D V` bytes per sequence.
     """
 
     options_class = KimiDeltaAttentionOptions

@@ -34,7 +34,8 @@ class LinearAttentionOptions:
         output_gate (`str`, *optional*): `"silu"`, `"sigmoid"` or `None`; the gate multiplies the normalised output.
             A teacher that gates its attention keeps its own gate and gets no second one.
         short_convolution (`int`): kernel size of a causal depthwise convolution on q, k and v as the teacher's softmax
-            would get them (normed and rotated); 0 for none. It starts as the identity.
+            would get them (normed and rotated); 0 for none. It starts as the identity. A kernel of size K adds
+            `K (H D + G (D + V))` parameters, and as many numbers of the model's dtype to the state of a sequence.
         silu_qk (`bool`): apply SiLU to q and k, which the paper's released student does and which costs quality here.
     """
 

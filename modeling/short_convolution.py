@@ -35,18 +35,17 @@ class ShortConvolution(nn.Module):
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns `[B, T, channels]` from `x` of that shape; the library's `cache` carries the last tokens on."""
-        length, history = x.shape[1], self.kernel_size - 1
-        if history == 0:
+        length, before = x.shape[1], self.kernel_size - 1
+        if before == 0:
             return x * self.weight[:, 0, 0]
-        if cache is not None:
-            # One token more than needed: the library's layers keep at least one, and size their buffer by this.
-            before = cache.layers[layer_idx].has_previous_state[0]
-            full = cache.update_conv_state(
-                nn.functional.pad(x.transpose(1, 2), (0 if before else self.kernel_size, 0)), layer_idx
-            ).transpose(1, 2)
-            padded = full[:, -(length + history) :]
-        else:
-            padded = nn.functional.pad(x, (0, 0, history, 0))
+        padded = nn.functional.pad(x, (0, 0, before, 0))
+        if cache is not None and cache.layers[layer_idx].has_previous_state[0]:
+            padded = cache.update_conv_state(x.mT, layer_idx).mT[:, -(length + before) :]
+        elif cache is not None:
+            # The library's layers size their buffer by what they are given first, and need one token at least.
+            cache.update_conv_state(
+                nn.functional.pad(x.mT, (self.kernel_size, 0))[..., -self.kernel_size :], layer_idx
+            )
         if seq_idx is not None:
             return self._within_documents(padded, seq_idx, length)
         return nn.functional.conv1d(padded.transpose(1, 2), self.weight, groups=x.shape[-1]).transpose(1, 2)

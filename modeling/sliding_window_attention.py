@@ -48,7 +48,8 @@ class SlidingWindowAttention(LinearAttention):
     a window that the teacher's layer has itself does not narrow W, and attention dropout is not applied.
 
     Keeps of the teacher: everything. Adds no parameters. State: the rotated keys and the values of the last W tokens,
-    in the model's dtype, `W (G (D + V) + 1)` numbers per sequence, the last of which says what is padding.
+    in the model's dtype, `W (G (D + V) + 1)` numbers of 4 or 2 bytes per sequence, the last of which says what is
+    padding.
     """
 
     options_class = SlidingWindowOptions

@@ -2,6 +2,11 @@
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from hf_hybrid.modeling import MIXERS
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
 
+ROOT = str(Path(__file__).parents[1])
 COPY, ALTERNATING = [0, 1, 2, 3], [1, 3]
 both = pytest.mark.parametrize("layers", [COPY, ALTERNATING], ids=["copy", "alternating"])
 DECAYS = {"A_log", "dt_bias", "gk_bias"}
@@ -256,3 +262,41 @@ class TestTheClass:
         for model in (tiny_teacher(), hybrid(COPY)):
             losses.append(Trainer(model, args).compute_loss(model, {"input_ids": ids, "labels": ids}))
         assert torch.equal(*losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_tensor_parallelism(family, tmp_path):
+    hybrid(ALTERNATING, family).save_pretrained(tmp_path / "model")
+    (tmp_path / "ranks.py").write_text(textwrap.dedent(_RANKS))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "ranks.py"), str(tmp_path / "model")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+
+
+_RANKS = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from transformers.distributed.configuration_utils import DistributedConfig
+    from hf_hybrid.modeling import HybridForCausalLM
+
+    dist.init_process_group("gloo")
+    whole = HybridForCausalLM.from_pretrained(sys.argv[1])
+    sharded = HybridForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_size=2))
+    sizes = {name: parameter.to_local().shape if hasattr(parameter, "to_local") else parameter.shape
+             for name, parameter in sharded.named_parameters()}
+    assert sizes["model.layers.0.mlp.gate_proj.weight"] == (48, 64)
+    ids = torch.randint(3, 99, (2, 20), generator=torch.Generator().manual_seed(0))
+    outputs = [model(ids, labels=ids) for model in (whole, sharded)]
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-4)
+    for output in outputs:
+        output.loss.backward()
+    for name, parameter in sharded.named_parameters():
+        gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        expected = whole.get_parameter(name).grad
+        assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max(), name
+    texts = [model.generate(ids, max_new_tokens=5, do_sample=False) for model in (whole, sharded)]
+    assert torch.equal(*texts)
+    dist.destroy_process_group()
+"""

@@ -154,6 +154,15 @@ class TestConvolution:
                 pieces.append(out.logits)
             torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, **CLOSE)
 
+    @pytest.mark.parametrize("prompt", [1, 3, 25])
+    def test_its_state_is_as_long_as_the_kernel(self, prompt):
+        model, ids = hybrid("qwen3", [1], short_convolution=4), tokens(2, 30)
+        cache = model(ids[:, :prompt], use_cache=True).past_key_values
+        channels = 4 * 24 + 2 * (24 + 24)
+        for _ in range(2):
+            assert cache.layers[0].conv_states[0].shape == (2, channels, 4)
+            model(ids[:, prompt : prompt + 1], past_key_values=cache)
+
 
 class TestLayers:
     def test_restoring_every_layer_gives_the_teacher(self):
