@@ -210,6 +210,9 @@ _OF_THE_TEACHER = (
     "_supports_flash_attn",
     "_supports_flex_attn",
     "_supports_attention_backend",
+    # Told from the source of a class's module, which for a hybrid is this file.
+    "_can_set_attn_implementation",
+    "_can_set_experts_implementation",
 )
 
 

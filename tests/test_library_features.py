@@ -213,9 +213,13 @@ class TestTheClass:
         from transformers import GptOssConfig, GptOssForCausalLM
 
         config = GptOssConfig(num_hidden_layers=1, hidden_size=32, vocab_size=9, layer_types=["full_attention"])
-        kind = type(hh.HybridForCausalLM._from_config(hh.HybridConfig.from_teacher(config, [0])))
+        # Before there is an instance of the teacher: the library keeps what it finds out of a class.
+        model = hh.HybridForCausalLM._from_config(hh.HybridConfig.from_teacher(config, [0]))
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "base_model_prefix"):
-            assert getattr(kind, name) == getattr(GptOssForCausalLM, name)
+            assert getattr(type(model), name) == getattr(GptOssForCausalLM, name)
+        assert model._can_set_experts_implementation() and model._can_set_attn_implementation()
+        implementation = GptOssForCausalLM._from_config(config).config._experts_implementation
+        assert model.config._experts_implementation == implementation is not None
 
     def test_default_config_builds(self):
         config = hh.HybridConfig()
