@@ -19,6 +19,7 @@ from hf_hybrid.modeling.modeling_hybrid import check_mixers
 from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.durable import read_json, read_record, write_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
+from hf_hybrid.trainers.scores import without_nan
 from hf_hybrid.trainers.sharding import is_sharded, keep_class_name
 
 from . import __version__
@@ -374,14 +375,18 @@ class _Run:
 
     def _report(self) -> None:
         r, scores = self.recipe, self.scores
-        listed = [] if scores is None else [{"layer": s.layer, "kl": s.kl, "sem": s.sem} for s in scores.scores]
+        listed = (
+            []
+            if scores is None
+            else [{"layer": s.layer, "kl": s.kl, "value": s.value, "sem": s.sem} for s in scores.scores]
+        )
         report = {
             "teacher": r.teacher,
             "num_layers": self.teacher.config.num_hidden_layers,
             "mixer": r.mixer,
             "selector": "explicit" if r.select.layers is not None else r.select.selector,
             "selected": self.selected,
-            "scores": listed,
+            "scores": without_nan(listed),
             "evaluation": read_json(self.folder / ARTEFACTS["evaluate"]),
             "tokens": self._tokens(),
             "hf_hybrid": __version__,
