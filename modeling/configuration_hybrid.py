@@ -45,7 +45,8 @@ class HybridConfig(PreTrainedConfig):
             The teacher's config. Its `layer_types` are the hybrid's: `"linear_attention"` for a converted layer, the
             teacher's own type (`"full_attention"`, `"sliding_attention"`, ...) for a layer that keeps softmax.
         softmax_layer_types (`list[str]`, *optional*):
-            What each layer is when it keeps softmax attention; defaults to the teacher's own types.
+            What each layer is when it keeps softmax attention; defaults to the teacher's own types, which for the
+            layers that are linear already are those that a config of the teacher's class has by itself.
         mixer (`str` or `list[str]`, *optional*, defaults to `"gated_deltanet"`):
             Name of the linear-attention mixer, or one name per layer (None for a layer that keeps softmax).
         mixer_options (`dict`, *optional*):
@@ -92,7 +93,7 @@ class HybridConfig(PreTrainedConfig):
                 kwargs[name] = getattr(self.text_config, f"_{name}")
         super().__post_init__(**kwargs)
         if not self.softmax_layer_types:
-            self.softmax_layer_types = get_layer_types_and_kwargs(self.text_config)[0]
+            self.softmax_layer_types = _softmax_layer_types(self.text_config)
         if LINEAR_ATTENTION in self.softmax_layer_types:
             raise ValueError(
                 f"softmax_layer_types={self.softmax_layer_types} names a linear layer; the teacher must be a softmax "
@@ -177,6 +178,16 @@ class HybridConfig(PreTrainedConfig):
         if private or key in _NOT_INHERITED or not isinstance(text_config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
         return getattr(text_config, key)
+
+
+def _softmax_layer_types(text_config: PreTrainedConfig) -> list[str]:
+    """The type of each layer with softmax attention, whether or not `text_config.layer_types` has it linear."""
+    kinds = get_layer_types_and_kwargs(text_config)[0]
+    if LINEAR_ATTENTION not in kinds:
+        return kinds
+    settings = {name: value for name, value in text_config.to_dict().items() if name != "layer_types"}
+    own = get_layer_types_and_kwargs(type(text_config).from_dict(settings))[0]
+    return [own[i] if kind == LINEAR_ATTENTION else kind for i, kind in enumerate(kinds)]
 
 
 def check_layers(layers: Any, num_layers: int) -> list[int]:

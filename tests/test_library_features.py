@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from teachers import tiny_teacher, tokens
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.distributed.parallel_utils import _get_parameter_plan
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -225,12 +236,30 @@ class TestTheClass:
         config = hh.HybridConfig()
         assert config.text_config.model_type == "llama" and config.full_attention_layers == list(range(32))
 
-    def test_config_from_parts(self):
-        text = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=9)
-        text.layer_types = ["full_attention", "full_attention"]
-        config = hh.HybridConfig(text_config=text)
-        config.full_attention_layers = [1]
-        assert hh.HybridForCausalLM(config).linear_attention_layers == [0]
+    @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config, MistralConfig])
+    def test_config_from_parts(self, config_class):
+        sizes = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"vocab_size": 9, "intermediate_size": 16, "pad_token_id": 0}
+        kinds = get_layer_types_and_kwargs(config_class(**sizes))[0]
+        mixed = ["linear_attention", kinds[1], "linear_attention"]
+        configs = [hh.HybridConfig(text_config=config_class(**sizes)) for _ in range(2)]
+        configs[0].full_attention_layers, configs[1].layer_types = [1], mixed
+        configs.append(hh.HybridConfig(text_config=config_class(**sizes), layer_types=mixed))
+        text = config_class(**sizes)
+        text.layer_types = mixed
+        configs += [hh.HybridConfig(text_config=text), hh.HybridConfig(text_config=text.to_dict())]
+        configs.append(hh.HybridConfig.from_teacher(config_class(**sizes), [1]))
+        for config in configs:
+            assert (config.layer_types, config.softmax_layer_types) == (mixed, kinds)
+        assert hh.HybridForCausalLM(configs[3]).linear_attention_layers == [0, 2]
+
+    def test_a_teacher_with_linear_layers_of_its_own_is_refused(self):
+        for build in (
+            lambda config: hh.HybridConfig(text_config=config),
+            lambda c: hh.HybridConfig.from_teacher(c, []),
+        ):
+            with pytest.raises(ValueError, match="the teacher must be a softmax model"):
+                build(Qwen3NextConfig(num_hidden_layers=4))
 
     def test_a_backbone_saved_alone_is_a_hybrids(self, tmp_path):
         model, ids = hybrid(ALTERNATING), tokens(2, 10)
