@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--recipe", help="path of a YAML file, or the name of a shipped recipe")
     add_score_options(score)
+    score.add_argument("--layers", help="with --recipe: only these, such as 0-6, beside other jobs in the same run")
     for sub in (run, score):
         sub.add_argument("--output", required=True, help="folder of the run")
     convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
@@ -187,9 +188,27 @@ def _score(options: argparse.Namespace) -> None:
     from .cli_score import print_scores, recipe_of
 
     recipe = recipe_of(options)
+    if options.layers is not None:
+        _score_part(recipe, options)
+        return
     result = _run_recipe(recipe, options, "score")
     if _is_main_process():
         print_scores(result, recipe, options)
+
+
+def _score_part(recipe: Any, options: argparse.Namespace) -> None:
+    if not options.recipe:
+        raise ValueError("--layers needs --recipe: the jobs share a run, whose alignment is made before.")
+    recipe.trust_remote_code = recipe.trust_remote_code or options.trust_remote_code
+    _quiet()
+    from .progress import StageBars
+    from .score_part import parse_layers, score_part
+
+    with StageBars() as bars:
+        scores = score_part(recipe, options.output, parse_layers(options.layers), progress=bars.show)
+    if _is_main_process():
+        print(scores)
+        print(f"Kept in {Path(options.output) / 'scores'}; hf-hybrid run and score take them from there.")
 
 
 def _run_recipe(name: Any, options: argparse.Namespace, stop_after: str | None, start_from: str | None = None) -> Any:

@@ -1,5 +1,6 @@
 """Scores of a run: the stages `score` and `select`, and a recipe for scoring a model by itself."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,9 +74,17 @@ def needs_alignment(recipe: Recipe) -> bool:
 
 
 def score_stage(
-    recipe: Recipe, student: Any, teacher: Any, tokenizer: Any, rows: dict[str, Any], folder: Path, listener: Listener
+    recipe: Recipe,
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    rows: dict[str, Any],
+    folder: Path,
+    listener: Listener,
+    *,
+    layers: Iterable[int] | None = None,
 ) -> LayerScores:
-    """Scores the layers as the score stage of `recipe` says; results are kept in `folder` as they come."""
+    """Scores all or some layers as the score stage of `recipe` says; results are kept in `folder` as they come."""
     stage, num_layers = cast(ScoreStage, recipe.score), teacher.config.num_hidden_layers
     options = dict(stage.options)
     if stage.method == "ablation-recall":
@@ -95,6 +104,7 @@ def score_stage(
         cut_for(recipe, "score", rows["score"]),
         args=cast(DistillationConfig, training_arguments(recipe, "score", folder.with_name("score_checkpoints"))),
         tokens_per_layer=stage.tokens_per_layer,
+        layers=layers,
         method=stage.method,
         options=options,
         k=recipe.select.count(num_layers),

@@ -17,8 +17,10 @@ from runs import save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_hybrid.cli import main as cli
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import RunResult, run_recipe
+from hf_hybrid.score_part import parse_layers
 
 
 pytestmark = pytest.mark.slow
@@ -119,6 +121,39 @@ def test_a_run_ends_with_the_same_scores_and_weights(
     for name, tensor in expected.items():
         torch.testing.assert_close(given[name], tensor, rtol=0, atol=1e-4, msg=name)
     assert not list(result.folder.glob("*_checkpoints")) and not list(result.folder.glob("*.partial*"))
+
+
+def test_jobs_share_the_scores_of_a_run(
+    finished: RunResult, sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two jobs at once score two layers each; the run then has the scores of a run that made them all."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(*sources)))
+    command = ["score", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run"), "--layers"]
+    assert cli([*command, "0-1"]) == 2
+    assert "has no data yet; first make it: hf-hybrid run" in capsys.readouterr().err
+    recipe = Recipe.from_dict(tiny_recipe(*sources))
+    run_recipe(recipe, tmp_path / "run", stop_after="align")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "hf_hybrid", *command, layers], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for layers in ("0,3", "1-2")
+    ]
+    said = [job.communicate(timeout=300)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0] and all("Kept in" in text for text in said)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "scores").glob("layer_*.json")}
+    assert len(made) == 4
+    result = run_recipe(recipe, tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    kl = [[score.per_sequence for score in scores.scores] for scores in (result.scores, finished.scores)]
+    assert kl[0] == kl[1] and result.selected == finished.selected
+
+
+@pytest.mark.parametrize("text", ["", "1-", "3-1", "a", "-2", "1,,2"])
+def test_layers_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is no list of layers"):
+        parse_layers(text)
 
 
 def test_every_shipped_configuration_is_one_of_accelerate() -> None:
