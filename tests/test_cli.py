@@ -138,7 +138,7 @@ def test_mistakes_in_recipes(
     last = captured.err.strip().splitlines()[-1]
     assert last.startswith("hf-hybrid: ") and message in last
     assert "Traceback" not in captured.err
-    left = [path.name for path in tmp_path.glob("run/*") if path.name not in ("recipe.yaml", ".lock")]
+    left = [path.name for path in tmp_path.glob("run/*") if path.name not in ("recipe.yaml", "inputs.json", ".lock")]
     assert left == []
 
 
@@ -158,9 +158,9 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
             "holds no model that transformers",
         ),
         (["run", "demmo", "--output", output], "there is no recipe 'demmo'"),
-        (["run", recipe, "--output", str(tmp_path / "file")], "file: file exists"),
+        (["run", recipe, "--output", str(tmp_path / "file")], "file: not a directory"),
         (["run", recipe, "--output", str(tmp_path / "file" / "run")], "file/run: not a directory"),
-        (["run", recipe, "--output", str(tmp_path)], "is no run and not empty"),
+        (["run", recipe, "--output", str(tmp_path)], "hf-hybrid did not write it"),
         (["run", recipe, "--output", output, "--stop-after", "lunch"], "stop_after='lunch' is no stage"),
         (["evaluate", "no/such-model"], "'no/such-model' was found neither as a folder nor as a model on the Hub"),
         (["evaluate", teacher, "--dataset", "a/b", "--data-files", "c"], "were both given; give one"),
