@@ -1,0 +1,203 @@
+"""Regret and cost of every selector, from the ground truth and the selectors' choices in a cache folder."""
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import selection_methods as methods
+import selection_truth as truth
+from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS
+
+
+Set = tuple[int, ...]
+
+
+@dataclass
+class Ground:
+    """What is known of one teacher: for each student seed, the record of every set that was distilled."""
+
+    name: str
+    num_layers: int
+    records: dict[int, dict[Set, dict[str, Any]]]
+
+    def best(self, seed: int, k: int) -> tuple[Set, float]:
+        """The best known set of k layers and its KL."""
+        sets = {s: r["kl"] for s, r in self.records[seed].items() if len(s) == k}
+        chosen = min(sets, key=lambda s: sets[s])
+        return chosen, sets[chosen]
+
+    def best_on_average(self, k: int) -> Set:
+        """The set of k layers with the lowest regret, among those distilled with the most seeds."""
+        counts = {s: sum(s in r for r in self.records.values()) for r in self.records.values() for s in r}
+        most = max((count for s, count in counts.items() if len(s) == k), default=0)
+        candidates = [s for s, count in counts.items() if len(s) == k and count == most]
+        return min(candidates, key=lambda s: self.regret(s)[0]) if candidates else ()
+
+    def regret(self, layers: Iterable[int]) -> tuple[float, int]:
+        """
+        KL of a set above that of the best known set of its size, mean over the student seeds that it was distilled
+        with, and the number of those; a set is judged with every seed, whichever seed chose it.
+        """
+        chosen = tuple(sorted(layers))
+        found = [r[chosen]["kl"] - self.best(s, len(chosen))[1] for s, r in self.records.items() if chosen in r]
+        return (statistics.fmean(found) if found else float("nan")), len(found)
+
+    def expected_of_random(self, k: int) -> float | None:
+        """Mean regret of all sets of k layers, where all were distilled."""
+        total = sum(1 for _ in itertools.combinations(range(self.num_layers), k))
+        means = []
+        for seed, records in self.records.items():
+            kls = [r["kl"] for s, r in records.items() if len(s) == k]
+            if len(kls) == total:
+                means.append(statistics.fmean(kls) - self.best(seed, k)[1])
+        return statistics.fmean(means) if means else None
+
+
+def read_ground(cache: Path, name: str) -> Ground | None:
+    """The ground truth of one teacher, or None where there is none."""
+    records: dict[int, dict[Set, dict[str, Any]]] = defaultdict(dict)
+    for record in truth.read(cache, name):
+        records[record["seed"]][tuple(record["layers"])] = record
+    if not records:
+        return None
+    layers = {layer for r in records.values() for s in r for layer in s}
+    return Ground(name, max(layers) + 1, dict(records))
+
+
+@dataclass
+class Choice:
+    """The layers that a selector chose on one teacher with one student seed, and what that cost."""
+
+    method: str
+    teacher: str
+    seed: int
+    sets: dict[int, Set]
+    tokens: int = 0
+    tokens_forward: int = 0
+    seconds: float | None = None
+    values: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def units(self) -> int:
+        """Cost in forward passes of one token: 3 forward and backward, 1 for the teacher beside it, 1 to measure."""
+        return 4 * self.tokens + self.tokens_forward
+
+
+def choices(cache: Path, ground: Ground, ks: Iterable[int] = methods.KS) -> list[Choice]:
+    """All selectors' choices on one teacher: what was run, and GA-S2, GR-S2 and AVG-S2 from the ground truth."""
+    found = []
+    for seed in sorted(ground.records):
+        for line in methods.read(cache / "methods" / f"{ground.name}_{seed}.jsonl"):
+            sets = {int(k): tuple(layers) for k, layers in line["sets"].items()}
+            cost = {key: line[key] for key in ("tokens", "tokens_forward", "seconds")}
+            values = {int(layer): value for layer, value in line["values"].items()}
+            found.append(Choice(line["method"], ground.name, seed, sets, values=values, **cost))
+        found += _distilled(ground, seed, list(ks))
+    return found
+
+
+def _distilled(ground: Ground, seed: int, ks: list[int]) -> list[Choice]:
+    """GA-S2 after every checkpoint, GR-S2 and AVG-S2: distillations that the ground truth has made."""
+    records, layers = ground.records[seed], range(ground.num_layers)
+    if any((layer,) not in records for layer in layers):
+        return []
+    final = str(records[0,]["steps"])
+    found, measured = [], ground.num_layers * SELECT_ROWS * LENGTH
+    added = {}
+    for step in records[0,]["select"]:
+        added = {layer: records[layer,]["select"][step][0] for layer in layers}
+        tokens = ground.num_layers * int(step) * BATCH * LENGTH
+        label = "ga-s2" if step == final else f"ga-s2, {step} steps"
+        found.append(_ranked(label, ground.name, seed, added, ks, tokens, measured))
+    removed = {layer: records.get(tuple(i for i in layers if i != layer)) for layer in layers}
+    if all(removed.values()):
+        tokens = ground.num_layers * int(final) * BATCH * LENGTH
+        left = {layer: -record["select"][final][0] for layer, record in removed.items() if record}
+        found.append(_ranked("gr-s2", ground.name, seed, left, ks, tokens, measured))
+        ranks = [{layer: r for r, layer in enumerate(sorted(x, key=lambda i: x[i]))} for x in (added, left)]  # noqa: B023
+        mean = {layer: (ranks[0][layer] + ranks[1][layer]) / 2 for layer in layers}
+        found.append(_ranked("avg-s2", ground.name, seed, mean, ks, 2 * tokens, 2 * measured))
+    return found
+
+
+def _ranked(
+    label: str, name: str, seed: int, values: dict[int, float], ks: list[int], tokens: int, forward: int
+) -> Choice:
+    order = sorted(values, key=lambda layer: (values[layer], layer))
+    sets = {k: tuple(sorted(order[:k])) for k in ks}
+    return Choice(label, name, seed, sets, tokens, forward, None, values)
+
+
+def unmeasured(ground: Ground, found: list[Choice], seed: int | None = None) -> list[Set]:
+    """Sets that a selector chose and that were not distilled with `seed` (or with any, for None)."""
+    known = set().union(*ground.records.values()) if seed is None else set(ground.records.get(seed, {}))
+    return sorted({s for choice in found for s in choice.sets.values() if s not in known}, key=lambda s: (len(s), s))
+
+
+def summarise(grounds: list[Ground], found: list[Choice], ks: Iterable[int]) -> list[dict[str, Any]]:
+    """One row a selector: regret by split and K (mean over teachers and seeds, spread over teachers), and cost."""
+    by_name = {ground.name: ground for ground in grounds}
+    reference = defaultdict(list)
+    for choice in found:
+        if choice.method == "ga-s2":
+            reference[choice.teacher].append(choice.units)
+    table = []
+    for label in dict.fromkeys(choice.method for choice in found):
+        own = [choice for choice in found if choice.method == label]
+        row: dict[str, Any] = {"method": label, "by_k": {}}
+        everything = defaultdict(list)
+        for k in ks:
+            per_teacher = defaultdict(list)
+            for choice in own:
+                if k in choice.sets:
+                    value, count = by_name[choice.teacher].regret(choice.sets[k])
+                    if count:
+                        per_teacher[choice.teacher].append(value)
+            row["by_k"][k] = {name: round(statistics.fmean(values), 4) for name, values in per_teacher.items()}
+            for name, values in per_teacher.items():
+                everything[name] += values
+        means = {name: statistics.fmean(values) for name, values in everything.items()}
+        if not means:
+            continue
+        row |= _mean_and_spread(list(means.values()))
+        for split in ("dev", "test"):
+            some = [value for name, value in means.items() if TEACHERS[name].split == split]
+            row[split] = _mean_and_spread(some) if some else None
+        row["seeds_sd"] = _seed_spread(own, by_name, ks)
+        row["tokens"] = round(statistics.fmean(choice.tokens for choice in own))
+        row["tokens_forward"] = round(statistics.fmean(choice.tokens_forward for choice in own))
+        seconds = [choice.seconds for choice in own if choice.seconds is not None]
+        row["seconds"] = round(statistics.median(seconds), 2) if seconds else None
+        shares = [c.units / statistics.fmean(reference[c.teacher]) for c in own if reference[c.teacher]]
+        row["cost"] = round(statistics.fmean(shares), 4) if shares else None
+        row["runs"] = len(own)
+        table.append(row)
+    return table
+
+
+def _mean_and_spread(values: list[float]) -> dict[str, Any]:
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"regret": round(statistics.fmean(values), 4), "sd": round(sd, 4), "teachers": len(values)}
+
+
+def _seed_spread(own: list[Choice], by_name: dict[str, Ground], ks: Iterable[int]) -> float | None:
+    """Standard deviation of the regret over student seeds of one teacher, mean over teachers and K."""
+    spreads = []
+    for name, k in itertools.product({choice.teacher for choice in own}, ks):
+        values = [by_name[name].regret(c.sets[k]) for c in own if c.teacher == name and k in c.sets]
+        known = [value for value, count in values if count]
+        if len(known) > 1:
+            spreads.append(statistics.stdev(known))
+    return round(statistics.fmean(spreads), 4) if spreads else None
+
+
+def recommend(table: list[dict[str, Any]], limit: float = 0.1) -> str:
+    """The selector with the lowest regret on the teachers for development, of those within `limit` of GA-S2's cost."""
+    rows = [row for row in table if row["dev"] and row["cost"] is not None and row["cost"] <= limit]
+    if not rows:
+        raise ValueError(f"no selector cost {limit} of GA-S2's or less; run more of them.")
+    return min(rows, key=lambda row: (row["dev"]["regret"], row["cost"]))["method"]

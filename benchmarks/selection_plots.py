@@ -1,0 +1,62 @@
+"""The plots of docs/selection.md."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import selection_analysis as analysis
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from selection_data import BATCH, LENGTH
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_steps(ground: analysis.Ground, path: Path) -> None:
+    """GA-S2's score of every layer over its steps: mean over student seeds, band of one standard error of the rows."""
+    figure, axes = _figure(7.0, 4.0)
+    colours = colormaps["viridis"].resampled(ground.num_layers)
+    for layer in range(ground.num_layers):
+        runs = [records[layer,]["select"] for records in ground.records.values() if (layer,) in records]
+        steps = sorted(int(step) for step in runs[0])
+        tokens = [step * BATCH * LENGTH for step in steps]
+        kl = [statistics.fmean(run[str(step)][0] for run in runs) for step in steps]
+        errors = [statistics.fmean(run[str(step)][1] for run in runs) / len(runs) ** 0.5 for step in steps]
+        seeds = [statistics.stdev([run[str(s)][0] for run in runs]) if len(runs) > 1 else 0.0 for s in steps]
+        low, high = ([m + sign * max(e, s) for m, e, s in zip(kl, errors, seeds, strict=True)] for sign in (-1, 1))
+        axes.fill_between(tokens, low, high, color=colours(layer), alpha=0.15, linewidth=0)
+        axes.plot(tokens, kl, color=colours(layer), marker="o", markersize=3, label=str(layer))
+    seeds_text = f"{len(ground.records)} student seeds"
+    axes.set_xlabel("tokens of distillation, each layer")
+    axes.set_ylabel("held-out KL (nats per token)")
+    title = f"embedded teacher, one layer restored: mean of {seeds_text}\nband: spread over seeds or s.e. over rows"
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.legend(title="layer", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path)
+
+
+def plot_costs(table: list[dict[str, Any]], recommended: str, path: Path) -> None:
+    """Regret on the test teachers over cost relative to GA-S2."""
+    figure, axes = _figure(7.0, 4.4)
+    for row in table:
+        if row["test"] is None or row["cost"] is None:
+            continue
+        cost = max(row["cost"], 1e-3)
+        colour = "#d95f02" if row["method"] == recommended else "#1b9e77" if "ga-s2" in row["method"] else "#8da0cb"
+        axes.plot(cost, row["test"]["regret"], "o", color=colour)
+        axes.annotate(
+            row["method"], (cost, row["test"]["regret"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+        )
+    axes.set_xscale("log")
+    axes.axvline(0.1, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("cost relative to GA-S2 (0.001: nothing is measured)")
+    axes.set_ylabel("regret on the test teachers (nats per token)")
+    axes.set_title("mean over teachers, seeds and K = 1, 2, 3", fontsize="medium", loc="left")
+    figure.savefig(path)
