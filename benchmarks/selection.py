@@ -20,7 +20,7 @@ import selection_methods as methods
 import selection_truth as truth
 from rich.console import Console
 from rich.table import Table
-from selection_data import DISTILL_STEPS, TEACHERS
+from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, cache: Path) -> None:
     settings = truth.parser().parse_args(command)
     truth.compute(settings)
     given = argparse.Namespace(cache=cache, rows=cache / "rows", device=args.device, wait=False)
-    given.train_rows = settings.steps * truth.BATCH
+    given.train_rows = settings.steps * BATCH
     for seed in args.seeds:
         for name in args.teachers:
             methods.compute(name, seed, QUICK_METHODS if args.quick else list(methods.METHODS), given)
@@ -97,7 +97,7 @@ def analyse(cache: Path, names: list[str], ks: list[int]) -> dict[str, Any]:
         "recommended": analysis.recommend(table),
         "methods": table,
         "teachers": teachers,
-        "budget": {"steps": DISTILL_STEPS, "rows": truth.BATCH, "tokens_per_row": analysis.LENGTH},
+        "budget": {"steps": DISTILL_STEPS, "rows": BATCH, "tokens_per_row": LENGTH},
     }
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS, load_teacher, rows
-from selection_truth import LR, MIXER_LR, SELECT_ROWS
+from selection_data import BATCH, DISTILL_STEPS, LENGTH, SELECT_ROWS, TEACHERS, load_teacher, rows
+from selection_student import LR, MIXER_LR
 from transformers.utils import logging
 
 import hf_hybrid as hh

@@ -100,7 +100,8 @@ def teachers_table(result: dict[str, Any], grounds: list[analysis.Ground]) -> st
         path = FOLDER / ground.name / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else {}
         recipe = metrics.get("recipe", {"family": "qwen3", "heads": 4, "kv_heads": 2, "hidden": 96})
-        shape = f"{recipe['family']}, {ground.num_layers} layers of {recipe['hidden']}, {recipe['heads']}/{recipe['kv_heads']} heads"
+        heads = f"{recipe['heads']}/{recipe['kv_heads']} heads"
+        shape = f"{recipe['family']}, {ground.num_layers} layers of {recipe['hidden']}, {heads}"
         best = [str(result["teachers"][ground.name]["best"][str(k)]) for k in (1, 2, 3)]
         accuracy = [_number(metrics.get(key), 2) for key in ("recall_256", "chained_256", "hops3_256")]
         rows.append([ground.name, TEACHERS[ground.name].split, shape, *accuracy, *best])

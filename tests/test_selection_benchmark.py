@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import selection_student as students
 import selection_truth as truth
 import torch
-from selection_data import ALIGN_LENGTH, BATCH, TEACHERS, load_teacher, rows
+from selection_data import ALIGN_LENGTH, BATCH, SELECT_ROWS, TEACHERS, load_teacher, rows
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import held_out_kl
@@ -17,10 +18,10 @@ NAME, STEPS, KEEP = "embedded", 2, [2, 4]
 @pytest.fixture(scope="module")
 def slot():
     teacher = load_teacher(NAME).requires_grad_(False)
-    data = truth.Data(NAME, 0, teacher, None, STEPS, STEPS)
+    data = students.Data(NAME, 0, teacher, None, STEPS, STEPS)
     for key in ("held_out", "answers", "held_out_reference"):  # a few rows suffice here
         setattr(data, key, getattr(data, key)[:1])
-    return truth.Slot(teacher, data, graph=False)
+    return students.Slot(teacher, data, graph=False)
 
 
 def student_of(slot, values):
@@ -32,12 +33,12 @@ def student_of(slot, values):
 
 
 def test_alignment_is_the_trainers(slot, tmp_path):
-    values = truth.fresh_values(NAME, 3)
-    aligned = truth.align(slot, values, STEPS)
+    values = students.fresh_values(NAME, 3)
+    aligned = students.align(slot, values, STEPS)
     student = student_of(slot, values)
     data = rows(TEACHERS[NAME].mix, "align", 0, STEPS * BATCH, length=ALIGN_LENGTH).dataset()
     args = hh.AlignmentConfig(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=truth.ALIGN_LR,
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=students.ALIGN_LR,
         train_sampling_strategy="sequential", use_cpu=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     hh.AlignmentTrainer(student, slot.teacher, args, train_dataset=data).train()
@@ -50,7 +51,7 @@ def test_alignment_is_the_trainers(slot, tmp_path):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_distillation_is_the_trainers(slot, tmp_path, masked):
-    values = truth.fresh_values(NAME, 3)
+    values = students.fresh_values(NAME, 3)
     if masked:  # as in the CUDA graphs: both branches, and a mask
         slot.set_keep = lambda layers: setattr(
             slot, "keep", torch.tensor([float(i in layers) for i in range(slot.num_layers)])
@@ -62,12 +63,12 @@ def test_distillation_is_the_trainers(slot, tmp_path, masked):
     student.set_full_attention_layers(KEEP, slot.teacher)
     data = rows(TEACHERS[NAME].mix, "train", 0, STEPS * BATCH).dataset()
     args = hh.DistillationConfig(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=truth.LR,
-        mixer_learning_rate=truth.MIXER_LR, train_sampling_strategy="sequential", use_cpu=True, save_strategy="no",
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=students.LR,
+        mixer_learning_rate=students.MIXER_LR, train_sampling_strategy="sequential", use_cpu=True, save_strategy="no",
         logging_strategy="no",
     )  # fmt: skip
     hh.DistillationTrainer(student, slot.teacher, args, train_dataset=data).train()
-    held_out = rows(TEACHERS[NAME].mix, "score", 0, truth.SELECT_ROWS).dataset().select(range(len(found)))
+    held_out = rows(TEACHERS[NAME].mix, "score", 0, SELECT_ROWS).dataset().select(range(len(found)))
     theirs = held_out_kl(student, slot.teacher, held_out)
     assert found[:, 0].tolist() == pytest.approx(theirs.per_sequence, abs=2e-4)
 
