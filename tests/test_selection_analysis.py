@@ -1,0 +1,81 @@
+"""Regret, cost and recommendation from records written by hand."""
+
+import itertools
+import json
+import math
+
+import pytest
+import selection
+import selection_analysis as analysis
+import selection_report as report
+
+
+NAME, LAYERS = "qwen3-8-moved", 4
+SINGLES = {0: 1.0, 1: 0.6, 2: 0.5, 3: 0.9}
+PAIRS = {(0, 1): 0.5, (0, 2): 0.2, (0, 3): 0.8, (1, 2): 0.45, (1, 3): 0.55, (2, 3): 0.4}
+
+
+def line(layers, kl, seed=0):
+    select = {"3": [kl + 0.5 * (layers == [1]) - 0.5 * (layers == [3]), 0.01], "24": [kl, 0.01]}
+    return {"teacher": NAME, "seed": seed, "layers": layers, "steps": 24, "kl": kl, "select": select}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    lines = [line([], 2.0)]
+    lines += [line([layer], kl) for layer, kl in SINGLES.items()] + [
+        line(list(pair), kl) for pair, kl in PAIRS.items()
+    ]
+    lines += [line([0, 2], 0.5, seed=1), line([1, 2], 0.4, seed=1)]
+    (tmp_path / f"{NAME}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    (tmp_path / "methods").mkdir()
+    cost = {"tokens": 0, "tokens_forward": 30000, "seconds": 1.5, "values": {}}
+    good = {"method": "good", "sets": {"1": [2], "2": [0, 2]}} | cost
+    bad = {"method": "bad", "sets": {"1": [0], "2": [0, 3]}} | cost
+    dear = {"method": "dear", "sets": {"1": [2], "2": [0, 2]}} | cost | {"tokens": 10**6}
+    text = "".join(json.dumps(entry) + "\n" for entry in (good, bad, dear))
+    (tmp_path / "methods" / f"{NAME}_0.jsonl").write_text(text + '{"method": "cut sh')
+    return tmp_path
+
+
+def test_a_set_is_judged_with_every_seed_that_it_was_distilled_with(cache):
+    ground = analysis.read_ground(cache, NAME)
+    assert ground.num_layers == LAYERS
+    assert ground.regret([2, 0]) == (pytest.approx((0.0 + 0.1) / 2), 2)
+    assert ground.regret([0, 1]) == (pytest.approx(0.3), 1)
+    value, count = ground.regret([0, 1, 2])
+    assert math.isnan(value) and count == 0
+    assert ground.best_on_average(1) == (2,)
+    assert ground.expected_of_random(2) == pytest.approx(sum(PAIRS.values()) / 6 - 0.2)
+    assert ground.expected_of_random(3) is None
+    assert analysis.read_ground(cache, "llama-8") is None
+
+
+def test_the_table_and_what_it_recommends(cache):
+    result = selection.analyse(cache, [NAME, "llama-8"], [1, 2])
+    rows = {row["method"]: row for row in result["methods"]}
+    assert rows["good"]["by_k"] == {1: {NAME: 0.0}, 2: {NAME: 0.05}}
+    assert rows["good"]["regret"] == pytest.approx(0.025) and rows["good"]["test"] is None
+    assert rows["bad"]["by_k"][1] == {NAME: 0.5} and rows["bad"]["by_k"][2] == {NAME: 0.6}
+    # GA-S2 takes the two best singles, which are not the best pair, and after three steps others.
+    assert rows["ga-s2"]["by_k"][2][NAME] == pytest.approx((0.25 + 0.0) / 2, abs=1e-4)
+    assert rows["ga-s2, 3 steps"]["by_k"][1][NAME] == pytest.approx(0.4)
+    assert rows["ga-s2"]["cost"] == 1.0 and rows["ga-s2"]["tokens"] == LAYERS * 24 * 8 * 128
+    assert rows["good"]["cost"] < 0.1 < rows["dear"]["cost"]
+    assert result["recommended"] == "good"
+    with pytest.raises(ValueError, match="no selector cost"):
+        analysis.recommend([row for row in result["methods"] if row["method"] == "dear"])
+
+
+def test_chosen_sets_that_nobody_distilled_are_named(cache):
+    ground = analysis.read_ground(cache, NAME)
+    found = analysis.choices(cache, ground, [1, 2, 3])
+    assert analysis.unmeasured(ground, found, seed=0) == [(0, 2, 3), (1, 2, 3)]  # GA-S2's, early and late
+    assert (2,) in analysis.unmeasured(ground, found, seed=1)
+
+
+def test_overlap_by_chance_is_the_mean_over_all_lists():
+    fixed = {0, 1, 2}
+    lists = [set(c) for c in itertools.combinations(range(7), 2)]
+    mean = sum(len(fixed & s) / len(fixed | s) for s in lists) / len(lists)
+    assert report.expected_jaccard(7, 3, 2) == pytest.approx(mean)
