@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from family_models import tiny_model
 from finetuning import TEXTS, hybrid, losses, settings, texts, tokenizer
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -60,6 +61,22 @@ def test_default_targets_reach_every_layer():
     assert set(hh.lora_targets(hybrid())) == names
     adapters = {n.split(".lora_A")[0].split(".layers.")[1] for n, _ in adapted.named_parameters() if ".lora_A" in n}
     assert adapters == {f"{i}.{name}" for i in range(6) for name in names}
+
+
+def test_a_lora_config_without_targets_reaches_every_layer(tmp_path):
+    trainer = train(hybrid(), tmp_path, LoraConfig(task_type="CAUSAL_LM", r=4), max_steps=1)
+    assert str(hh.adapter_coverage(trainer.model)) == EVERY_LAYER
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "persimmon", "deepseek_v3", "opt", "afmoe"])
+def test_peft_finds_by_itself_what_is_read_off_the_model(model_type):
+    model = hh.convert(tiny_model(model_type), [0, 2])
+    targets = set(hh.lora_targets(model))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2))
+    found = {n.split(".lora_A")[0].split(".layers.")[1][2:] for n, _ in adapted.named_parameters() if ".lora_A" in n}
+    gates = {"self_attn.gate_proj"}  # not every family has one, and PEFT's own defaults leave gates alone
+    assert found - gates == targets - gates
+    assert hh.adapter_coverage(adapted).missed == []
 
 
 @pytest.mark.parametrize("layers", [(), range(6)])
