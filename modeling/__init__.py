@@ -20,7 +20,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridForCausalLM._
 if is_peft_available():
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    # Where a LoraConfig has no targets PEFT takes them from here, by model type: a pattern for whoever the teacher was.
+    # Where a LoraConfig has no targets PEFT takes them from here, by model type: a pattern, whoever the teacher was.
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[HybridConfig.model_type] = (
         r".*\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|q_gate_proj|q_a_proj|q_b_proj"
         r"|kv_a_proj_with_mqa|kv_b_proj|o_proj|out_proj|dense)"
