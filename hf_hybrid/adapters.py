@@ -48,8 +48,8 @@ def lora_config(model: Any, *, mixers: str = "lora", **kwargs: Any) -> LoraConfi
     Returns a `peft.LoraConfig` whose targets are the attention projections of every layer, softmax and linear, for any
     trainer that takes a `peft_config` and for `peft.get_peft_model`.
 
-    A hybrid's projections have its teacher's names (`q_proj`, `qkv_proj`, `q_a_proj`, ...), so the targets are read off
-    the model. A `LoraConfig` without targets reaches the same projections, by a pattern of the usual names.
+    A hybrid's projections have its teacher's names (`q_proj`, `qkv_proj`, `q_a_proj`, ...), so the targets are read
+    off the model. A `LoraConfig` without targets reaches the same projections, by a pattern of the usual names.
 
     Args:
         model ([`HybridForCausalLM`]): the hybrid, from `hf_hybrid` or loaded with `trust_remote_code`.
