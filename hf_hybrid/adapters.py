@@ -7,11 +7,19 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .modeling import HybridConfig
 from .modeling.modeling_hybrid import decoder_layers
 
+
+# Where a LoraConfig has no targets PEFT takes them from here, by model type: a pattern, whoever the teacher was.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[HybridConfig.model_type] = (
+    r".*\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|q_gate_proj|q_a_proj|q_b_proj"
+    r"|kv_a_proj_with_mqa|kv_b_proj|o_proj|out_proj|dense)"
+)
 
 MIXER_TRAINING = ("lora", "gates", "full")
 

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import hf_hybrid.adapters  # noqa: F401  tells PEFT the default targets of hybrids
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 

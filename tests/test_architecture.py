@@ -107,17 +107,14 @@ def test_modeling_is_flat() -> None:
 @per_travelling_file
 def test_travelling_file_imports_only_what_loads_anywhere(file: Path) -> None:
     allowed = TRAVELLING_LIBRARIES | TRAVELLING_STDLIB
-    # `__init__.py` stays behind, and tells PEFT, where it is installed, what a hybrid's default targets are.
-    guarded = {"fla", "peft"} if file.name == "__init__.py" else {"fla"}
     assert sys.stdlib_module_names >= TRAVELLING_STDLIB
     problems = []
     for node, name in imports(parse(file), package_of(file)):
         root = name.split(".")[0]
         if isinstance(node, ast.ImportFrom) and node.level:
             continue
-        if root not in allowed | guarded:
-            names = f"{', '.join(sorted(allowed))}, guarded {', '.join(sorted(guarded))}"
-            problems.append(at(file, node, f"imports {name}; allowed are {names}"))
+        if root not in allowed | {"fla"}:
+            problems.append(at(file, node, f"imports {name}; allowed are {', '.join(sorted(allowed))}, guarded fla"))
     # The library's own reading: what it finds outside `try` and `is_..._available()` must be installed to load.
     unguarded = set(get_imports(file)) - allowed
     if unguarded:
