@@ -186,8 +186,9 @@ def watch(event, arguments):
         ours |= "transformers_modules" in frame.f_code.co_filename
         importing |= "importlib" in frame.f_code.co_filename
         frame = frame.f_back
-    # The library reads the source of a class to see which attention it can have.
-    own_source = event == "open" and "transformers_modules" in str(arguments[0]) and arguments[1] == "r"
+    # The library reads the source of a class, the teacher's too, to see which attention and experts it can have.
+    sources = ("transformers_modules", "transformers/models/")
+    own_source = event == "open" and arguments[1] == "r" and any(part in str(arguments[0]) for part in sources)
     if ours and not importing and not own_source:
         seen.append((event, str(arguments)[:200]))
 watching = False
