@@ -195,9 +195,14 @@ def _seed_spread(own: list[Choice], by_name: dict[str, Ground], ks: Iterable[int
     return round(statistics.fmean(spreads), 4) if spreads else None
 
 
-def recommend(table: list[dict[str, Any]], limit: float = 0.1) -> str:
-    """The selector with the lowest regret on the teachers for development, of those within `limit` of GA-S2's cost."""
+def recommend(table: list[dict[str, Any]], limit: float = 0.1, noise: float = 0.02) -> str:
+    """
+    Of the selectors within `limit` of GA-S2's cost, the cheapest of those whose regret on the teachers for development
+    is within `noise` of the lowest: the standard error of one set's KL over the held-out rows is 0.02 to 0.05.
+    """
     rows = [row for row in table if row["dev"] and row["cost"] is not None and row["cost"] <= limit]
     if not rows:
         raise ValueError(f"no selector cost {limit} of GA-S2's or less; run more of them.")
-    return min(rows, key=lambda row: (row["dev"]["regret"], row["cost"]))["method"]
+    lowest = min(row["dev"]["regret"] for row in rows)
+    good = [row for row in rows if row["dev"]["regret"] <= lowest + noise]
+    return min(good, key=lambda row: (row["cost"], row["dev"]["regret"]))["method"]

@@ -45,8 +45,9 @@ def plot_steps(ground: analysis.Ground, path: Path) -> None:
 def plot_costs(table: list[dict[str, Any]], recommended: str, path: Path) -> None:
     """Regret on the test teachers over cost relative to GA-S2."""
     figure, axes = _figure(7.0, 4.4)
+    most = max(row["test"]["teachers"] for row in table if row["test"])
     for row in table:
-        if row["test"] is None or row["cost"] is None:
+        if row["test"] is None or row["cost"] is None or row["test"]["teachers"] < most:
             continue
         cost = max(row["cost"], 1e-3)
         colour = "#d95f02" if row["method"] == recommended else "#1b9e77" if "ga-s2" in row["method"] else "#8da0cb"

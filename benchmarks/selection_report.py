@@ -36,6 +36,7 @@ def write(results: Path) -> None:
         "SEEDS": seed_table(grounds, found),
         "INTERACTIONS": interactions(grounds),
         "UNIFORM": uniform_table(grounds, found),
+        "UNIFORM_ON_TEXT": uniform_table(grounds, found, "text"),
         "PUBLISHED": published_table(published),
         "COVERAGE": coverage(result),
     }
@@ -176,15 +177,32 @@ def interactions(grounds: list[analysis.Ground]) -> str:
     return _table(["teacher", "seed", "two best singles", "KL", "best pair", "KL", "difference", "pairs"], rows)
 
 
-def uniform_table(grounds: list[analysis.Ground], found: dict[str, list[analysis.Choice]]) -> str:
+def uniform_table(grounds: list[analysis.Ground], found: dict[str, list[analysis.Choice]], kind: str = "") -> str:
+    """Regret of the rules of thumb at K=2, on all rows or on those of one kind."""
     rows = []
     for ground in grounds:
         cells = [ground.name]
         for rule in ("uniform", "uniform-last", "uniform-centre", "first", "last"):
             choice = next((c for c in found[ground.name] if c.method == rule), None)
-            cells.append(_number(ground.regret(choice.sets[2])[0]) if choice else "")
-        rows.append([*cells, _number(ground.expected_of_random(2))])
-    return _table(["teacher, K=2", "uniform", "-last", "-centre", "first", "last", "random"], rows)
+            if choice is None:
+                cells.append("")
+            elif kind:
+                cells.append(_number(_of_kind(ground, choice.sets[2], kind)))
+            else:
+                cells.append(_number(ground.regret(choice.sets[2])[0]))
+        rows.append(cells if kind else [*cells, _number(ground.expected_of_random(2))])
+    header = ["teacher, K=2", "uniform", "-last", "-centre", "first", "last"]
+    return _table(header if kind else [*header, "random"], rows)
+
+
+def _of_kind(ground: analysis.Ground, layers: analysis.Set, kind: str) -> float | None:
+    """KL on rows of one kind above that of the set that is best on all rows, mean over student seeds."""
+    gaps = []
+    for seed, records in ground.records.items():
+        if layers in records:
+            best = records[ground.best(seed, len(layers))[0]]
+            gaps.append(records[layers]["kinds"][kind] - best["kinds"][kind])
+    return statistics.fmean(gaps) if gaps else None
 
 
 def published_table(published: dict[str, Any]) -> str:
@@ -216,7 +234,7 @@ def coverage(result: dict[str, Any]) -> str:
     for name, about in result["teachers"].items():
         cells = []
         for k in ("1", "2", "3"):
-            counts = {seed: len(sets) for seed, sets in about["sets"][k].items()}
+            counts = about["sets"][k]
             cells.append(", ".join(str(counts[seed]) for seed in sorted(counts)))
         rows.append([name, *cells, str(len(about["unmeasured"]))])
     text = "Sets distilled, by student seed; the last column counts chosen sets that were not distilled."
