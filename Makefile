@@ -42,8 +42,12 @@ demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to e
 	$(BIN)/hf-hybrid demo --output $(OUTPUT)
 
 .PHONY: test
-test: $(READY) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+test: $(READY) ## run the tests, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(READY) ## run the slow tests: kills by the dozen, two processes, every scoring method, compiled decoding
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
 
 .PHONY: test-fla
 test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU, in Triton's interpreter
