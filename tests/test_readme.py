@@ -32,7 +32,7 @@ def test_python_example(tmp_path):
         assert done.returncode == 0, done.stderr
         if code is first:
             assert re.search(r"^\[\d, \d\] ", done.stdout, flags=re.M), done.stdout
-            assert "held-out KL with one layer restored" in done.stdout
+            assert "held-out KL with the layer restored to softmax" in done.stdout
 
 
 def test_recipe_is_valid():
