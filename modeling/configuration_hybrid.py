@@ -32,8 +32,7 @@ _MIRRORED = frozenset(
 )
 # Read from either config, so kept in both.
 _SET_ON_BOTH = frozenset({"output_attentions", "output_hidden_states"})
-# Probed by the library on every config: answering from the nested config would make it process them twice.
-_NOT_INHERITED = frozenset({"text_config", "rope_parameters", "per_layer_config"})
+_NOT_INHERITED = frozenset({"text_config", "per_layer_config"})
 
 
 class HybridConfig(PreTrainedConfig):
@@ -167,17 +166,29 @@ class HybridConfig(PreTrainedConfig):
 
     def __setattr__(self, key: str, value: Any) -> None:
         nested = isinstance(self.__dict__.get("text_config"), PreTrainedConfig)
-        if nested and (key in _MIRRORED or key in _SET_ON_BOTH):
+        of_the_teacher = nested and (key in _MIRRORED or self._is_a_setting_of_the_teacher(key))
+        if of_the_teacher or (nested and key in _SET_ON_BOTH):
             setattr(self.text_config, key, value)
-        if not nested or key not in _MIRRORED:
+        if not of_the_teacher:
             super().__setattr__(key, value)
 
     def __getattr__(self, key: str) -> Any:
         text_config = self.__dict__.get("text_config")
         private = key.startswith("_") and key not in _MIRRORED
-        if private or key in _NOT_INHERITED or not isinstance(text_config, PreTrainedConfig):
+        if private or self._is_not_inherited(key) or not isinstance(text_config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
         return getattr(text_config, key)
+
+    def _is_not_inherited(self, key: str) -> bool:
+        # While it builds a config, the library processes the rotary settings that it finds: those of the nested config
+        # would be processed twice.
+        return key in _NOT_INHERITED or (key == "rope_parameters" and "_post_init_done" not in self.__dict__)
+
+    def _is_a_setting_of_the_teacher(self, key: str) -> bool:
+        """Whether the teacher's class declares `key` and this one does not: only the backbone would read it."""
+        teacher: Any = type(self.text_config)
+        own, theirs = type(self).__dataclass_fields__, teacher.__dataclass_fields__
+        return key not in own and (key in theirs or key in teacher.attribute_map) and not self._is_not_inherited(key)
 
 
 def _softmax_layer_types(text_config: PreTrainedConfig) -> list[str]:

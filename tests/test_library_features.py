@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,41 @@ class TestTheClass:
         for config in configs:
             assert (config.layer_types, config.softmax_layer_types) == (mixed, kinds)
         assert hh.HybridForCausalLM(configs[3]).linear_attention_layers == [0, 2]
+
+    def test_settings_of_the_teacher_reach_its_backbone(self, tmp_path):
+        sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 9}
+        config = hh.HybridConfig(text_config=LlamaConfig(**sizes), intermediate_size=24, rms_norm_eps=0.5)
+        config.attention_bias, config.not_a_setting_of_llamas = True, 1
+        backbone = hh.HybridForCausalLM(config).model
+        assert backbone.layers[0].mlp.up_proj.out_features == 24 and backbone.norm.variance_epsilon == 0.5
+        assert backbone.layers[0].self_attn.o_proj.bias is not None
+        assert (
+            "attention_bias" not in config.to_dict() and "not_a_setting_of_llamas" not in config.text_config.to_dict()
+        )
+        config.save_pretrained(tmp_path)
+        again = hh.HybridConfig.from_pretrained(tmp_path, attention_dropout=0.25)
+        assert again.text_config.attention_bias and again.text_config.attention_dropout == 0.25
+        assert again.not_a_setting_of_llamas == 1
+
+    @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+    def test_rotary_settings_are_the_teachers(self, name, tmp_path):
+        model, ids = hybrid(COPY), tokens(1, 20)
+        assert model.config.rope_parameters is model.config.text_config.rope_parameters
+        yarn = model.config.rope_parameters | {"rope_type": "yarn", "factor": 4.0}
+        teacher = tiny_teacher()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of rope_scaling, which everyone has in their scripts
+            for each in (model, teacher):
+                each.save_pretrained(tmp_path / type(each).__name__)
+                setattr(each.config, name, dict(yarn))
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "HybridForCausalLM", **{name: dict(yarn)})
+        wanted = type(teacher)(teacher.config)
+        wanted.load_state_dict(teacher.state_dict())
+        configured = hh.HybridForCausalLM(model.config)
+        configured.load_state_dict(model.state_dict())
+        assert not torch.equal(logits(wanted.eval(), ids), logits(teacher, ids))
+        for each in (loaded, configured.eval()):
+            assert torch.equal(logits(each, ids), logits(wanted, ids))
 
     def test_a_teacher_with_linear_layers_of_its_own_is_refused(self):
         for build in (
