@@ -25,7 +25,8 @@ from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_TEACHERS = ["embedded", "qwen3-8-drop"]
-QUICK_METHODS = [label for label in methods.METHODS if label not in ("gates", "shared", "path-gradient")]
+TOO_LONG = ("gates", "shared", "path-gradient", "distilled-greedy", "smart")
+QUICK_METHODS = [label for label in methods.METHODS if label not in TOO_LONG]
 
 
 def parse_args() -> argparse.Namespace:

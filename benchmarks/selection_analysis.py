@@ -10,7 +10,7 @@ from typing import Any
 
 import selection_methods as methods
 import selection_truth as truth
-from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS
+from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS, num_layers_of
 
 
 Set = tuple[int, ...]
@@ -64,8 +64,7 @@ def read_ground(cache: Path, name: str) -> Ground | None:
         records[record["seed"]][tuple(record["layers"])] = record
     if not records:
         return None
-    layers = {layer for r in records.values() for s in r for layer in s}
-    return Ground(name, max(layers) + 1, dict(records))
+    return Ground(name, num_layers_of(name), dict(records))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The teachers of the selection benchmark and the rows that its students are aligned, distilled and measured on."""
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ def load_teacher(name: str) -> Any:
     if name == "embedded":
         return hh.embedded_teacher()
     return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32).eval()
+
+
+def num_layers_of(name: str) -> int:
+    """The number of layers of a teacher."""
+    folder = Path(hh.__file__).parent / "embedded_teacher" if name == "embedded" else FOLDER / name
+    return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
 
 
 @dataclass

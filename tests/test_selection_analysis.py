@@ -21,7 +21,8 @@ def line(layers, kl, seed=0):
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "num_layers_of", lambda name: LAYERS)
     lines = [line([], 2.0)]
     lines += [line([layer], kl) for layer, kl in SINGLES.items()] + [
         line(list(pair), kl) for pair, kl in PAIRS.items()
@@ -79,3 +80,17 @@ def test_overlap_by_chance_is_the_mean_over_all_lists():
     lists = [set(c) for c in itertools.combinations(range(7), 2)]
     mean = sum(len(fixed & s) / len(fixed | s) for s in lists) / len(lists)
     assert report.expected_jaccard(7, 3, 2) == pytest.approx(mean)
+
+
+def test_the_page_is_what_the_committed_results_say(tmp_path, monkeypatch):
+    committed = report.DOCS / "selection.md"
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    report.write(selection.RESULTS)
+    assert (tmp_path / "selection.md").read_text() == committed.read_text()
+    assert "{{" not in committed.read_text()
+    assert (tmp_path / "selection_steps.png").stat().st_size < 200_000
+    result = json.loads((selection.RESULTS / "selection.json").read_text())
+    again = json.loads(
+        json.dumps(selection.analyse(selection.RESULTS / "selection", list(result["teachers"]), [1, 2, 3]))
+    )
+    assert again["recommended"] == result["recommended"] and again["methods"] == result["methods"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import selection_methods as methods
 import selection_student as students
 import selection_truth as truth
 import torch
@@ -102,3 +103,17 @@ def test_wanted_sets_resume_and_start_with_the_best_pair(tmp_path):
     assert list(truth.wanted_sets("t", 4, 0, [0, 2], tmp_path)) == [[], [0, 2], [0, 3], [1, 2], [2, 3]]
     assert list(truth.wanted_sets("t", 4, 0, [3], tmp_path))[:2] == [[0, 1, 3], [1, 2, 3]]
     assert list(truth.wanted_sets("t", 4, 1, [-1], tmp_path))[0] == [0, 1, 2]
+
+
+def test_selectors_run_through_score_layers(slot, tmp_path):
+    student = student_of(slot, students.fresh_values(NAME, 3))
+    train = rows(TEACHERS[NAME].mix, "train", 0, STEPS * BATCH).dataset()
+    held_out = rows(TEACHERS[NAME].mix, "score", 0, SELECT_ROWS).dataset().select(range(2))
+    for label in ("zero-shot-linearise", "uniform-last", "ablation-recall"):
+        found = methods.run_method(methods.METHODS[label], student, slot.teacher, train, held_out, 0, "cpu")
+        assert [len(found["sets"][k]) for k in methods.KS] == [1, 2, 3] and found["tokens"] == 0
+        if label == "uniform-last":
+            assert found["sets"] == {1: [5], 2: [2, 5], 3: [1, 3, 5]} and found["tokens_forward"] == 0
+        else:
+            assert set(found["values"]) == set(range(6)) and found["tokens_forward"] >= 6 * 2 * 128
+            assert found["sets"][3] == sorted(found["order"])
