@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distill, checkpointing": {"stage": "distill", "gradient_checkpointing": True},
     "distill, bf16 autocast": {"stage": "distill", "bf16": True},
     "distill, bf16 autocast, checkpointing": {"stage": "distill", "bf16": True, "gradient_checkpointing": True},
+    "distill, top 64 from disk": {"stage": "distill", "teacher_topk": 64},
+    "distill, top 64, checkpointing": {"stage": "distill", "teacher_topk": 64, "gradient_checkpointing": True},
     "align": {"stage": "align"},
     "align, two backbones": {"stage": "align", "two_backbones": True},
     "align, checkpointing": {"stage": "align", "gradient_checkpointing": True},
@@ -132,6 +134,8 @@ def measure(name: str) -> dict[str, Any]:
     size = Size(**SHAPE)
     two = bool(option.get("two_backbones")) or option["stage"] == "distill"
     kept = states(size, option["stage"], teacher_bytes=4, softmax_layers=2, two_backbones=two)
+    if option.get("teacher_topk"):
+        kept["teacher"] = 0
     peak = json.loads(done.stdout.splitlines()[-1])
     return {
         "option": name,
@@ -170,11 +174,15 @@ def run(name: str) -> int:
         vocab_size=SHAPE["vocab"],
         tie_word_embeddings=True,
     )
-    teacher = Qwen2ForCausalLM(config).eval()
+    teacher: Any = Qwen2ForCausalLM(config).eval()
     student = hh.convert(teacher, [] if stage == "align" else [2, 5])
     kinds: Any = {"align": (hh.AlignmentConfig, hh.AlignmentTrainer)}
     arguments, trainer = kinds.get(stage, (hh.DistillationConfig, hh.DistillationTrainer))
     with tempfile.TemporaryDirectory() as folder:
+        if "teacher_topk" in option:
+            k = option.pop("teacher_topk")
+            option["teacher_topk"] = str(hh.write_teacher_topk(teacher, rows, f"{folder}/topk", k, batch_size=ROWS))
+            teacher = None
         args = arguments(
             folder,
             max_steps=2,
@@ -216,6 +224,9 @@ What each option does, and how to set it:
   each mixer.
 - **bf16 autocast**, `bf16: true` in `training`: weights, gradients and AdamW stay in fp32; activations are halved on
   GPUs. On the CPU autocast keeps a bf16 copy of the weights, which here eats up the gain.
+- **The teacher's top k from disk**, `teacher_topk: 64` in a recipe's `distill`, or `hh.write_teacher_topk` and
+  `DistillationConfig(teacher_topk=FOLDER)`: see [scaling.md](scaling.md#the-teachers-top-k-from-disk). Measured together
+  with the pass that writes it.
 - **One backbone** is always on in the alignment, but for FSDP2 and DeepSpeed: only the teacher's layers run there, so
   the student's frozen weights are the teacher's tensors for the while. Compare "two backbones".
 

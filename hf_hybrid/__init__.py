@@ -15,9 +15,12 @@ if TYPE_CHECKING:
         AlignmentTrainer,
         DistillationConfig,
         DistillationTrainer,
+        HybridTrainer,
+        HybridTrainingArguments,
         LayerScores,
         held_out_kl,
         score_layers,
+        write_teacher_topk,
     )
 
 __version__ = "0.1.0"
@@ -32,6 +35,8 @@ _HOME = {
     "DistillationTrainer": "trainers",
     "HybridConfig": "modeling",
     "HybridForCausalLM": "modeling",
+    "HybridTrainer": "trainers",
+    "HybridTrainingArguments": "trainers",
     "LayerScores": "trainers",
     "adapter_coverage": "adapters",
     "convert": "conversion",
@@ -43,6 +48,7 @@ _HOME = {
     "score_layers": "trainers",
     "select_layers": "selection",
     "uniform_layers": "selection",
+    "write_teacher_topk": "trainers",
 }
 
 __all__ = [
@@ -54,6 +60,8 @@ __all__ = [
     "DistillationTrainer",
     "HybridConfig",
     "HybridForCausalLM",
+    "HybridTrainer",
+    "HybridTrainingArguments",
     "LayerScores",
     "adapter_coverage",
     "convert",
@@ -65,6 +73,7 @@ __all__ = [
     "score_layers",
     "select_layers",
     "uniform_layers",
+    "write_teacher_topk",
 ]
 
 

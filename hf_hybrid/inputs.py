@@ -9,13 +9,13 @@ import torch
 import transformers
 
 from hf_hybrid.trainers.durable import read_json, write_json
+from hf_hybrid.trainers.teacher_pass import tensor_digest
 
 from . import __version__
 from .folder import has_work
 
 
 _FILE = "inputs.json"
-_SAMPLE = 64
 _PROBE = "A probe: naïve x_1 = 10**-3;\n\tif 中 < Ω and   spaces…"
 # Where a model lies and who wrote its config say nothing about what it computes.
 _NO_MATTER = frozenset({"_name_or_path", "transformers_version"})
@@ -66,7 +66,7 @@ def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:
     words += str(tokenizer(_PROBE)["input_ids"])
     return {
         "config": {name: value for name, value in config.items() if name not in _NO_MATTER},
-        "tensors": {name: _digest(tensor) for name, tensor in teacher.state_dict().items()},
+        "tensors": {name: tensor_digest(tensor) for name, tensor in teacher.state_dict().items()},
         "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:16],
         "versions": {
             "hf_hybrid": __version__,
@@ -74,14 +74,6 @@ def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
-    hashed = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    hashed.update(sample.view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ _MANAGED = frozenset(
         "load_best_model_at_end",
         "save_only_model",
         "disable_tqdm",
+        "teacher_topk",
     }
 )
 
@@ -98,11 +99,19 @@ class AlignStage(StageConfig):
 
 @dataclass(kw_only=True)
 class DistillStage(StageConfig):
-    """[`StageConfig`] of the distillation, with the rates of arXiv 2512.20569's released code."""
+    """
+    [`StageConfig`] of the distillation, with the rates of arXiv 2512.20569's released code.
+
+    Args:
+        teacher_topk (`int`, *optional*): run the teacher over the training rows once, keep the log-probabilities of
+            this many tokens at each position on disk, and train on them without the teacher in memory; the loss is
+            then a lower bound of the KL. See [`~hf_hybrid.write_teacher_topk`].
+    """
 
     tokens: int
     learning_rate: float = 7e-6
     mixer_learning_rate: float | None = 1e-4
+    teacher_topk: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -215,6 +224,10 @@ class Recipe:
             raise ValueError(f"dtype={self.dtype!r} is unknown; choose auto, float32, bfloat16 or float16.")
         if self.data.on_the_fly and self.training.get("dataloader_num_workers"):
             raise ValueError("training.dataloader_num_workers is set, but data.on_the_fly reads in the main process.")
+        if self.distill.teacher_topk is not None and self.data.on_the_fly:
+            raise ValueError(
+                "distill.teacher_topk goes by the rows' indices, and rows made by data.on_the_fly have none."
+            )
         managed = sorted(_MANAGED & set(self.training))
         if managed:
             raise ValueError(f"training.{managed[0]} is set from the recipe's own stages; set it there.")
@@ -301,8 +314,8 @@ def find_recipe(name: str) -> Path:
 
 def _check_stage(name: str, stage: StageConfig, block_size: int) -> None:
     tokens = "tokens_per_layer" if isinstance(stage, ScoreStage) else "tokens"
-    for key in (tokens, "batch_size", "checkpoints", "micro_batch_size", "block_size"):
-        value = getattr(stage, key)
+    for key in (tokens, "batch_size", "checkpoints", "micro_batch_size", "block_size", "teacher_topk"):
+        value = getattr(stage, key, None)
         if value is not None and value < 1:
             raise ValueError(f"{name}.{key}={value} is too small; pass at least 1.")
     for key in ("learning_rate", "mixer_learning_rate", "final_learning_rate"):

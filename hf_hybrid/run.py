@@ -41,6 +41,7 @@ from .stages import (
     check_training,
     cut_for,
     join,
+    keep_topk,
     rows_needed,
     steps_of,
     stream_for,
@@ -206,7 +207,7 @@ class _Run:
     def _check(self) -> None:
         """Finds what cannot work before hours are spent on the stages before it."""
         recipe = self.recipe
-        check_training(recipe, self.folder)
+        check_training(recipe, self.folder, self.teacher)
         check_teacher(self.teacher)
         changed = on_main(lambda: check_inputs(self.folder, self.teacher, self.tokenizer))
         if changed is not None:
@@ -279,10 +280,14 @@ class _Run:
             if needed > there:
                 text = f"the text has {there} rows, {needed} are trained on: each is used {needed / there:.1f} times"
                 self.listener(Event(name, "note", text=text))
-        trainer = train(self.recipe, name, student, self.teacher, rows, self._checkpoints(name), self.listener)
+        topk = keep_topk(self.recipe, name, self.teacher, rows, self._checkpoints(name), self.listener)
+        teacher = self.teacher if topk is None else None
+        if teacher is None:
+            del self._pair  # what it says is on disk; the next stage loads it again
+        trainer = train(self.recipe, name, student, teacher, rows, self._checkpoints(name), self.listener, topk)
         weights = trainer.whole_state_dict()
         on_main(lambda: self._publish_student(name, student, trainer.state, weights))
-        if is_sharded(self.teacher):
+        if topk is None and is_sharded(self.teacher):
             del self._pair  # the next stage may want it whole
 
     def _publish_student(self, name: str, student: Any, state: TrainerState, weights: dict[str, Any] | None) -> None:
@@ -375,11 +380,8 @@ class _Run:
 
     def _report(self) -> None:
         r, scores = self.recipe, self.scores
-        listed = (
-            []
-            if scores is None
-            else [{"layer": s.layer, "kl": s.kl, "value": s.value, "sem": s.sem} for s in scores.scores]
-        )
+        found = [] if scores is None else scores.scores
+        listed = [{"layer": s.layer, "kl": s.kl, "value": s.value, "sem": s.sem} for s in found]
         report = {
             "teacher": r.teacher,
             "num_layers": self.teacher.config.num_hidden_layers,

@@ -21,13 +21,14 @@ from hf_hybrid.trainers import (
     DistillationTrainer,
     HybridTrainer,
     HybridTrainingArguments,
+    write_teacher_topk,
 )
 from hf_hybrid.trainers.checkpoints import checkpoints_in, damage, newest_checkpoint, seal
 from hf_hybrid.trainers.processes import num_processes, on_main
 from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
 
 from .data import CutRows
-from .recipe import Recipe, StageConfig
+from .recipe import DistillStage, Recipe, StageConfig
 from .stream import KeepPosition, PackedStream, go_on
 
 
@@ -181,22 +182,49 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         ) from error
 
 
-def check_training(recipe: Recipe, folder: Path) -> None:
+def check_training(recipe: Recipe, folder: Path, teacher: Any) -> None:
     """Raises a `ValueError` where some stage's arguments do not hold, before anything is computed."""
     for name in recipe.stages():
         training_arguments(recipe, name, folder)
+    k, vocabulary = recipe.distill.teacher_topk, teacher.config.get_text_config().vocab_size
+    if k is not None and k > vocabulary:
+        raise ValueError(f"distill.teacher_topk={k} is more than the teacher's vocabulary of {vocabulary}; pass less.")
+
+
+def keep_topk(recipe: Recipe, name: str, teacher: Any, rows: Any, folder: Path, listener: Listener) -> Path | None:
+    """The folder below `folder` with what `teacher` says of `rows`, made now or found; None where none is wanted."""
+    stage = recipe.stages()[name]
+    k = stage.teacher_topk if isinstance(stage, DistillStage) else None
+    if k is None:
+        return None
+
+    def report(done: int, total: int) -> None:
+        listener(Event(name, "step", done, total, "rows of the teacher's top k"))
+
+    size = stage.micro_batch_size or stage.batch_size
+    return write_teacher_topk(teacher, rows, folder / "teacher_topk", k, batch_size=size, progress=report)
 
 
 def train(
-    recipe: Recipe, name: str, student: Any, teacher: Any, rows: Any, folder: Path, listener: Listener
+    recipe: Recipe,
+    name: str,
+    student: Any,
+    teacher: Any,
+    rows: Any,
+    folder: Path,
+    listener: Listener,
+    topk: Path | None = None,
 ) -> HybridTrainer:
     """
     Trains `student` through the stage `name`, from the newest complete checkpoint in `folder` if there is one.
+    `teacher` is None where `topk` has what it says of `rows`.
 
     Returns the Trainer, whose `state.log_history` holds the losses since the stage's start, whatever killed it in
     between, as if nothing had. A loss or gradient that is not finite raises a `ValueError`.
     """
-    args = training_arguments(recipe, name, folder)
+    args: Any = training_arguments(recipe, name, folder)
+    if topk is not None:
+        args.teacher_topk = str(topk)
     set_seed(recipe.seed)
     if name == "finetune":
         trainer: HybridTrainer = HybridTrainer(model=student, args=args, train_dataset=rows)

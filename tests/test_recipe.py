@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from runs import tiny_recipe
+from teachers import tiny_teacher
 
 from hf_hybrid.recipe import Recipe, find_recipe
 from hf_hybrid.stages import check_training, rows_needed, steps_of, training_arguments
@@ -111,14 +112,14 @@ def test_stages_become_arguments_of_the_trainers(tmp_path: Path) -> None:
     assert steps_of(recipe, "score") == 2 and steps_of(recipe, "finetune") == 4
     assert rows_needed(recipe) == 32
     with pytest.raises(ValueError, match="training: .*'bf17'; it takes fields of TrainingArguments"):
-        check_training(Recipe.from_dict(changed(training={"bf17": True})), tmp_path)
+        check_training(Recipe.from_dict(changed(training={"bf17": True})), tmp_path, tiny_teacher())
 
 
 @pytest.mark.parametrize("name", ["demo", "qwen2.5-3b"])
 def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     recipe = Recipe.load(find_recipe(name))
     recipe.training = recipe.training | {"use_cpu": True}
-    check_training(recipe, tmp_path)
+    check_training(recipe, tmp_path, tiny_teacher())
     if name == "qwen2.5-3b":
         assert (
             steps_of(recipe, "align") == 2035 and steps_of(recipe, "distill") == 4578

@@ -6,6 +6,7 @@ from .held_out import HeldOutKL, held_out_kl
 from .hybrid_trainer import HybridTrainer, HybridTrainingArguments
 from .scores import LayerScore, LayerScores
 from .scoring import score_layers
+from .teacher_pass import write_teacher_topk
 
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "LayerScores",
     "held_out_kl",
     "score_layers",
+    "write_teacher_topk",
 ]

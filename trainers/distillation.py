@@ -1,11 +1,18 @@
 """Stage 2: the hybrid learns the teacher's output distribution."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .losses import check_logit_function, chunked_kl_per_token, logit_function, masked_mean
+from .losses import (
+    check_logit_function,
+    chunked_kl_per_token,
+    chunked_topk_kl_per_token,
+    logit_function,
+    masked_mean,
+)
+from .teacher_topk import ROW, NumberedRows, TeacherTopK
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
 
@@ -20,30 +27,72 @@ class DistillationConfig(TeacherTrainingArguments):
     Args:
         chunk_tokens (`int`, *optional*):
             Tokens whose logits are held at once; by default as many as keep them within 64 MiB per model in fp32.
+        teacher_topk (`str`, *optional*):
+            Folder of [`~hf_hybrid.write_teacher_topk`] for `train_dataset`, from which the teacher's distributions
+            come in place of a forward pass. The loss is then that of `k + 1` outcomes, a lower bound of the KL: see
+            [`~hf_hybrid.trainers.losses.topk_kl_per_token`].
     """
 
     learning_rate: float = field(default=7e-6, metadata={"help": "Learning rate of all parameters but the mixers'."})
     mixer_learning_rate: float | None = field(default=1e-4, metadata={"help": "Learning rate of the mixers."})
     lr_scheduler_type: Any = field(default="constant", metadata={"help": "Schedule of the learning rates."})
     chunk_tokens: int | None = field(default=None, metadata={"help": "Tokens whose logits are held at once."})
+    teacher_topk: str | None = field(
+        default=None, metadata={"help": "Folder of write_teacher_topk, read in place of running the teacher."}
+    )
 
 
 class DistillationTrainer(TeacherTrainer):
     """
     Trains all of the student on `KL(teacher || student)` at temperature 1, the mean over all tokens that are not
     padding, in nats per token. The teacher's entropy is part of it: a student equal to its teacher scores 0.
+
+    With `args.teacher_topk` the teacher may be None, unless there is an `eval_dataset`, which is measured with it.
     """
 
     args: DistillationConfig
     _tag_names = ["hf-hybrid", "distillation"]
 
+    def __init__(self, model: Any, teacher: Any, args: DistillationConfig, **kwargs: Any) -> None:
+        self.topk = None if args.teacher_topk is None else TeacherTopK(args.teacher_topk)
+        if self.topk is not None:
+            rows = kwargs.get("train_dataset")
+            self.topk.check(rows, model.config.get_text_config().vocab_size)
+            kwargs["train_dataset"] = NumberedRows(rows, self.topk)
+        if teacher is None and (self.topk is None or kwargs.get("eval_dataset") is not None):
+            missing = "args.teacher_topk" if self.topk is None else "it, for the eval_dataset is measured with it"
+            raise ValueError(f"teacher is None; pass {missing}.")
+        super().__init__(model=model, teacher=teacher, args=args, **kwargs)
+
     def check_teacher(self, teacher: Any) -> None:
         check_logit_function(teacher)
 
+    def batch_of(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        batch = super().batch_of(inputs)
+        return batch if ROW not in inputs else {**batch, ROW: inputs[ROW]}
+
     def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if ROW in inputs:
+            return self._topk_loss(student, inputs)
         teacher = self.accelerator.unwrap_model(self.teacher)
         kl = kl_of_batch(student, teacher, inputs, self.args.chunk_tokens)
         return masked_mean(kl, inputs.get("attention_mask"))
+
+    def _topk_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        topk = cast(TeacherTopK, self.topk)
+        batch = {name: column for name, column in inputs.items() if name != ROW}
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        logprobs, ids, tail = topk.of_rows(inputs[ROW].tolist(), mask.sum(1).tolist())
+        hidden = final_hidden_states(student, batch)[mask]
+        device = hidden.device
+        kl = chunked_topk_kl_per_token(
+            (logprobs.to(device), ids.to(device), tail.to(device)),
+            hidden,
+            logit_function(student),
+            vocab_size=topk.vocab_size,
+            chunk_tokens=self.args.chunk_tokens,
+        )
+        return masked_mean(kl)
 
 
 def kl_of_batch(

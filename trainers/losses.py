@@ -75,15 +75,83 @@ def chunked_kl_per_token(
             reference = teacher_logits(teacher_chunk)
         return kl_per_token(reference, student_logits(student_chunk))
 
+    return _in_chunks(chunk_kl, (teacher_hidden, student_hidden), chunk_tokens)
+
+
+def _in_chunks(
+    function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...], chunk_tokens: int
+) -> torch.Tensor:
+    """`function` of a chunk of tokens at a time, `[N]`; its backward pass computes each chunk once more."""
     pieces = []
-    for teacher_chunk, student_chunk in zip(
-        teacher_hidden.split(chunk_tokens), student_hidden.split(chunk_tokens), strict=True
-    ):
+    for chunks in zip(*(tensor.split(chunk_tokens) for tensor in tensors), strict=True):
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(chunk_kl, teacher_chunk, student_chunk, use_reentrant=False))
+            pieces.append(checkpoint(function, *chunks, use_reentrant=False))
         else:
-            pieces.append(chunk_kl(teacher_chunk, student_chunk))
+            pieces.append(function(*chunks))
     return torch.cat(pieces)
+
+
+def topk_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The `k` most likely tokens of a distribution and what is left for the others.
+
+    Args:
+        logits: `[..., V]`. Half precision is raised to fp32 first.
+
+    Returns:
+        Log-probabilities `[..., k]`, token ids `[..., k]`, and the logarithm of the mass of all other tokens `[...]`,
+        summed over their logits, for the difference of 1 and the first would be rounding: `-inf` where `k` is V.
+    """
+    logprobs = widen(logits).log_softmax(-1)
+    top, ids = logprobs.topk(k, -1)
+    return top, ids, logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+
+
+def topk_kl_per_token(
+    teacher_logprobs: torch.Tensor, ids: torch.Tensor, tail: torch.Tensor, student_logits: torch.Tensor
+) -> torch.Tensor:
+    """
+    `KL(teacher || student)` of each token over `k + 1` outcomes, in nats: the tokens `ids`, and "any other".
+
+    A lower bound of [`kl_per_token`], for what is told apart less differs less (the data processing inequality); equal
+    to it where `k` is V, or where both models spread the rest in the same proportions.
+
+    Args:
+        teacher_logprobs, ids, tail: `[..., k]`, `[..., k]` and `[...]`, as [`topk_of_logits`] gives them. They are
+            scaled to a sum of 1, which rounding to half precision misses.
+        student_logits: `[..., V]`. Half precision is raised to fp32 first.
+
+    Returns:
+        `[...]`.
+    """
+    logprobs, ids = widen(student_logits).log_softmax(-1), ids.long()
+    theirs, ours = widen(teacher_logprobs), logprobs.gather(-1, ids)
+    if ids.shape[-1] < logprobs.shape[-1]:  # else there is no other, and its logarithm is no number to compute with
+        rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        theirs, ours = torch.cat([theirs, tail[..., None].to(theirs.dtype)], -1), torch.cat([ours, rest], -1)
+    theirs = theirs.log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def chunked_topk_kl_per_token(
+    topk: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    student_hidden: torch.Tensor,
+    student_logits: LogitFunction,
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """
+    [`topk_kl_per_token`] from the student's final hidden states `[N, H]` and the teacher's `topk`, `[N, k]`, `[N, k]`
+    and `[N]`. Chunks as in [`chunked_kl_per_token`].
+
+    Returns:
+        `[N]`, in nats.
+    """
+
+    def chunk_kl(hidden: torch.Tensor, logprobs: torch.Tensor, ids: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+        return topk_kl_per_token(logprobs, ids, tail, student_logits(hidden))
+
+    return _in_chunks(chunk_kl, (student_hidden, *topk), chunk_tokens or tokens_per_chunk(vocab_size))
 
 
 def alignment_loss(

@@ -49,9 +49,14 @@ class TeacherTrainer(HybridTrainer):
     args: TeacherTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the tokens of a micro-batch
 
-    def __init__(self, model: nn.Module, teacher: PreTrainedModel, args: TeacherTrainingArguments, **kwargs: Any):
+    def __init__(
+        self, model: nn.Module, teacher: PreTrainedModel | None, args: TeacherTrainingArguments, **kwargs: Any
+    ) -> None:
         check_pair(model, teacher)
         super().__init__(model=model, args=args, **kwargs)
+        if teacher is None:  # a subclass that knows what the teacher says allows that
+            self.teacher = None
+            return
         if not is_sharded(teacher):  # else an earlier trainer did both, and its parts cannot be called one by one
             self.check_teacher(teacher)
         self.teacher = self._placed(teacher.eval())
@@ -67,6 +72,10 @@ class TeacherTrainer(HybridTrainer):
             return shard_teacher(teacher, self.accelerator)
         return teacher.to(self.accelerator.device)
 
+    def batch_of(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What of a batch goes into [`student_loss`]."""
+        return model_inputs(inputs)
+
     def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of one batch; a scalar."""
         raise NotImplementedError
@@ -79,7 +88,7 @@ class TeacherTrainer(HybridTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         student = self.accelerator.unwrap_model(model)
-        batch = model_inputs(inputs)
+        batch = self.batch_of(inputs)
         with self.accelerator.autocast():
             loss = call_through(model, student, self.student_loss, student, batch)
         return (loss, None) if return_outputs else loss
@@ -129,12 +138,14 @@ def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if inputs.get(key) is not None}
 
 
-def check_pair(student: Any, teacher: PreTrainedModel) -> None:
-    """Raises a `ValueError` where `student` is no hybrid or `teacher` not the model it came from."""
+def check_pair(student: Any, teacher: PreTrainedModel | None) -> None:
+    """Raises a `ValueError` where `student` is no hybrid or `teacher`, if there is one, not the model it came from."""
     if getattr(student.config, "model_type", None) != "hf_hybrid":
         raise ValueError(
             f"model is a {type(student).__name__}, not a hybrid; make one with hf_hybrid.convert(teacher)."
         )
+    if teacher is None:
+        return
     ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
     for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
         if getattr(ours, name) != getattr(theirs, name):
