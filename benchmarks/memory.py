@@ -225,7 +225,7 @@ What each option does, and how to set it:
 - **bf16 autocast**, `bf16: true` in `training`: weights, gradients and AdamW stay in fp32; activations are halved on
   GPUs. On the CPU autocast keeps a bf16 copy of the weights, which here eats up the gain.
 - **The teacher's top k from disk**, `teacher_topk: 64` in a recipe's `distill`, or `hh.write_teacher_topk` and
-  `DistillationConfig(teacher_topk=FOLDER)`: see [scaling.md](scaling.md#the-teachers-top-k-from-disk). Measured together
+  `DistillationConfig(teacher_topk=FOLDER)`: see [scaling.md](scaling.md#the-teachers-top-k-from-disk). Measured
   with the pass that writes it.
 - **One backbone** is always on in the alignment, but for FSDP2 and DeepSpeed: only the teacher's layers run there, so
   the student's frozen weights are the teacher's tensors for the while. Compare "two backbones".
