@@ -63,6 +63,10 @@ benchmarks: $(READY) $(FLA_READY) ## time the recurrence and decoding on the CPU
 	$(BIN)/python benchmarks/decode.py --output benchmarks/results/decode.json
 	$(BIN)/python benchmarks/report.py
 
+.PHONY: selection
+selection: $(READY) ## regret of every way to choose layers on two small teachers, in minutes
+	$(BIN)/python benchmarks/selection.py --quick --output selection_quick/selection.json
+
 .PHONY: style
 style: $(READY) ## check lint, format and types
 	$(BIN)/ruff check .
@@ -76,5 +80,5 @@ format: $(READY) ## fix lint and format
 
 .PHONY: clean
 clean: ## remove builds, caches and the demo's output (.venv and .venv-fla stay)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output selection_quick
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
