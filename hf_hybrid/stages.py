@@ -25,6 +25,7 @@ from hf_hybrid.trainers import (
 )
 from hf_hybrid.trainers.checkpoints import checkpoints_in, damage, newest_checkpoint, seal
 from hf_hybrid.trainers.processes import num_processes, on_main
+from hf_hybrid.trainers.scoring import check_placement
 from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
 
 from .data import CutRows
@@ -184,6 +185,8 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
 
 def check_training(recipe: Recipe, folder: Path, teacher: Any) -> None:
     """Raises a `ValueError` where some stage's arguments do not hold, before anything is computed."""
+    if recipe.score is not None:
+        check_placement(recipe.score.method, bool(recipe.training.get("shard_teacher")))
     for name in recipe.stages():
         training_arguments(recipe, name, folder)
     k, vocabulary = recipe.distill.teacher_topk, teacher.config.get_text_config().vocab_size

@@ -115,6 +115,14 @@ def test_stages_become_arguments_of_the_trainers(tmp_path: Path) -> None:
         check_training(Recipe.from_dict(changed(training={"bf17": True})), tmp_path, tiny_teacher())
 
 
+def test_scores_are_not_made_of_a_sharded_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.from_dict(changed(training={"use_cpu": True, "shard_teacher": True}))
+    check_training(recipe, tmp_path, tiny_teacher())  # without FSDP2 it says nothing
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="shard_teacher is on under FSDP2, but method='ga-s2' restores layers"):
+        check_training(recipe, tmp_path, tiny_teacher())
+
+
 @pytest.mark.parametrize("name", ["demo", "qwen2.5-3b"])
 def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     recipe = Recipe.load(find_recipe(name))

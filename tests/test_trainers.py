@@ -5,6 +5,7 @@ import copy
 import datasets
 import pytest
 import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from teachers import tiny_teacher, tokens
 from transformers import TrainerCallback
 
@@ -148,6 +149,63 @@ class TestDistillation:
             assert settings[id(parameter)]["lr"] == (1e-3 if mixer else 1e-5), name
             decayed = parameter.ndim > 1
             assert settings[id(parameter)]["weight_decay"] == (0.1 if decayed else 0.0), name
+
+    def test_an_adapter_is_what_trains_and_is_saved(self, tmp_path):
+        """The adapted hybrid's loss, two learning rates, checkpoints that resume exactly, an adapter at the end."""
+        teacher, data = tiny_teacher(), rows(32)
+
+        def adapted():
+            torch.manual_seed(0)
+            student = hh.convert(teacher, [1])
+            return get_peft_model(student, hh.lora_config(student, mixers="gates", r=4))
+
+        def trained(**options):
+            args = arguments(
+                hh.DistillationConfig, tmp_path, save_strategy="steps", save_steps=2, mixer_learning_rate=3e-2
+            )
+            trainer = hh.DistillationTrainer(model=adapted(), teacher=teacher, args=args, train_dataset=data)
+            trainer.train(**options)
+            return trainer
+
+        trainer = trained()
+        start, student = dict(adapted().named_parameters()), trainer.model
+        for name, parameter in student.named_parameters():
+            assert parameter.requires_grad or torch.equal(parameter, start[name]), name
+        rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        assert len(rates) == len(trainable) and not all(torch.equal(p, start[n]) for n, p in trainable.items())
+        for name, parameter in trainable.items():
+            assert rates[id(parameter)] == (3e-3 if ".layers.1." in name else 3e-2), name
+        ids = tokens(3, 24, 1)
+        with torch.no_grad():
+            loss = trainer.compute_loss(student, {"input_ids": ids}).item()
+            student.eval()
+            wanted = kl_per_token(teacher(ids).logits, student(ids).logits).mean().item()
+        assert loss == pytest.approx(wanted, rel=1e-4)
+        resumed = trained(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).model
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
+        trainer.save_model(str(tmp_path / "adapter"))
+        saved = {path.name for path in (tmp_path / "adapter").iterdir()}
+        assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+        torch.manual_seed(0)
+        loaded = PeftModel.from_pretrained(hh.convert(teacher, [1]), tmp_path / "adapter").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, student(ids).logits)
+
+    def test_adapters_where_they_make_no_sense(self, tmp_path):
+        teacher = tiny_teacher()
+        student = hh.convert(teacher, [])
+        prompted = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        with pytest.raises(ValueError, match="has PROMPT_TUNING, which adds tokens"):
+            hh.DistillationTrainer(
+                model=prompted, teacher=teacher, args=arguments(hh.DistillationConfig, tmp_path), train_dataset=rows(4)
+            )
+        student = hh.convert(teacher, [])
+        adapted = get_peft_model(student, hh.lora_config(student))
+        with pytest.raises(ValueError, match="alignment and scores are of the mixers themselves"):
+            hh.AlignmentTrainer(model=adapted, teacher=teacher, args=arguments(hh.AlignmentConfig, tmp_path))
+        with pytest.raises(ValueError, match="alignment and scores are of the mixers themselves"):
+            hh.score_layers(adapted, teacher, rows(8), rows(4), method="ga-s1")
 
     def test_lowers_the_kl_and_leaves_the_teacher_alone(self, tmp_path):
         teacher, data = tiny_teacher(), rows(16)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 
+from .hybrid_trainer import hybrid_of
 from .losses import (
     check_logit_function,
     chunked_kl_per_token,
@@ -47,10 +48,13 @@ class DistillationTrainer(TeacherTrainer):
     Trains all of the student on `KL(teacher || student)` at temperature 1, the mean over all tokens that are not
     padding, in nats per token. The teacher's entropy is part of it: a student equal to its teacher scores 0.
 
+    The student may have an adapter of PEFT, as by [`~hf_hybrid.lora_config`], which is then what trains and is saved.
+
     With `args.teacher_topk` the teacher may be None, unless there is an `eval_dataset`, which is measured with it.
     """
 
     args: DistillationConfig
+    takes_adapters = True
     _tag_names = ["hf-hybrid", "distillation"]
 
     def __init__(self, model: Any, teacher: Any, args: DistillationConfig, **kwargs: Any) -> None:
@@ -72,6 +76,7 @@ class DistillationTrainer(TeacherTrainer):
         return batch if ROW not in inputs else {**batch, ROW: inputs[ROW]}
 
     def student_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        student = hybrid_of(student)
         if ROW in inputs:
             return self._topk_loss(student, inputs)
         teacher = self.accelerator.unwrap_model(self.teacher)

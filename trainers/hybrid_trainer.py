@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
@@ -179,7 +180,13 @@ def share_of_rate(step: int, *, total: int, warmup: int, window: Sequence[float]
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def hybrid_of(model: Any) -> Any:
+    """The hybrid below an adapter of PEFT, which runs with it; a model without one as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def mixer_parameters(student: Any) -> list[nn.Parameter]:
     """All parameters of the student's linear-attention layers' mixers."""
+    student = hybrid_of(student)
     layers = decoder_layers(student)
     return [p for i in student.linear_attention_layers for p in layers[i].self_attn.parameters()]

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -130,9 +131,10 @@ def score_layers(
         [`LayerScores`].
     """
     options = options or {}
-    _check_method(method, options, student, train_dataset)
-    wanted = _check_layers(layers, k, len(decoder_layers(teacher)))
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
+    _check_method(method, options, student, train_dataset)
+    check_placement(method, args.shard_teacher)
+    wanted = _check_layers(layers, k, len(decoder_layers(teacher)))
     _prepare_models(student, teacher, args)
     job = Job(
         student=student,
@@ -154,13 +156,13 @@ def score_layers(
 
 def _prepare_models(student: Any, teacher: Any, args: DistillationConfig) -> None:
     """Puts the models where `args` wants them; a `ValueError` where they do not fit together."""
+    if student is not None:
+        check_pair(student, teacher)
     for model in (teacher, student):
         if model is not None:
             if model.device != args.device:
                 model.to(args.device)
             check_logit_function(model)
-    if student is not None:
-        check_pair(student, teacher)
 
 
 def _claim(job: Job, method: str, options: dict[str, Any]) -> None:
@@ -197,6 +199,17 @@ def _check_method(method: str, options: dict[str, Any], student: Any, train_data
         raise ValueError(
             f"the student keeps softmax attention in {student.full_attention_layers}; {method} starts from one that "
             "is linear everywhere. Convert with full_attention_layers=[] and align it first."
+        )
+
+
+def check_placement(method: str, shard_teacher: bool) -> None:
+    """Raises a `ValueError` where the short distillations would shard the teacher that layers are restored from."""
+    engines = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    engine = [name for variable, name in engines.items() if os.environ.get(variable) == "true"]
+    if engine and shard_teacher and method not in NO_TRAINING:
+        raise ValueError(
+            f"shard_teacher is on under {engine[0]}, but method={method!r} restores layers from a teacher that is "
+            f"whole; switch it off, score in a run of its own, or choose a method that trains nothing: {NO_TRAINING}."
         )
 
 

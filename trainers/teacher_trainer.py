@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,13 +48,19 @@ class TeacherTrainer(HybridTrainer):
     """
 
     args: TeacherTrainingArguments
+    takes_adapters = False
     loss_is_scaled_for_ga = False  # a mean over the tokens of a micro-batch
 
     def __init__(
         self, model: nn.Module, teacher: PreTrainedModel | None, args: TeacherTrainingArguments, **kwargs: Any
     ) -> None:
-        check_pair(model, teacher)
+        check_pair(model, teacher, adapters=self.takes_adapters)
         super().__init__(model=model, args=args, **kwargs)
+        if isinstance(model, PeftModel) and (self.is_deepspeed_enabled or uses_fsdp2(self.accelerator)):
+            raise ValueError(
+                "the student has an adapter, and FSDP2 and DeepSpeed shard only whole hybrids here; use DDP, or train "
+                "without the adapter."
+            )
         if teacher is None:  # a subclass that knows what the teacher says allows that
             self.teacher = None
             return
@@ -138,8 +145,22 @@ def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if inputs.get(key) is not None}
 
 
-def check_pair(student: Any, teacher: PreTrainedModel | None) -> None:
-    """Raises a `ValueError` where `student` is no hybrid or `teacher`, if there is one, not the model it came from."""
+def check_pair(student: Any, teacher: PreTrainedModel | None, *, adapters: bool = False) -> None:
+    """
+    Raises a `ValueError` where `student` is no hybrid or `teacher`, if there is one, not the model it came from, and,
+    unless `adapters`, where it has an adapter of PEFT.
+    """
+    if isinstance(student, PeftModel):
+        if not adapters:
+            raise ValueError(
+                "the student has an adapter, and alignment and scores are of the mixers themselves; pass "
+                "model.get_base_model() from before the adapter was added, or merge it with model.merge_and_unload()."
+            )
+        if student.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"the student has {student.active_peft_config.peft_type.value}, which adds tokens that the teacher "
+                "does not see; use an adapter of weights, such as hf_hybrid.lora_config(model)."
+            )
     if getattr(student.config, "model_type", None) != "hf_hybrid":
         raise ValueError(
             f"model is a {type(student).__name__}, not a hybrid; make one with hf_hybrid.convert(teacher)."
