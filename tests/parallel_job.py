@@ -1,8 +1,10 @@
 """What the multi-process tests start in each process: stages of tiny teachers, with their losses on record."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from teachers import tiny_teacher, tokens
 from transformers import set_seed
 
 import hf_hybrid as hh
-from hf_hybrid.trainers.processes import is_main_process, num_processes, on_main
+from hf_hybrid.trainers import HybridTrainer
+from hf_hybrid.trainers.processes import is_main_process, num_processes, on_main, process_index
 from hf_hybrid.trainers.sharding import is_sharded
 
 
@@ -90,12 +93,32 @@ def let_accelerate_shard_on_the_cpu() -> None:
     PartialState.set_device = set_device_and_claim_a_gpu
 
 
+@contextlib.contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Writes the token ids of every batch that this process trains on to `folder`, one file a stage and process."""
+    step = HybridTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        folder.mkdir(exist_ok=True)
+        kind = Path(self.args.output_dir).name
+        with open(folder / f"{kind}-{process_index()}.jsonl", "a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in inputs["input_ids"].tolist())
+        return step(self, model, inputs, *rest)
+
+    HybridTrainer.training_step = training_step
+    try:
+        yield
+    finally:
+        HybridTrainer.training_step = step
+
+
 def main(folder: Path, recipe: Path | None) -> None:
     """All cases, or a recipe from start to end, in `folder`; the main process writes `result.json` last."""
     if recipe is not None:
         from hf_hybrid.cli import main as run
 
-        sys.exit(run(["run", str(recipe), "--output", str(folder)]))
+        with recorded(folder.with_name("rows")):
+            sys.exit(run(["run", str(recipe), "--output", str(folder)]))
     results = {name: train(folder / str(i), **case) for i, (name, case) in enumerate(CASES.items())}
     if is_main_process():
         (folder / "result.json").write_text(json.dumps(results))

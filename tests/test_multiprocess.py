@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from parallel_job import CASES, train
+from parallel_job import CASES, recorded, train
 from runs import save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -121,6 +122,42 @@ def test_a_run_ends_with_the_same_scores_and_weights(
     for name, tensor in expected.items():
         torch.testing.assert_close(given[name], tensor, rtol=0, atol=1e-4, msg=name)
     assert not list(result.folder.glob("*_checkpoints")) and not list(result.folder.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("kind", ["on the fly", "top k"])
+def test_rows_are_shared_out(kind: str, sources: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a stream that the main process reads, and of the teacher's top k: each row once, and one process's losses."""
+    recipe = tiny_recipe(*sources)
+    del recipe["score"]
+    recipe |= {"select": {"selector": "uniform", "k": 2}, "training": {"use_cpu": True, "logging_steps": 1}}
+    if kind == "on the fly":
+        recipe["data"] |= {"on_the_fly": True}
+    else:
+        recipe["distill"] |= {"teacher_topk": 20}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "alone").mkdir()
+    with recorded(tmp_path / "alone" / "rows"):
+        run_recipe(Recipe.from_dict(recipe), tmp_path / "alone" / "run")
+    launch("ddp", tmp_path / "run", tmp_path / "recipe.yaml")
+    for stage, artefact in (("align", "aligned"), ("distill", "distilled"), ("finetune", "finetuned")):
+        files = [tmp_path / "alone" / "rows" / f"{stage}_checkpoints-0.jsonl"]
+        files += [tmp_path / "rows" / f"{stage}_checkpoints-{rank}.jsonl" for rank in (0, 1)]
+        whole, *halves = (path.read_text().splitlines() for path in files)
+        assert len(halves[0]) == len(halves[1]) == len(whole) / 2 > 0
+        assert Counter(halves[0] + halves[1]) == Counter(whole) and len(set(whole)) == len(whole)
+        expected, given = (
+            [entry["loss"] for entry in json.loads(path.read_text())["log_history"] if "loss" in entry]
+            for path in (folder / "run" / artefact / "trainer_state.json" for folder in (tmp_path / "alone", tmp_path))
+        )
+        assert len(expected) > 3 and given == pytest.approx(expected, rel=1e-4), stage
+
+
+def test_a_sharded_teacher_beside_scores_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(*sources) | {"training": {"use_cpu": True, "shard_teacher": True}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(AssertionError, match="shard_teacher is on under FSDP2, but method='ga-s2' restores layers"):
+        launch("fsdp2", tmp_path / "run", tmp_path / "recipe.yaml")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def test_jobs_share_the_scores_of_a_run(

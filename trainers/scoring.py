@@ -133,9 +133,8 @@ def score_layers(
     options = options or {}
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
     _check_method(method, options, student, train_dataset)
-    check_placement(method, args.shard_teacher)
     wanted = _check_layers(layers, k, len(decoder_layers(teacher)))
-    _prepare_models(student, teacher, args)
+    _prepare_models(student, teacher, args, method)
     job = Job(
         student=student,
         teacher=teacher,
@@ -154,8 +153,9 @@ def score_layers(
     return METHODS[method](job, **options)
 
 
-def _prepare_models(student: Any, teacher: Any, args: DistillationConfig) -> None:
+def _prepare_models(student: Any, teacher: Any, args: DistillationConfig, method: str) -> None:
     """Puts the models where `args` wants them; a `ValueError` where they do not fit together."""
+    check_placement(method, args.shard_teacher)
     if student is not None:
         check_pair(student, teacher)
     for model in (teacher, student):
