@@ -196,9 +196,23 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         return base.init_continuous_batching(*args, **kwargs)
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        """Leaves the 2-D mask to the backbone: only it knows whether it wants one mask or one for each layer type."""
-        return attention_mask
+    def create_masks_for_generate(
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """
+        Leaves the 2-D mask to the backbone: only it knows whether it wants one mask or one for each layer type. For a
+        step with a static cache it is as wide as the cache, or a compiled step would be compiled for every new width.
+        """
+        if attention_mask is None or inputs_embeds is None or inputs_embeds.shape[1] != 1 or past_key_values is None:
+            return attention_mask
+        unused = past_key_values.get_max_length() - attention_mask.shape[1]
+        if unused <= 0:
+            return attention_mask
+        # Linear layers look at the last column. Softmax layers look at none that is to come, whatever it says.
+        return torch.cat([attention_mask, attention_mask[:, -1:].expand(-1, unused)], dim=1)
 
 
 # What `HybridForCausalLM` says of itself in general and an instance in particular.

@@ -134,6 +134,20 @@ class TestOtherWays:
         assert model._compiled_call is not None
         assert torch.equal(got, model.generate(ids, **GREEDY))
 
+    def test_steps_with_a_static_cache_have_the_same_shapes(self, mixer):
+        model, (ids, mask, _) = hybrid(mixer), left_padded()
+        shapes = []
+
+        def note(module, args, kwargs):
+            shapes.append({name: x.shape for name, x in kwargs.items() if isinstance(x, torch.Tensor)})
+
+        wanted = model.generate(ids, attention_mask=mask, **GREEDY)
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        static = {"cache_implementation": "static", "disable_compile": True}
+        assert torch.equal(model.generate(ids, attention_mask=mask, **static, **GREEDY), wanted)
+        assert len(shapes) == 8 and "attention_mask" in shapes[1]
+        assert all(shape == shapes[1] for shape in shapes[1:])
+
     @pytest.mark.slow
     def test_the_compiled_step_with_a_dynamic_cache(self, mixer):
         model, ids = hybrid(mixer), tokens(2, 9)
