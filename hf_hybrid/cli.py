@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -92,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
     convert.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, or 'embedded'")
     convert.add_argument("--revision", help="commit, tag or branch of a teacher on the Hub")
-    convert.add_argument("--full-attention-layers", required=True, help="layers that keep softmax: 1,3 or none")
+    convert.add_argument(
+        "--full-attention-layers", required=True, help="layers that keep softmax: 1,3 or 0-2,9 or none"
+    )
     convert.add_argument("--output", required=True, help="new folder for the model")
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
@@ -136,6 +140,8 @@ def _quiet() -> None:
     # The library would ask a service to convert the pickles of a teacher, which are refused here.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # peft imports bitsandbytes where it is installed, which misses a kernel of its own for CPUs; nothing here uses it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
     import transformers
 
@@ -167,7 +173,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    result = _run_recipe(options.recipe, options, options.stop_after, options.start_from)
+    _quiet()
+    from .recipe import Recipe, find_recipe
+
+    recipe = Recipe.load(find_recipe(options.recipe))
+    result = _run_recipe(recipe, options, options.stop_after, options.start_from)
     if not _is_main_process():
         return
     if options.json:
@@ -185,41 +195,54 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from .cli_score import print_scores, recipe_of
+    _quiet()
+    from .cli_score import draw_scores, recipe_of
 
     recipe = recipe_of(options)
     if options.layers is not None:
         _score_part(recipe, options)
         return
+    if recipe.score is None:
+        raise ValueError(f"recipe {options.recipe} has no score stage; add one.")
     result = _run_recipe(recipe, options, "score")
-    if _is_main_process():
-        print_scores(result, recipe, options)
+    if not _is_main_process():
+        return
+    layers, saved = draw_scores(result, recipe)
+    if options.json:
+        _print_json(result.scores.to_dict())
+        return
+    print(result.scores)
+    if layers is not None:
+        print(f"Softmax attention would be kept in layers {layers}.")
+    print(f"Saved: {', '.join(map(str, saved))}.")
 
 
 def _score_part(recipe: Any, options: argparse.Namespace) -> None:
     if not options.recipe:
         raise ValueError("--layers needs --recipe: the jobs share a run, whose alignment is made before.")
-    recipe.trust_remote_code = recipe.trust_remote_code or options.trust_remote_code
-    _quiet()
+    layers = parse_layers(options.layers, "--layers")
     from .progress import StageBars
-    from .score_part import parse_layers, score_part
+    from .run import score_part
 
+    recipe.trust_remote_code |= options.trust_remote_code
     with StageBars() as bars:
-        scores = score_part(recipe, options.output, parse_layers(options.layers), progress=bars.show)
-    if _is_main_process():
-        print(scores)
-        print(f"Kept in {Path(options.output) / 'scores'}; hf-hybrid run and score take them from there.")
+        scores = score_part(recipe, options.output, layers, progress=bars.show)
+    if not _is_main_process():
+        return
+    if options.json:
+        _print_json(scores.to_dict())
+        return
+    print(scores)
+    print(f"Kept in {Path(options.output) / 'scores'}; hf-hybrid run and score take them from there.")
 
 
-def _run_recipe(name: Any, options: argparse.Namespace, stop_after: str | None, start_from: str | None = None) -> Any:
-    from .recipe import Recipe, find_recipe
-
-    recipe = Recipe.load(find_recipe(name)) if isinstance(name, str) else name
-    recipe.trust_remote_code = recipe.trust_remote_code or options.trust_remote_code
-    _quiet()
+def _run_recipe(
+    recipe: Any, options: argparse.Namespace, stop_after: str | None, start_from: str | None = None
+) -> Any:
     from .progress import StageBars
     from .run import run_recipe
 
+    recipe.trust_remote_code |= options.trust_remote_code
     with StageBars() as bars:
         return run_recipe(recipe, options.output, stop_after=stop_after, start_from=start_from, progress=bars.show)
 
@@ -228,7 +251,8 @@ def _convert(options: argparse.Namespace) -> None:
     folder = Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {folder} exists and is not an empty folder; choose a new one.")
-    layers = _layers(options.full_attention_layers)
+    given = options.full_attention_layers
+    layers = [] if given.strip().lower() in ("", "none") else parse_layers(given, "--full-attention-layers")
     _quiet()
     from .card import save_model
     from .conversion import convert
@@ -250,11 +274,16 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"Saved in {folder}. {note}" if student.linear_attention_layers else f"Saved in {folder}.")
 
 
-def _layers(text: str) -> list[int]:
-    parts = [] if text.strip().lower() in ("", "none") else text.split(",")
-    if not all(part.strip().lstrip("-").isdigit() for part in parts):
-        raise ValueError(f"--full-attention-layers {text!r} is no list of layers; write indices such as 1,3, or none.")
-    return [int(part) for part in parts]
+def parse_layers(text: str, option: str) -> list[int]:
+    """The layers that `text`, the value of `option`, names, such as `0-6` or `0,3,8-11`."""
+    layers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
+        first, last = (0, -1) if found is None else (int(found[1]), int(found[2] or found[1]))
+        if last < first:
+            raise ValueError(f"{option} {text!r} is no list of layers; write indices and ranges such as 0-6,9.")
+        layers.extend(range(first, last + 1))
+    return layers
 
 
 def _evaluate(options: argparse.Namespace) -> None:

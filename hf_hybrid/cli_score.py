@@ -1,7 +1,7 @@
-"""The command `score`: its options, the recipe they make, and what it prints."""
+"""The command `score`: its options, the recipe they make, and its charts."""
 
 import argparse
-import json
+from pathlib import Path
 from typing import Any
 
 
@@ -78,28 +78,16 @@ def _method_options(given: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def print_scores(result: Any, recipe: Any, options: argparse.Namespace) -> None:
-    """Prints the scores and the choice that follows from them, and draws both."""
+def draw_scores(result: Any, recipe: Any) -> tuple[list[int] | None, list[Path]]:
+    """Draws the scores of a run; returns the layers that follow from them, where no cache decides, and the files."""
     from .plots import plot_curves, plot_scores
-    from .selection import select_layers
+    from .score import choose
 
     scores = result.scores
-    if scores is None:
-        raise ValueError(f"recipe {options.recipe} has no score stage; add one.")
-    select, num_layers = recipe.select, len(scores.scores)
-    layers: list[int] | None = None
-    if select.cache_bytes is None:
-        selector = select.selector if select.layers is None else select.layers
-        layers = select_layers(selector, select.count(num_layers), num_layers, scores, seed=recipe.seed)
+    layers = choose(recipe, scores, len(scores.scores)) if recipe.select.cache_bytes is None else None
     saved = [result.folder / "scores.json", result.folder / "scores.png"]
     plot_scores(scores, layers or [], saved[1])
     if any(score.curve for score in scores.scores):
         saved.append(result.folder / "curves.png")
         plot_curves(scores, saved[2])
-    if options.json:
-        print(json.dumps(json.loads(saved[0].read_text()), indent=1))
-        return
-    print(scores)
-    if layers is not None:
-        print(f"Softmax attention would be kept in layers {layers}.")
-    print(f"Saved: {', '.join(map(str, saved))}.")
+    return layers, saved

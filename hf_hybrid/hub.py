@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -107,6 +108,7 @@ def push(
     Returns:
         [`Push`].
     """
+    validate_repo_id(repo_id)
     model, run = _find(Path(folder))
     names = _check(model)
     present = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}

@@ -179,6 +179,11 @@ class SelectStage:
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"select.fraction={self.fraction} is outside 0..1; 0.25 keeps a quarter of the layers.")
 
+    @property
+    def rule(self) -> str | list[int]:
+        """What says which layers are kept, as `select_layers` takes it: `layers`, or without them the selector."""
+        return self.selector if self.layers is None else self.layers
+
     def count(self, num_layers: int) -> int | None:
         """How many layers of `num_layers` keep softmax attention; None where that is not said."""
         return self.k if self.fraction is None else int(self.fraction * num_layers + 0.5)

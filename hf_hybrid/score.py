@@ -114,17 +114,18 @@ def score_stage(
     )
 
 
-def choose(recipe: Recipe, scores: LayerScores | None, teacher: Any, student: Any = None) -> list[int]:
-    """The layers that the select stage of `recipe` keeps; `student` is needed where it limits the cache."""
-    select, num_layers = recipe.select, teacher.config.num_hidden_layers
-    if select.cache_bytes is not None:
-        context = cast(int, select.context)
-        softmax, linear = (layer_cache_bytes(model, context) for model in (teacher, student))
-        if scores is None:
-            raise ValueError("select.cache_bytes needs scores, but the recipe has no score stage; add one.")
-        return layers_within(scores, softmax, linear, select.cache_bytes)
-    selector = select.selector if select.layers is None else select.layers
-    return select_layers(selector, select.count(num_layers), num_layers, scores, seed=recipe.seed)
+def choose(recipe: Recipe, scores: LayerScores | None, num_layers: int) -> list[int]:
+    """The layers that the select stage of `recipe` keeps, where it says which or how many."""
+    select = recipe.select
+    return select_layers(select.rule, select.count(num_layers), num_layers, scores, seed=recipe.seed)
+
+
+def choose_within(recipe: Recipe, scores: LayerScores | None, teacher: Any, student: Any) -> list[int]:
+    """The layers that the select stage of `recipe` keeps, where it limits the cache; `student` is all linear."""
+    context, limit = cast(int, recipe.select.context), cast(int, recipe.select.cache_bytes)
+    if scores is None:
+        raise ValueError("select.cache_bytes needs scores, but the recipe has no score stage; add one.")
+    return layers_within(scores, layer_cache_bytes(teacher, context), layer_cache_bytes(student, context), limit)
 
 
 def recall_task(

@@ -1,9 +1,12 @@
 """Environment of all tests: no network, a private cache, one thread per xdist worker. Set before any library loads."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
+from pathlib import Path
+from typing import Any
 
 
 # Each process has its own cache: code that travels with checkpoints is cached by name, and two workers (or an
@@ -29,6 +32,54 @@ def seed() -> int:
     """Seeds Python, NumPy and torch before each test, and returns the seed."""
     set_seed(0)
     return 0
+
+
+# What the fixtures below import takes seconds, which most tests do not need.
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A teacher's folder and a folder of texts, which no test changes."""
+    from runs import save_teacher, save_texts
+
+    folder = tmp_path_factory.mktemp("sources")
+    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
+
+
+@pytest.fixture(scope="session")
+def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The `RunResult` of `tiny_recipe(*sources)`, in which nothing failed, and which no test changes."""
+    from runs import tiny_recipe
+
+    from hf_hybrid.recipe import Recipe
+    from hf_hybrid.run import run_recipe
+
+    return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def finished_here(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run beside its teacher and texts, which its recipe names relative to the current folder."""
+    from runs import tiny_recipe
+
+    from hf_hybrid.recipe import Recipe
+    from hf_hybrid.run import run_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    for source in sources:
+        shutil.copytree(source, folder / source.name)
+    with contextlib.chdir(folder):
+        run_recipe(Recipe.from_dict(tiny_recipe("teacher", "texts")), "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def case(finished_here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A `Case` of that run in a folder of its own, which is the current one."""
+    from cases import Case
+
+    monkeypatch.chdir(tmp_path)
+    return Case(finished_here, capsys)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

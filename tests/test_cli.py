@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import save_teacher, save_texts, tiny_recipe
+from runs import tiny_recipe
 from teachers import tiny_teacher
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_hybrid as hh
-from hf_hybrid.cli import main
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("sources")
-    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
+from hf_hybrid.cli import main, parse_layers
 
 
 def recipe_file(folder: Path, sources: tuple[Path, Path], **changes: Any) -> str:
@@ -177,6 +171,16 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("hf-hybrid: ") and message in last, (command, last)
     assert not Path(output).exists() and (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("text", ["", "1-", "3-1", "a", "-2", "1,,2"])
+def test_layers_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="--layers .* is no list of layers"):
+        parse_layers(text, "--layers")
+
+
+def test_layers() -> None:
+    assert parse_layers("0, 3,8-11", "--layers") == [0, 3, 8, 9, 10, 11]
 
 
 def test_code_of_a_teacher_is_refused_unless_allowed(

@@ -14,14 +14,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from parallel_job import CASES, recorded, train
-from runs import save_teacher, save_texts, tiny_recipe
+from runs import tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid.cli import main as cli
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import RunResult, run_recipe
-from hf_hybrid.score_part import parse_layers
 
 
 pytestmark = pytest.mark.slow
@@ -92,17 +91,6 @@ class TestTrainers:
         model = AutoModelForCausalLM.from_pretrained(there)
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         assert tied == (CASES[case]["family"] == "qwen2") == ("lm_head.weight" not in given)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("sources")
-    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
-
-
-@pytest.fixture(scope="module")
-def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -185,12 +173,6 @@ def test_jobs_share_the_scores_of_a_run(
     assert {path: path.stat().st_mtime_ns for path in made} == made
     kl = [[score.per_sequence for score in scores.scores] for scores in (result.scores, finished.scores)]
     assert kl[0] == kl[1] and result.selected == finished.selected
-
-
-@pytest.mark.parametrize("text", ["", "1-", "3-1", "a", "-2", "1,,2"])
-def test_layers_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="is no list of layers"):
-        parse_layers(text)
 
 
 def test_every_shipped_configuration_is_one_of_accelerate() -> None:

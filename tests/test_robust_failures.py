@@ -13,81 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import contents, copy_run, results, save_teacher, save_texts, tiny_recipe
+from cases import ALL, Case
+from runs import contents
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from hf_hybrid import cli, inputs
-from hf_hybrid import run as run_module
+from hf_hybrid import inputs, pipeline
 from hf_hybrid.folder import ARTEFACTS, has_work
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import run_recipe
 from hf_hybrid.stages import Event
 from hf_hybrid.trainers import AlignmentTrainer, DistillationTrainer
-
-
-ALL = [*ARTEFACTS.values()]
-
-
-class Case:
-    """A folder with a teacher, texts, a recipe that names them, and a run of it; and the command line."""
-
-    def __init__(self, finished: Path, capsys: pytest.CaptureFixture) -> None:
-        self.finished = finished
-        for name in ("teacher", "texts"):
-            shutil.copytree(finished.parent / name, name)
-        self.folder, self.teacher = Path("run"), Path("teacher")
-        self.recipe = tiny_recipe("teacher", "texts")
-        self.capsys = capsys
-
-    def at(self, stage: str) -> "Case":
-        """Puts the run to where `stage` starts."""
-        copy_run(self.finished, self.folder, stage)
-        return self
-
-    def run(self, *options: str) -> tuple[int, str]:
-        """Exit code and last line on stderr of `hf-hybrid run`."""
-        Path("recipe.yaml").write_text(yaml.safe_dump(self.recipe))
-        return self.again(*options)
-
-    def again(self, *options: str) -> tuple[int, str]:
-        self.capsys.readouterr()
-        code = cli.main(["run", "recipe.yaml", "--output", str(self.folder), *options])
-        lines = self.capsys.readouterr().err.strip().splitlines()
-        return code, lines[-1] if lines else ""
-
-    def fails(self, *options: str) -> str:
-        """The one line with which the command fails; everything that was finished is as before."""
-        before = contents(self.folder, ALL)
-        code, line = self.run(*options)
-        assert code == 2 and line.startswith("hf-hybrid: "), line
-        assert before.items() <= contents(self.folder, ALL).items()
-        return line
-
-    def ends(self, *options: str) -> None:
-        """The command ends well, and what it made is what the run made in which nothing failed."""
-        code, line = self.run(*options)
-        assert code == 0, line
-        given, expected = results(self.folder), results(self.finished)
-        for name in given:
-            assert given[name] == expected[name], name
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in which nothing failed, beside its teacher and texts."""
-    folder = tmp_path_factory.mktemp("finished")
-    save_teacher(folder / "teacher")
-    save_texts(folder / "texts")
-    with contextlib.chdir(folder):
-        run_recipe(Recipe.from_dict(tiny_recipe("teacher", "texts")), "run")
-    return folder / "run"
-
-
-@pytest.fixture
-def case(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.chdir(tmp_path)
-    return Case(finished, capsys)
 
 
 # --- full disks
@@ -161,80 +97,6 @@ def test_a_disk_that_becomes_read_only(case: Case) -> None:
         case.ends()
 
 
-# --- damaged files
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path) -> None:
-    """Flips a bit of a safetensors file's header."""
-    data = bytearray(path.read_bytes())
-    data[10] ^= 0x80
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-def test_damaged_weights_of_an_artefact(damage: Callable, case: Case) -> None:
-    weights = case.at("distill").folder / "aligned" / "model.safetensors"
-    whole = weights.read_bytes()
-    damage(weights)
-    assert "aligned is damaged: model.safetensors " in (line := case.fails()) and "--from align" in line
-    weights.write_bytes(whole)
-    case.ends("--stop-after", "distill")
-
-
-def test_damaged_weights_made_again(case: Case) -> None:
-    cut(case.at("score").folder / "aligned" / "model.safetensors")
-    case.fails()
-    case.ends("--from", "align", "--stop-after", "align")
-
-
-def test_damaged_rows(case: Case) -> None:
-    cut(next((case.at("align").folder / "data" / "train").rglob("*.arrow")))
-    assert "data is damaged: train/" in case.fails()
-
-
-@pytest.mark.parametrize(("name", "stage"), [("scores", "select"), ("selection", "distill"), ("evaluation", "model")])
-def test_damaged_json(name: str, stage: str, case: Case) -> None:
-    cut(case.at(stage).folder / f"{name}.json")
-    assert f"{name}.json is damaged" in case.fails()
-
-
-def test_a_damaged_recipe(case: Case) -> None:
-    recipe = case.at("align").folder / "recipe.yaml"
-    whole = recipe.read_bytes()
-    cut_short = whole[: whole.index(b"training:")]  # YAML still
-    for given, message in (
-        (b"", "recipe.yaml is damaged"),
-        (cut_short, "belongs to another recipe (training"),
-    ):
-        recipe.write_bytes(given)
-        assert message in case.fails()
-
-
-def test_a_damaged_score_of_one_layer(case: Case) -> None:
-    case.at("select")
-    (case.folder / "scores.json").unlink()
-    cut(case.folder / "scores" / "layer_001.json")
-    assert "layer_001.json is damaged" in case.fails()
-    (case.folder / "scores" / "layer_001.json").write_text("{}")
-    assert "layer_001.json holds no result" in case.fails()
-    (case.folder / "scores" / "layer_001.json").unlink()
-    case.ends("--stop-after", "score")
-
-
-@pytest.mark.parametrize("damage", [cut, flip])
-def test_a_damaged_teacher(damage: Callable, case: Case) -> None:
-    weights = case.at("align").teacher / "model.safetensors"
-    whole = weights.read_bytes()
-    damage(weights)
-    assert "the weights in teacher are damaged" in case.fails()
-    weights.write_bytes(whole)
-    case.ends("--stop-after", "align")
-
-
 # --- losses that are not finite
 
 
@@ -281,7 +143,7 @@ def test_a_score_of_nan_is_not_kept(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_of_nan_after_the_last_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = run_module.train
+    trained = pipeline.train
 
     def train(recipe: Any, name: str, student: Any, *rest: Any) -> Any:
         state = trained(recipe, name, student, *rest)
@@ -289,7 +151,7 @@ def test_weights_of_nan_after_the_last_step(case: Case, monkeypatch: pytest.Monk
             student.model.layers[1].self_attn.A_log.fill_(float("nan"))
         return state
 
-    monkeypatch.setattr(run_module, "train", train)
+    monkeypatch.setattr(pipeline, "train", train)
     case.at("align")
     assert "layers.1.self_attn.A_log has weights that are not finite" in case.fails()
     assert not (case.folder / "aligned").exists()
@@ -418,13 +280,13 @@ def test_a_later_artefact_without_the_one_before_is_refused(case: Case) -> None:
     assert "has scores.json, but not aligned, from which it was made" in line and "--from align" in line
 
 
-def test_the_finished_model_holds_nothing_of_the_run(finished: Path) -> None:
-    assert not {"files.json", "trainer_state.json"} & {path.name for path in (finished / "model").iterdir()}
+def test_the_finished_model_holds_nothing_of_the_run(finished_here: Path) -> None:
+    assert not {"files.json", "trainer_state.json"} & {path.name for path in (finished_here / "model").iterdir()}
 
 
-def test_the_page_on_runs_names_all_that_is_in_one(finished: Path) -> None:
+def test_the_page_on_runs_names_all_that_is_in_one(finished_here: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "runs.md").read_text()
-    for path in finished.iterdir():
+    for path in finished_here.iterdir():
         assert f"`{path.name}{'/' if path.is_dir() else ''}`" in page, path.name
     for stage, artefact in ARTEFACTS.items():
         assert f"| `{stage}` | `{artefact}" in page

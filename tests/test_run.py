@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from runs import contents, run_and_die, save_teacher, save_texts, tiny_recipe
-from safetensors.torch import save_file
+from runs import contents, run_and_die, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_hybrid import run as run_module
-from hf_hybrid.folder import ARTEFACTS, claim, locked, publish, seal
+from hf_hybrid import pipeline
+from hf_hybrid.folder import ARTEFACTS, claim, locked, publish
 from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import RunResult, run_recipe
-from hf_hybrid.stages import Event, newest_checkpoint
+from hf_hybrid.stages import Event
 
 
 # Where a process is killed, in the order in which it gets there.
@@ -44,18 +43,6 @@ DEATHS = [
     ("after", "model"),
     ("before", "report.json"),
 ]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A teacher's folder and a folder of texts."""
-    folder = tmp_path_factory.mktemp("sources")
-    return save_teacher(folder / "teacher"), save_texts(folder / "texts")
-
-
-@pytest.fixture(scope="module")
-def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -192,7 +179,7 @@ def test_two_processes_cannot_share_a_folder(sources: tuple[Path, Path], tmp_pat
 def test_what_cannot_work_fails_before_any_training(
     changes: dict, message: str, sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "train", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr(pipeline, "train", lambda *args: pytest.fail("it trained"))
     with pytest.raises(ValueError, match=message):
         run_recipe(Recipe.from_dict(tiny_recipe(*sources) | changes), tmp_path / "run")
 
@@ -207,29 +194,6 @@ def test_a_truncated_artefact_is_named(sources: tuple[Path, Path], finished: Run
         (folder / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
     with pytest.raises(ValueError, match="weights in .*model are damaged .*; delete that folder and make it again"):
         load_model(folder)
-
-
-def test_incomplete_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    for step in (2, 4, 6, 8, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "optimizer.pt").write_bytes(b"moments")
-        save_file({"weight": torch.ones(3)}, folder / "model.safetensors")
-        if step != 10:
-            seal(folder)
-    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
-    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"mom")
-    weights = bytearray((tmp_path / "checkpoint-8" / "model.safetensors").read_bytes())
-    weights[10] ^= 0x80  # in the header
-    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(weights)
-    notes: list[str] = []
-    assert newest_checkpoint(tmp_path, notes.append) == tmp_path / "checkpoint-2"
-    assert [note.split("); it is removed")[0].split(": ")[0] for note in notes] == [
-        "checkpoint-10 is incomplete (it has no files.json",
-        "checkpoint-8 is incomplete (model.safetensors is no safetensors file",
-        "checkpoint-6 is incomplete (optimizer.pt has 3 bytes of 7",
-        "checkpoint-4 is incomplete (optimizer.pt is missing",
-    ]
 
 
 def test_a_failure_leaves_no_half_of_a_folder(tmp_path: Path) -> None:

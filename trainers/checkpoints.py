@@ -1,6 +1,8 @@
 """The Trainer's checkpoints on disk, and folders that tell whether they are complete."""
 
+import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ _LIST = "files.json"
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
     """
-    The newest complete checkpoint of the Trainer in `folder`. Newer ones that a kill left half-written are removed.
+    The newest whole checkpoint of the Trainer in `folder`. Newer ones, half-written by a kill or damaged, are removed.
 
     The Trainer writes into place and, where there are too many, removes from place, so what is complete is what
     [`seal`] marked and still has all of its files.
@@ -24,7 +26,7 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        note(f"{path.name} is incomplete ({problem}); it is removed and the one before it used")
+        note(f"{path.name} is damaged ({problem}); it is removed, and what was before it is gone on from")
         shutil.rmtree(path)
     return None
 
@@ -42,7 +44,12 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that [`seal`] marked, or None. Reads sizes and headers, not the contents."""
+    """
+    What is wrong with a folder that [`seal`] marked, or None.
+
+    Reads sizes and headers; JSON in full, and what torch pickled, whose checksums torch does not look at when it loads
+    a tensor.
+    """
     listed = read_json(folder / _LIST)
     if listed is None:
         return f"it has no {_LIST}"
@@ -52,12 +59,29 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if found[name] != size:
             return f"{name} has {found[name]} bytes of {size}"
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, "pt"):
-                    pass
-            except SafetensorError as error:
-                return f"{name} is no safetensors file: {error}"
+        problem = _damage_inside(folder / name)
+        if problem is not None:
+            return f"{name} {problem}"
+    return None
+
+
+def _damage_inside(path: Path) -> str | None:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return None
+        if path.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(path) as entries:
+                broken = entries.testzip()
+            return None if broken is None else f"does not match its checksum in {broken}"
+        if path.suffix == ".json":
+            json.loads(path.read_text("utf-8"))
+    except SafetensorError as error:
+        return f"is no safetensors file: {error}"
+    except zipfile.BadZipFile as error:
+        return f"was not written by torch.save: {error}"
+    except ValueError as error:
+        return f"is no JSON: {error}"
     return None
 
 
