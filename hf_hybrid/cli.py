@@ -289,6 +289,9 @@ def parse_layers(text: str, option: str) -> list[int]:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.dataset and options.data_files:
         raise ValueError("--dataset and --data-files were both given; give one.")
+    for name, value in (("--rows", options.rows), ("--batch-size", options.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is too small; pass at least 1.")
     _quiet()
     import torch
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -11,14 +12,19 @@ import hf_hybrid.modeling  # noqa: F401  registers the hybrid with the Auto clas
 
 from .conversion import load_teacher
 from .embedded import embedded_teacher, embedded_tokenizer
+from .recipe import check_dtype
 
 
 def load_pair(
     teacher: str, *, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
 ) -> tuple[Any, Any]:
     """Returns a teacher in eval mode and its tokenizer; `"embedded"` is the one that ships with the package."""
+    check_dtype(dtype)
     if teacher == "embedded":
-        return embedded_teacher(), embedded_tokenizer()
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}, but the embedded teacher ships with the package; leave it out.")
+        model = embedded_teacher()
+        return (model if dtype == "auto" else model.to(getattr(torch, dtype))), embedded_tokenizer()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     model = _explained(teacher, lambda: load_teacher(teacher, dtype=dtype, **options))
     return model.eval(), load_tokenizer(teacher, **options)

@@ -225,8 +225,7 @@ class Recipe:
         self._check_scores()
         for name, stage in self.stages().items():
             _check_stage(name, stage, self.data.block_size)
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r} is unknown; choose auto, float32, bfloat16 or float16.")
+        check_dtype(self.dtype)
         if self.data.on_the_fly and self.training.get("dataloader_num_workers"):
             raise ValueError("training.dataloader_num_workers is set, but data.on_the_fly reads in the main process.")
         if self.distill.teacher_topk is not None and self.data.on_the_fly:
@@ -315,6 +314,12 @@ def find_recipe(name: str) -> Path:
         return Path(str(shipped[name]))
     known = sorted(key for key, entry in shipped.items() if entry.name.endswith(".yaml"))
     raise ValueError(f"there is no recipe {name!r}; give the path of a YAML file, or one of the shipped {known}.")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises a `ValueError` where no model is loaded in `dtype`."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16.")
 
 
 def _check_stage(name: str, stage: StageConfig, block_size: int) -> None:

@@ -59,6 +59,8 @@ def test_run_and_score_and_evaluate(sources: tuple[Path, Path], tmp_path: Path, 
     assert main(["score", "--recipe", recipe, "--output", folder]) == 0
     assert "rank" in capsys.readouterr().out and (tmp_path / "run" / "scores.png").is_file()
     assert not (tmp_path / "run" / "distilled").exists()
+    assert main(["score", "--recipe", recipe, "--output", folder, "--layers", "1", "--json"]) == 0
+    assert [score["layer"] for score in json.loads(capsys.readouterr().out)["scores"]] == [1]
     assert main(["run", recipe, "--output", folder, "--stop-after", "select"]) == 0
     captured = capsys.readouterr()
     assert "Stopped after select" in captured.out and "score     made before" in captured.err
@@ -147,6 +149,11 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
         ([*convert, "1,9"], "[9] names a layer outside 0..3"),
         ([*convert, "one"], "--full-attention-layers 'one' is no list of layers"),
         ([*convert, "1", "--mixer", "rwkv9"], "mixer='rwkv9' is unknown"),
+        ([*convert, "1", "--dtype", "int9"], "dtype='int9' is unknown; choose auto, float32, bfloat16 or float16."),
+        (
+            ["convert", "embedded", "--revision", "main", *convert[2:], "1"],
+            "revision='main', but the embedded teacher ships with the package; leave it out.",
+        ),
         (
             ["convert", str(tmp_path), "--full-attention-layers", "1", "--output", output],
             "holds no model that transformers",
@@ -156,6 +163,8 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
         (["run", recipe, "--output", str(tmp_path / "file" / "run")], "file/run: not a directory"),
         (["run", recipe, "--output", str(tmp_path)], "hf-hybrid did not write it"),
         (["run", recipe, "--output", output, "--stop-after", "lunch"], "stop_after='lunch' is no stage"),
+        (["run", "demo", "--output", output, "--stop-after", "finetune"], "the recipe has no finetune stage"),
+        (["evaluate", teacher, "--batch-size", "0"], "--batch-size 0 is too small; pass at least 1."),
         (["evaluate", "no/such-model"], "'no/such-model' was found neither as a folder nor as a model on the Hub"),
         (["evaluate", teacher, "--dataset", "a/b", "--data-files", "c"], "were both given; give one"),
         (
@@ -202,6 +211,22 @@ def test_code_of_a_teacher_is_refused_unless_allowed(
         assert "if you trust it pass --trust-remote-code" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="code was run"):
         main([*commands[2], "--trust-remote-code"])
+
+
+def test_a_teacher_in_another_dtype(tmp_path: Path) -> None:
+    command = ["convert", "embedded", "--full-attention-layers", "0-1,4", "--output", str(tmp_path / "hybrid")]
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    config = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    kept = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    assert config["dtype"] == "bfloat16" and kept == [0, 1, 4]
+
+
+def test_a_mistake_is_one_line_whatever_is_installed(tmp_path: Path) -> None:
+    """peft imports it where it is installed; the one line of a mistake stays the only one."""
+    command = [sys.executable, "-m", "hf_hybrid", "run", "demmo", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("hf-hybrid: there is no recipe 'demmo'") and done.stderr.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
