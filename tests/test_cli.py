@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from runs import tiny_recipe
 from teachers import tiny_teacher
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_hybrid as hh
 from hf_hybrid.cli import main, parse_layers
@@ -216,9 +217,8 @@ def test_code_of_a_teacher_is_refused_unless_allowed(
 def test_a_teacher_in_another_dtype(tmp_path: Path) -> None:
     command = ["convert", "embedded", "--full-attention-layers", "0-1,4", "--output", str(tmp_path / "hybrid")]
     assert main([*command, "--dtype", "bfloat16"]) == 0
-    config = json.loads((tmp_path / "hybrid" / "config.json").read_text())
-    kept = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
-    assert config["dtype"] == "bfloat16" and kept == [0, 1, 4]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert model.dtype == torch.bfloat16 and model.full_attention_layers == [0, 1, 4]
 
 
 def test_a_mistake_is_one_line_whatever_is_installed(tmp_path: Path) -> None:

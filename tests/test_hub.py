@@ -378,6 +378,12 @@ def test_half_written_models_are_refused(how: str, message: str, model: Path, ca
     assert message in error and len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["me/mine/too", "me/mi ne", "-mine", ""])
+def test_a_dry_run_refuses_what_is_no_name(name: str, model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["push", str(model), "--dry-run", "--", name]) == 2
+    assert capsys.readouterr().err.startswith("hf-hybrid: Repo id must")
+
+
 # --- the page
 
 
