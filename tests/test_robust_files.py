@@ -1,5 +1,6 @@
 """What a power cut leaves: contents are on the disk before the name is, and the name before work goes on."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_a_published_folder(tmp_path: Path, disk: list[Any], listed: bool) -> No
     with publish(tmp_path / "model", listed=listed) as partial:
         (partial / "deep" / "er").mkdir(parents=True)
         for name in ("config.json", "deep/one", "deep/er/two"):
-            (partial / name).write_text(name)
+            (partial / name).write_text(json.dumps(name))
     named = disk.index("model")
     model = tmp_path / "model"
     assert set(disk[:named]) >= {inode(path) for path in [model, *model.rglob("*")]}

@@ -133,7 +133,7 @@ def score_layers(
     options = options or {}
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
     _check_method(method, options, student, train_dataset)
-    wanted = _check_layers(layers, k, len(decoder_layers(teacher)))
+    wanted = _check_layers(layers, k, len(decoder_layers(teacher)), together=method in NEEDS_K)
     _prepare_models(student, teacher, args, method)
     job = Job(
         student=student,
@@ -213,14 +213,15 @@ def check_placement(method: str, shard_teacher: bool) -> None:
         )
 
 
-def _check_layers(layers: Iterable[int] | None, k: int | None, num_layers: int) -> list[int]:
-    """The layers to score, ascending."""
+def _check_layers(layers: Iterable[int] | None, k: int | None, num_layers: int, *, together: bool) -> list[int]:
+    """The layers to score, ascending. Those of a job that scores a part of the model may be fewer than `k`."""
     wanted = sorted(set(range(num_layers) if layers is None else layers))
     outside = [layer for layer in wanted if not 0 <= layer < num_layers]
     if outside:
         raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
-    if k is not None and (isinstance(k, bool) or not 0 <= k <= len(wanted)):
-        raise ValueError(f"k={k} layers cannot be chosen from {len(wanted)}; pass an integer in 0..{len(wanted)}.")
+    most = len(wanted) if together else num_layers
+    if k is not None and (isinstance(k, bool) or not 0 <= k <= most):
+        raise ValueError(f"k={k} layers cannot be chosen from {most}; pass an integer in 0..{most}.")
     return wanted
 
 
