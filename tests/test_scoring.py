@@ -242,6 +242,13 @@ class TestRounds:
             assert b.tokens == (2 if stopped else 4) * 4 * LENGTH and len(b.curve) == (1 if stopped else 2)
             assert (a.per_sequence == b.per_sequence) != stopped
 
+    def test_a_job_with_fewer_layers_than_are_kept_stops_none(self, dead_layer, tmp_path):
+        options = {"rounds": 2, "halving": True, "noise": 0.0}
+        part = score(*dead_layer, tmp_path, "ga-s2", layers=[DEAD], k=2, options=options, **self.GIVEN)
+        assert [s.tokens for s in part.scores] == [4 * 4 * LENGTH]
+        with pytest.raises(ValueError, match="k=2 layers cannot be chosen from 1"):
+            score(*dead_layer, tmp_path, "zero-shot-greedy", layers=[DEAD], k=2)
+
     def test_a_stable_choice_ends_it_and_an_interrupted_one_goes_on(self, dead_layer, tmp_path):
         options = {"rounds": 4, "stability_window": 1}
         given = {"k": 1, "layers": [0, DEAD], "options": options, "output_dir": tmp_path / "kept", **self.GIVEN}

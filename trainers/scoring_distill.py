@@ -256,6 +256,8 @@ class _StopAt(TrainerCallback):
 
 def _losers(ranked: list[LayerScore], k: int, noise: float) -> list[int]:
     """The layers to stop, the best first: of the worse half those that are worse than the k-th beyond the noise."""
+    if k >= len(ranked):  # a job that scores a part of the layers
+        return []
     keep, line = max(k, -(-len(ranked) // 2)), ranked[max(k, 1) - 1]
     losers = []
     for score in ranked[keep:]:
