@@ -43,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         if _is_main_process():
             print(f"hf-hybrid: {message}", file=sys.stderr)
         return 2
+    finally:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from .trainers.processes import leave_group
+
+            leave_group()
     return 0
 
 

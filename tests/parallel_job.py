@@ -16,7 +16,7 @@ from transformers import set_seed
 
 import hf_hybrid as hh
 from hf_hybrid.trainers import HybridTrainer
-from hf_hybrid.trainers.processes import is_main_process, num_processes, on_main, process_index
+from hf_hybrid.trainers.processes import is_main_process, leave_group, num_processes, on_main, process_index
 from hf_hybrid.trainers.sharding import is_sharded
 
 
@@ -122,6 +122,7 @@ def main(folder: Path, recipe: Path | None) -> None:
     results = {name: train(folder / str(i), **case) for i, (name, case) in enumerate(CASES.items())}
     if is_main_process():
         (folder / "result.json").write_text(json.dumps(results))
+    leave_group()
 
 
 if __name__ == "__main__":

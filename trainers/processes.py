@@ -32,6 +32,12 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
+def leave_group() -> None:
+    """Ends the process group, where there is one. Left to the interpreter's exit, gloo's threads may abort it then."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def on_main(work: Callable[[], T]) -> T:
     """
     Returns what `work()` returned in the main process; the other processes wait for it and do not call `work`.
