@@ -10,7 +10,7 @@ from typing import Any
 
 import selection_methods as methods
 import selection_truth as truth
-from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS, num_layers_of
+from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS, num_layers_of, read_lines
 
 
 Set = tuple[int, ...]
@@ -90,7 +90,7 @@ def choices(cache: Path, ground: Ground, ks: Iterable[int] = methods.KS) -> list
     """All selectors' choices on one teacher: what was run, and GA-S2, GR-S2 and AVG-S2 from the ground truth."""
     found = []
     for seed in sorted(ground.records):
-        for line in methods.read(cache / "methods" / f"{ground.name}_{seed}.jsonl"):
+        for line in read_lines(cache / "methods" / f"{ground.name}_{seed}.jsonl"):
             sets = {int(k): tuple(layers) for k, layers in line["sets"].items()}
             cost = {key: line[key] for key in ("tokens", "tokens_forward", "seconds")}
             values = {int(layer): value for layer, value in line["values"].items()}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,28 @@ def num_layers_of(name: str) -> int:
     """The number of layers of a teacher."""
     folder = Path(hh.__file__).parent / "embedded_teacher" if name == "embedded" else FOLDER / name
     return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records in a file of JSON lines, none where there is no file; a line that a kill cut short is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds a record to a file of JSON lines, on a line of its own even after one that a kill cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(json.dumps(record).encode() + b"\n")
 
 
 @dataclass

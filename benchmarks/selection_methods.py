@@ -10,7 +10,6 @@ of all but one), and `selection.py` reads them from there; a test compares both 
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -18,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selection_data import BATCH, DISTILL_STEPS, LENGTH, SELECT_ROWS, TEACHERS, load_teacher, rows
+from selection_data import (
+    BATCH,
+    DISTILL_STEPS,
+    LENGTH,
+    SELECT_ROWS,
+    TEACHERS,
+    append_line,
+    load_teacher,
+    read_lines,
+    rows,
+)
 from selection_student import LR, MIXER_LR
 from transformers.utils import logging
 
@@ -126,23 +135,10 @@ def run_method(
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records in `path`; a line that a kill cut short is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
 def compute(name: str, seed: int, labels: list[str], args: argparse.Namespace) -> None:
     """Runs what is missing of the selectors `labels` on one teacher and student."""
-    folder = args.cache / "methods"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{seed}.jsonl"
-    done = {found["method"] for found in read(path)}
+    path = args.cache / "methods" / f"{name}_{seed}.jsonl"
+    done = {found["method"] for found in read_lines(path)}
     missing = [label for label in labels if label not in done]
     if not missing:
         return
@@ -159,8 +155,7 @@ def compute(name: str, seed: int, labels: list[str], args: argparse.Namespace) -
         method = METHODS[label]
         some = held_out.select(range(method.rows))
         found = run_method(method, student, teacher, train, some, seed, args.device)
-        with path.open("a") as stream:
-            stream.write(json.dumps({"teacher": name, "seed": seed, **found}) + "\n")
+        append_line(path, {"teacher": name, "seed": seed, **found})
         print(f"{name}, seed {seed}: {label} {found['sets']} in {found['seconds']:.1f} s", flush=True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selection_data import ALIGN_STEPS, DISTILL_STEPS, SELECT_ROWS, TEACHERS, load_teacher
+from selection_data import ALIGN_STEPS, DISTILL_STEPS, SELECT_ROWS, TEACHERS, append_line, load_teacher, read_lines
 from selection_student import Data, Slot, align, fresh_values
 from torch import Tensor
 
@@ -57,14 +57,8 @@ def record(name: str, seed: int, layers: list[int], found: dict[int, Tensor], ki
 
 
 def read(cache: Path, name: str) -> list[dict[str, Any]]:
-    """All records of one teacher; a line that a kill cut short is left out."""
-    path, found = cache / f"{name}.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+    """All records of one teacher."""
+    return read_lines(cache / f"{name}.jsonl")
 
 
 def wanted_sets(
@@ -154,8 +148,7 @@ class Runner:
             event = self.slots[i].event
             if event is not None:
                 event.synchronize()
-            with path.open("a") as stream:
-                stream.write(json.dumps(record(name, seed, layers, found, self.data.kinds)) + "\n")
+            append_line(path, record(name, seed, layers, found, self.data.kinds))
 
         num_layers = len(decoder_layers(self.teacher))
         for layers in self.args.sets or wanted_sets(name, num_layers, seed, ks, self.args.cache, self.args.best):

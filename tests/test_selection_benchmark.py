@@ -7,7 +7,7 @@ import selection_methods as methods
 import selection_student as students
 import selection_truth as truth
 import torch
-from selection_data import ALIGN_LENGTH, BATCH, SELECT_ROWS, TEACHERS, load_teacher, rows
+from selection_data import ALIGN_LENGTH, BATCH, SELECT_ROWS, TEACHERS, append_line, load_teacher, read_lines, rows
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import held_out_kl
@@ -92,6 +92,16 @@ def test_rows_are_disjoint_and_cached(tmp_path):
         assert not drawn.answers[0].any() and drawn.answers[2].sum() == 32
     seen = [tuple(row) for drawn in first.values() for row in drawn.input_ids.tolist()]
     assert len(set(seen)) == len(seen)
+
+
+def test_a_line_cut_short_costs_that_line_alone(tmp_path):
+    path = tmp_path / "new" / "lines.jsonl"
+    assert read_lines(path) == []
+    append_line(path, {"a": 1})
+    append_line(path, {"a": 2})
+    path.write_bytes(path.read_bytes()[:-4])
+    append_line(path, {"a": 3})
+    assert read_lines(path) == [{"a": 1}, {"a": 3}] and path.read_text().count("\n") == 3
 
 
 def test_wanted_sets_resume_and_start_with_the_best_pair(tmp_path):
