@@ -128,6 +128,8 @@ def _teacher_folder(config: Any, recipe: "Recipe | None") -> str | None:
     name = config.teacher_name_or_path
     if name == "embedded" or (recipe is not None and recipe.teacher == "embedded"):
         return str(Path(__file__).parent / "embedded_teacher")
+    # A config that was saved has the folder's name only, and a folder of that name may be another.
+    name = recipe.teacher if recipe is not None else name
     return name if name and Path(name).is_dir() else None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from dataclasses import field
 from typing import Any
 
@@ -56,7 +57,8 @@ class HybridConfig(PreTrainedConfig):
             `"auto"` runs fla's kernels on CUDA tensors where fla can be used and our torch forms everywhere else;
             `"torch"` and `"fla"` force one (a forced `"fla"` raises the reason when it cannot run).
         teacher_name_or_path (`str`, *optional*):
-            Where the teacher came from; for the reader and the model card only, never loaded.
+            Where the teacher came from; for the reader and the model card only, never loaded. What is saved of a path
+            is its last part.
         teacher_revision (`str`, *optional*):
             The teacher's commit on the Hub; None for a teacher that did not come from there.
 
@@ -139,6 +141,11 @@ class HybridConfig(PreTrainedConfig):
         config.teacher_revision = kwargs.get("teacher_revision") or text_config.__dict__.pop("_commit_hash", None)
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the library's, with a teacher's folder by its name: the path is nobody else's business."""
+        name = self.teacher_name_or_path
+        return super().to_dict() | {"teacher_name_or_path": None if name is None else _without_path(str(name))}
+
     @property
     def full_attention_layers(self) -> list[int]:
         """Indices of the layers that keep softmax attention, ascending."""
@@ -189,6 +196,12 @@ class HybridConfig(PreTrainedConfig):
         teacher: Any = type(self.text_config)
         own, theirs = type(self).__dataclass_fields__, teacher.__dataclass_fields__
         return key not in own and (key in theirs or key in teacher.attribute_map) and not self._is_not_inherited(key)
+
+
+def _without_path(name: str) -> str:
+    """`name` where it has the form of an id on the Hub, otherwise its last part."""
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    return name if is_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def _softmax_layer_types(text_config: PreTrainedConfig) -> list[str]:

@@ -182,6 +182,11 @@ def test_the_licence_is_the_teachers(hybrid: Any, tmp_path: Path) -> None:
     card = card_text(config, 1, Provenance())
     assert {key: metadata(card)[key] for key in own} == own and "homemade (https://example.org/terms)" in card
     assert str(tmp_path) not in card
+    # A run's stages save the folder's name only; its recipe knows where that is.
+    saved = hh.HybridConfig.from_dict(config.to_dict())
+    assert saved.teacher_name_or_path == tmp_path.name
+    made = Provenance(recipe=Recipe.from_dict(tiny_recipe(str(tmp_path), "texts")))
+    assert metadata(card_text(saved, 1, made))["license_name"] == "homemade"
     (tmp_path / "README.md").write_text("# A teacher without metadata\n")
     assert licence_of(str(tmp_path)) == {}
     assert "No licence was found" in card_text(config, 1, Provenance())

@@ -132,3 +132,23 @@ class TestReport:
         student = hh.convert(teacher, [1])
         assert student.config.teacher_name_or_path == "someone/teacher"
         assert student.config._name_or_path == student.name_or_path == ""
+
+    @pytest.mark.parametrize(
+        ("name", "saved"),
+        [
+            ("/home/me/teachers/mine", "mine"),
+            ("/home/me/teachers/mine/", "mine"),
+            ("../mine", "mine"),
+            ("~/mine", "mine"),
+            ("a/longer/path", "path"),
+            ("C:\\teachers\\mine", "mine"),
+            ("someone/Teacher-1.5B", "someone/Teacher-1.5B"),
+            ("gpt2", "gpt2"),
+            (None, None),
+        ],
+    )
+    def test_a_path_is_saved_as_its_last_part(self, name, saved, tmp_path):
+        config = hh.HybridConfig.from_teacher(tiny_teacher("qwen3").config, [1], teacher_name_or_path=name)
+        assert config.teacher_name_or_path == name
+        config.save_pretrained(tmp_path)
+        assert hh.HybridConfig.from_pretrained(tmp_path).teacher_name_or_path == saved
