@@ -25,8 +25,7 @@ from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_TEACHERS = ["embedded", "qwen3-8-drop"]
-TOO_LONG = ("gates", "shared", "path-gradient", "distilled-greedy", "smart")
-QUICK_METHODS = [label for label in methods.METHODS if label not in TOO_LONG]
+QUICK_METHODS = [label for label, method in methods.METHODS.items() if not method.steps]
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,25 +46,15 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace, cache: Path) -> None:
     """Everything that the cache lacks: ground truth, selectors, and the sets that they chose."""
-    command = [
-        "--cache",
-        str(cache),
-        "--rows",
-        str(cache / "rows"),
-        "--device",
-        args.device,
-        "--teachers",
-        *args.teachers,
-    ]
-    command += ["--seeds", *map(str, args.seeds), "--k", "0", "1", "2"]
+    common = ["--cache", str(cache), "--rows", str(cache / "rows"), "--device", args.device]
+    common += ["--teachers", *args.teachers, "--seeds", *map(str, args.seeds)]
+    command = [*common, "--k", "0", "1", "2"]
     command += ["--steps", "12", "--align-steps", "40"] if args.quick else ["--later-k", "3", "-1"]
     settings = truth.parser().parse_args(command)
     truth.compute(settings)
-    given = argparse.Namespace(cache=cache, rows=cache / "rows", device=args.device, wait=False)
-    given.train_rows = settings.steps * BATCH
-    for seed in args.seeds:
-        for name in args.teachers:
-            methods.compute(name, seed, QUICK_METHODS if args.quick else list(methods.METHODS), given)
+    labels = QUICK_METHODS if args.quick else list(methods.METHODS)
+    train_rows = str(settings.steps * BATCH)
+    methods.compute(methods.parser().parse_args([*common, "--methods", *labels, "--train-rows", train_rows]))
     for name in args.teachers:
         ground = analysis.read_ground(cache, name)
         assert ground is not None

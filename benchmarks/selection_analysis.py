@@ -14,6 +14,7 @@ from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS, num_layers_of, 
 
 
 Set = tuple[int, ...]
+REPEATS = {label: method.repeats for label, method in methods.METHODS.items() if method.repeats}
 
 
 @dataclass
@@ -90,12 +91,43 @@ def choices(cache: Path, ground: Ground, ks: Iterable[int] = methods.KS) -> list
     """All selectors' choices on one teacher: what was run, and GA-S2, GR-S2 and AVG-S2 from the ground truth."""
     found = []
     for seed in sorted(ground.records):
-        for line in read_lines(cache / "methods" / f"{ground.name}_{seed}.jsonl"):
-            sets = {int(k): tuple(layers) for k, layers in line["sets"].items()}
-            cost = {key: line[key] for key in ("tokens", "tokens_forward", "seconds")}
-            values = {int(layer): value for layer, value in line["values"].items()}
-            found.append(Choice(line["method"], ground.name, seed, sets, values=values, **cost))
-        found += _distilled(ground, seed, list(ks))
+        derived = {choice.method: choice for choice in _distilled(ground, seed, list(ks))}
+        for choice in recorded(cache, ground.name, seed):
+            again = REPEATS.get(choice.method)
+            if again is None:
+                found.append(choice)
+            elif again in derived:
+                derived[again].seconds = choice.seconds
+        found += derived.values()
+    return found
+
+
+def recorded(cache: Path, name: str, seed: int) -> list[Choice]:
+    """What the selectors that were run chose on one teacher with one student seed."""
+    found = []
+    for line in read_lines(methods.results_path(cache, name, seed)):
+        sets = {int(k): tuple(layers) for k, layers in line["sets"].items()}
+        cost = {key: line[key] for key in ("tokens", "tokens_forward", "seconds")}
+        values = {int(layer): value for layer, value in line["values"].items()}
+        found.append(Choice(line["method"], name, seed, sets, values=values, **cost))
+    return found
+
+
+def agreement(cache: Path, ground: Ground) -> list[dict[str, Any]]:
+    """
+    `hh.score_layers` against the ground truth's own loop, wherever both distilled the same: the largest difference of
+    a layer's held-out KL, and whether both choose the same sets.
+    """
+    found = []
+    for seed in sorted(ground.records):
+        derived = {choice.method: choice for choice in _distilled(ground, seed, list(methods.KS))}
+        for choice in recorded(cache, ground.name, seed):
+            other = derived.get(REPEATS.get(choice.method, ""))
+            if other is not None:
+                # What is removed is ranked by minus its KL there.
+                largest = max(abs(abs(other.values[i]) - value) for i, value in choice.values.items())
+                row = {"method": other.method, "teacher": ground.name, "seed": seed, "largest": round(largest, 5)}
+                found.append(row | {"same_sets": other.sets == choice.sets})
     return found
 
 

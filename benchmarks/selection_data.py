@@ -119,7 +119,9 @@ def rows(
         ids, answers = _draw(mix, split, seed, count, length)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"input_ids": ids.to(torch.int16), "answers": answers}, path)
+            partial = path.with_suffix(f".{os.getpid()}")  # several processes may draw the same rows
+            save_file({"input_ids": ids.to(torch.int16), "answers": answers}, partial)
+            partial.replace(path)
     kinds = [kind for kind, number in zip(KINDS, mix, strict=True) for _ in range(number)]
     return Rows(ids, answers, (kinds * (-(-count // len(kinds))))[:count])
 

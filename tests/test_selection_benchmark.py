@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import selection_analysis as analysis
 import selection_methods as methods
 import selection_student as students
 import selection_truth as truth
@@ -11,6 +12,7 @@ from selection_data import ALIGN_LENGTH, BATCH, SELECT_ROWS, TEACHERS, append_li
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import held_out_kl
+from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
 
 
 NAME, STEPS, KEEP = "embedded", 2, [2, 4]
@@ -127,3 +129,53 @@ def test_selectors_run_through_score_layers(slot, tmp_path):
         else:
             assert set(found["values"]) == set(range(6)) and found["tokens_forward"] >= 6 * 2 * 128
             assert found["sets"][3] == sorted(found["order"])
+
+
+def test_selectors_run_in_processes_and_resume(slot, tmp_path, capfd):
+    student = student_of(slot, students.fresh_values(NAME, 3))
+    (tmp_path / "aligned").mkdir()
+    torch.save([p.detach() for p in mixer_parameters(student)], methods.aligned_path(tmp_path, NAME, 3))
+    methods.aligned_path(tmp_path, NAME, 4).write_text("garbage")
+    command = ["--cache", str(tmp_path), "--rows", str(tmp_path), "--train-rows", "8", "--processes", "2"]
+    command += ["--teachers", NAME, "--methods", "block-influence", "zero-shot-linearise"]
+    with pytest.raises(SystemExit, match="2 selectors failed"):
+        methods.compute(methods.parser().parse_args([*command, "--seeds", "3", "4", "5"]))
+    said = capfd.readouterr().out
+    assert f"{NAME}, seed 4: block-influence failed" in said
+    assert f"{NAME}, seed 5: 2 selectors not run, there is no {methods.aligned_path(tmp_path, NAME, 5)}" in said
+    kept = methods.results_path(tmp_path, NAME, 3).read_text()
+    assert not methods.results_path(tmp_path, NAME, 4).exists()
+
+    records = {line["method"]: line for line in read_lines(methods.results_path(tmp_path, NAME, 3))}
+    assert set(records) == {"block-influence", "zero-shot-linearise"}
+    held_out = rows(TEACHERS[NAME].mix, "score", 3, SELECT_ROWS).dataset()
+    args = hh.DistillationConfig(output_dir=str(tmp_path / "x"), use_cpu=True, report_to="none")
+    expected = hh.score_layers(student, slot.teacher, None, held_out, args=args, method="zero-shot-linearise")
+    for score in expected.scores:
+        assert records["zero-shot-linearise"]["values"][str(score.layer)] == pytest.approx(score.value, abs=1e-5)
+
+    methods.compute(methods.parser().parse_args([*command, "--seeds", "3"]))
+    methods.compute(methods.parser().parse_args([*command, "--seeds", "3", "--seconds", "-1"]))
+    assert methods.results_path(tmp_path, NAME, 3).read_text() == kept
+
+
+def test_ga_s2_is_read_from_the_ground_truth_and_its_seconds_from_its_run(tmp_path):
+    kls = {(0,): 0.5, (1,): 0.2, (2,): 0.4}
+    lines = [
+        {"seed": 0, "layers": list(s), "steps": 4, "kl": kl + 1, "select": {"2": [1 - kl, 0.0], "4": [kl, 0.0]}}
+        for s, kl in kls.items()
+    ]
+    (tmp_path / f"{NAME}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sets, values = {"1": [1], "2": [1, 2], "3": [0, 1, 2]}, {"0": 0.5, "1": 0.2, "2": 0.403}
+    run = {"method": "ga-s2 (score_layers)", "sets": sets, "values": values, "tokens": 9, "tokens_forward": 9}
+    append_line(methods.results_path(tmp_path, NAME, 0), run | {"seconds": 7.5})
+    append_line(methods.results_path(tmp_path, NAME, 0), run | {"method": "zero-shot", "seconds": 1.0})
+    ground = analysis.read_ground(tmp_path, NAME)
+    ground.num_layers = 3
+    found = {choice.method: choice for choice in analysis.choices(tmp_path, ground)}
+    assert set(found) == {"zero-shot", "ga-s2", "ga-s2, 2 steps"}
+    assert found["ga-s2"].seconds == 7.5 and found["ga-s2"].tokens == 3 * 4 * BATCH * 128
+    assert found["ga-s2, 2 steps"].seconds is None and found["ga-s2, 2 steps"].sets[1] == (0,)
+    assert analysis.agreement(tmp_path, ground) == [
+        {"method": "ga-s2", "teacher": NAME, "seed": 0, "largest": 0.003, "same_sets": True}
+    ]
