@@ -36,19 +36,25 @@ import train_teacher as one  # noqa: E402
 
 
 STEPS_AT_ONCE = 64  # steps whose data are drawn together
+FOLDER = "benchmarks/teachers"  # those that are finished
 SWITCH_ON = 0.45  # share of training after which late layers attend
-DROP_FROM = 0.4  # share of training after which attention is dropped
 
 
 def block(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, gate: Tensor) -> Tensor:
-    """One decoder layer, its attention's output times `gate` `[rows]`. Called without a mask: no host sync."""
-    mixed = layer.self_attn(layer.input_layernorm(x), position_embeddings=(cos, sin), attention_mask=None)[0]
-    x = x + gate[:, None, None] * mixed
+    """
+    One decoder layer. `gate` `[rows, 2]` scales its attention's output and its attention's logits. Called without a
+    mask: no host sync.
+    """
+    size, sharpness = (part[:, None, None] for part in gate.unbind(-1))
+    root = sharpness.sqrt()  # rotary embeddings multiply queries and keys alike
+    rope = (cos * root, sin * root)
+    mixed = layer.self_attn(layer.input_layernorm(x), position_embeddings=rope, attention_mask=None)[0]
+    x = x + size * mixed
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def gated_loss(model: Any, run: Any, input_ids: Tensor, weights: Tensor, gates: Tensor) -> Tensor:
-    """Next-token loss, as `one.weighted_loss` where all `gates` `[rows, layers]` are 1; `run` is [`block`]."""
+    """Next-token loss, as `one.weighted_loss` where all `gates` `[rows, layers, 2]` are 1; `run` is [`block`]."""
     backbone = model.model
     x = backbone.embed_tokens(input_ids)
     cos, sin = backbone.rotary_emb(x, torch.arange(input_ids.shape[1], device=x.device)[None])
@@ -62,10 +68,14 @@ def gated_loss(model: Any, run: Any, input_ids: Tensor, weights: Tensor, gates: 
 
 @torch.no_grad()
 def lay_out(model: Any, source: Any, order: tuple[int, ...]) -> None:
-    """Copies `source` into `model`, its layers in `order`; a layer -1 keeps its initialisation but adds nothing."""
+    """
+    Copies `source` into `model`, its layers in `order`; a layer -1 keeps its initialisation but adds nothing, and of
+    two copies only the last has the MLP, so that `model` is `source` where one of the two attends.
+    """
     model.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
     model.model.norm.load_state_dict(source.model.norm.state_dict())
-    for layer, origin in zip(model.model.layers, order or range(len(source.model.layers)), strict=True):
+    order = order or tuple(range(len(source.model.layers)))
+    for i, (layer, origin) in enumerate(zip(model.model.layers, order, strict=True)):
         if origin < 0:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
@@ -78,6 +88,34 @@ def lay_out(model: Any, source: Any, order: tuple[int, ...]) -> None:
         layer.mlp.gate_proj.weight.copy_(old.mlp.gate_proj.weight[kept])
         layer.mlp.up_proj.weight.copy_(old.mlp.up_proj.weight[kept])
         layer.mlp.down_proj.weight.copy_(old.mlp.down_proj.weight[:, kept])
+        if origin in order[i + 1 :]:
+            layer.mlp.down_proj.weight.zero_()
+
+
+def draw_gates(recipe: Recipe, shape: tuple[int, ...], progress: float, generator: torch.Generator) -> Tensor:
+    """
+    What every layer's attention is scaled by, `[*shape, layers, 2]`, see [`block`].
+
+    Of a pair of twins at most one is impaired (each in two rows of five, never both): its output shrinks, often to
+    nothing, or its logits do, so that it blurs as a linear layer does. Only the second makes linear layers harmless:
+    a teacher that does without a layer can still be upset by what a bad copy of this layer adds.
+    """
+    device = generator.device
+    gates = torch.ones(*shape, recipe.layers, 2, device=device)
+    size, sharpness = gates.unbind(-1)
+    if progress < SWITCH_ON:
+        size[..., list(recipe.late)] = 0.0
+    if progress >= recipe.impaired_from and recipe.drop:
+        size *= torch.rand(size.shape, generator=generator, device=device) >= recipe.drop
+    if progress >= recipe.impaired_from:
+        for first, second in zip(recipe.twins[::2], recipe.twins[1::2], strict=True):
+            which, how, less = torch.rand(3, *shape, generator=generator, device=device).unbind()
+            shrunk = torch.where(how < 0.3, 0.0, torch.where(how < 0.5, less, 1.0))
+            blurred = torch.where(how < 0.4, 1.0, 0.4 * less.square())
+            for twin, off in ((first, which < 0.4), (second, which >= 0.6)):
+                size[..., twin] *= torch.where(off, shrunk, 1.0)
+                sharpness[..., twin] = torch.where(off, blurred, 1.0)
+    return gates
 
 
 class Trainee:
@@ -97,7 +135,7 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
         self.input_ids = torch.zeros(rows, one.LENGTH, dtype=torch.long, device=device)
         self.weights = torch.ones(rows, one.LENGTH, device=device)
-        self.gates = torch.ones(rows, recipe.layers, device=device)
+        self.gates = torch.ones(rows, recipe.layers, 2, device=device)
         self.loss = torch.zeros((), device=device)
         self.stream = torch.cuda.Stream() if cuda else None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -133,16 +171,7 @@ class Trainee:
                 chosen = order[:, :count]
                 parts.append((rows[steps, chosen], weights[steps, chosen]))
         ids, weights = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        gates = torch.ones(*ids.shape[:2], self.recipe.layers, device=self.device)
-        if progress < SWITCH_ON:
-            gates[..., list(self.recipe.late)] = 0.0
-        if progress >= DROP_FROM and self.recipe.drop:
-            gates *= torch.rand(gates.shape, generator=generator, device=self.device) >= self.recipe.drop
-        if progress >= DROP_FROM and self.recipe.twins:
-            first, second = self.recipe.twins
-            drawn = torch.rand(gates.shape[:2], generator=generator, device=self.device)
-            gates[..., first] *= drawn >= 0.4  # never both
-            gates[..., second] *= drawn < 0.6
+        gates = draw_gates(self.recipe, ids.shape[:2], progress, generator)
         self.data = ids, weights, gates
 
     def advance(self, i: int, rate: float) -> None:
@@ -251,10 +280,12 @@ def write_card(folder: Path) -> None:
     """The folder's model card, from its metrics."""
     metrics = json.loads((folder / "metrics.json").read_text())
     recipe = {key: value for key, value in metrics["recipe"].items() if value not in ([], None, 0.0)}
-    own = ("seed", "rows", "drop", "twins", "late", "start", "order", "rate")
+    own = ("seed", "rows", "drop", "twins", "impaired_from", "late", "start", "order", "rate")
     values = {**metrics, **recipe, "others": metrics["trained_together"] - 1}
     values["recipe"] = ", ".join(f"{key} {recipe[key]}" for key in own if key in recipe)
-    values["starts"] = " --starts STARTS --ramp 0.5 --compile" if "start" in recipe else ""
+    starts = "STARTS" if recipe.get("start", "").endswith("-start") else FOLDER
+    values["starts"] = f" --starts {starts}" if recipe.get("start", "embedded") != "embedded" else ""
+    values["starts"] += f" --ramp {metrics['ramp']} --compile"
     (folder / "README.md").write_text(CARD.format(**values))
 
 
@@ -325,7 +356,7 @@ def main() -> None:
             )
 
     name = torch.cuda.get_device_name(device) if cuda else "the CPU"
-    record = {"steps": done, "device": name}
+    record: dict[str, Any] = {"steps": done, "device": name, "ramp": args.ramp}
     record |= {"seconds": round(time.time() - started), "trained_together": len(recipes), "torch": torch.__version__}
     record |= {"transformers": transformers.__version__, "python_source": description["python"]}
     for trainee in trainees:

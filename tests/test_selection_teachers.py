@@ -1,0 +1,100 @@
+"""Training of the selection benchmark's teachers: gates, layers laid out anew, recipes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_hybrid as hh
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import selection_teachers as training  # noqa: E402
+from selection_recipes import REDUNDANT, TASKS, Recipe  # noqa: E402
+
+
+def tiny(**changes: object) -> Recipe:
+    values: dict[str, object] = {"name": "tiny", "family": "qwen3", "layers": 4, "hidden": 32, "intermediate": 48}
+    values |= {"heads": 4, "kv_heads": 2, "head_dim": 16, "seed": 3, "rows": (1, 1, 1, 1, 0), **changes}
+    return Recipe(**values)  # type: ignore[arg-type]
+
+
+def trainee(recipe: Recipe) -> training.Trainee:
+    return training.Trainee(recipe, 64, 0, torch.device("cpu"), training.block)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_open_gates_give_the_loss_of_the_library(family: str) -> None:
+    model = trainee(tiny(family=family)).model.double()
+    ids, weights = torch.randint(64, (3, 33)), torch.rand(3, 33, dtype=torch.float64)
+    gates = torch.ones(3, 4, 2, dtype=torch.float64)
+    ours, theirs = (
+        training.gated_loss(model, training.block, ids, weights, gates),
+        training.one.weighted_loss(model, ids, weights),
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # the library's rotary embeddings are fp32
+
+
+def test_logits_scaled_to_nothing_average_the_values() -> None:
+    model = trainee(tiny()).model
+    layer, x = model.model.layers[1], torch.randn(2, 17, 32)
+    cos, sin = model.model.rotary_emb(x, torch.arange(17)[None])
+    got = training.block(layer, x, cos, sin, torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
+    values = layer.self_attn.v_proj(layer.input_layernorm(x[0])).view(17, 2, 16).repeat_interleave(2, 1)
+    mean = values.cumsum(0) / torch.arange(1, 18)[:, None, None]
+    first = x[0] + layer.self_attn.o_proj(mean.flatten(1))
+    wanted = torch.stack((first, x[1]))  # the second row's output is gone
+    wanted = wanted + layer.mlp(layer.post_attention_layernorm(wanted))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_of_two_twins_at_most_one_is_impaired_at_a_time() -> None:
+    recipe = tiny(layers=8, twins=(1, 2, 5, 7), impaired_from=0.5)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(training.draw_gates(recipe, (4, 9), 0.4, generator), torch.ones(4, 9, 8, 2))
+    gates = training.draw_gates(recipe, (50, 200), 0.5, generator)
+    impaired = (gates != 1).any(-1).flatten(0, 1)
+    assert not impaired[:, [0, 3, 4, 6]].any()
+    for first, second in ((1, 2), (5, 7)):
+        assert not (impaired[:, first] & impaired[:, second]).any()
+        for twin in (first, second):
+            assert 0.35 < impaired[:, twin].float().mean() < 0.45
+            assert (gates[..., twin, 0] == 0).any() and ((gates[..., twin, 1] < 0.4).any())
+
+
+def test_a_layer_twice_is_the_source_where_one_copy_attends() -> None:
+    source = trainee(tiny(layers=3)).model
+    twice = trainee(tiny()).model
+    training.lay_out(twice, source, (0, 1, 1, 2))
+    ids, weights = torch.randint(64, (2, 30)), torch.ones(2, 30)
+    wanted = training.gated_loss(source, training.block, ids, weights, torch.ones(2, 3, 2))
+    for off in (1, 2):
+        gates = torch.ones(2, 4, 2)
+        gates[:, off, 0] = 0.0
+        torch.testing.assert_close(training.gated_loss(twice, training.block, ids, weights, gates), wanted)
+
+
+@pytest.mark.parametrize("recipe", REDUNDANT, ids=lambda recipe: recipe.name)
+def test_the_twins_of_a_recipe_are_copies_of_one_layer(recipe: Recipe) -> None:
+    assert len(recipe.order) == recipe.layers and recipe.twins
+    for first, second in zip(recipe.twins[::2], recipe.twins[1::2], strict=True):
+        assert recipe.order[first] == recipe.order[second] >= 0
+    folder = Path(hh.__file__).parent / "embedded_teacher"
+    if recipe.start != "embedded":
+        folder = Path(__file__).parents[1] / training.FOLDER / str(recipe.start)
+    config = training.transformers.AutoConfig.from_pretrained(folder)
+    assert config.model_type == recipe.family and set(recipe.order) == set(range(config.num_hidden_layers))
+
+
+def test_the_rows_of_a_step_are_as_many_of_each_task_as_the_recipe_says() -> None:
+    recipe = tiny(rows=(2, 1, 0, 1, 1), late=(0,))
+    pupil = trainee(recipe)
+    generator, ids = torch.Generator().manual_seed(2), torch.arange(600)
+    most = dict(zip(TASKS, recipe.rows, strict=True))
+    pool = training.draw_pool(3, 0.2, 0.5, most, torch.arange(9999) % 600, ids, generator)
+    pupil.take(pool, 0.2, generator)
+    rows, weights, gates = pupil.data
+    assert rows.shape == weights.shape == (3, 5, training.one.LENGTH) and gates.shape == (3, 5, 4, 2)
+    assert (weights[:, :2] == 1).all()  # text
+    assert (gates[:, :, 0, 0] == 0).all() and (gates[:, :, 1:] == 1).all()
