@@ -82,5 +82,13 @@ def case(finished_here: Path, tmp_path: Path, capsys: pytest.CaptureFixture, mon
     return Case(finished_here, capsys)
 
 
+@pytest.fixture(scope="module")
+def dead_layer() -> Any:
+    """A teacher whose layer `DEAD` does nothing, and its all-linear student; no test changes them."""
+    from scored import dead_layer_pair
+
+    return dead_layer_pair()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the random kills; by default from the clock")

@@ -140,6 +140,7 @@ def test_killed_at_random_twenty_times_and_more(reference: Reference, tmp_path: 
     deaths = rounds = 0
     while deaths < 20:
         rounds += 1
+        assert rounds <= 10, f"{deaths} deaths in {rounds - 1} rounds of every stage; the seed is printed above"
         for stage in STAGES:
             kinds = rng.choice([["operation", "time"], ["time", "operation"], ["operation", "operation", "operation"]])
             deaths += kill_and_finish(reference, tmp_path / f"{stage}_{rounds}", stage, rng, kinds)
@@ -253,13 +254,9 @@ def run_pair(recipe: dict[str, Any], folder: Path, stage: str, rng: random.Rando
     return f"process {victim} killed by {by}"
 
 
-@pytest.mark.slow
-def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rng: random.Random) -> None:
-    """In each stage one of the two dies twice, and what they make is what two make that nobody kills."""
-    recipe = reference.recipe
-    costs = {entry[0]: entry[1:] for entry in run_pair(recipe, tmp_path / "whole", "report", None) if len(entry) == 3}
-    expected = results(tmp_path / "whole")
-    folder, deaths, whole = tmp_path / "run", 0, []
+def run_with_pairs_that_die(recipe: dict[str, Any], folder: Path, rng: random.Random, costs: dict[str, Any]) -> int:
+    """Runs each stage in pairs of which one is killed, three at most, then in one that lives; counts the deaths."""
+    deaths, whole = 0, []
     for stage in STAGES:
         for _ in range(3 if stage in ("align", "score", "distill", "finetune") else 2):
             before = contents(folder, whole)
@@ -273,11 +270,26 @@ def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rn
         run_pair(recipe, folder, stage, None)
         assert before.items() <= contents(folder, whole).items()
         whole = [*whole, ARTEFACTS[stage]]
-    assert deaths >= 10
-    given = results(folder)
-    assert given.keys() == expected.keys()
-    for name in given:
-        assert given[name] == expected[name], name
+    return deaths
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rng: random.Random) -> None:
+    """One of two dies ten times and more, and what they make is what two make that nobody kills."""
+    recipe = reference.recipe
+    costs = {entry[0]: entry[1:] for entry in run_pair(recipe, tmp_path / "whole", "report", None) if len(entry) == 3}
+    expected = results(tmp_path / "whole")
+    deaths = rounds = 0
+    while deaths < 10:
+        rounds += 1
+        # A kill may come late; of three runs with 22 kills each, few do.
+        assert rounds <= 3, f"{deaths} deaths in {rounds - 1} runs; the seed is printed above"
+        folder = tmp_path / f"run_{rounds}"
+        deaths += run_with_pairs_that_die(recipe, folder, rng, costs)
+        given = results(folder)
+        assert given.keys() == expected.keys()
+        for name in given:
+            assert given[name] == expected[name], name
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Greedy removal against hybrids made by hand; what all methods share is in tests/test_scoring.py."""
 
 import pytest
+from scored import LAYERS, arguments, rows, score, weak_student
 from teachers import tiny_teacher
-from test_scoring import LAYERS, arguments, rows, score, weak_student
 
 import hf_hybrid as hh
 
