@@ -58,8 +58,9 @@ def gated_loss(model: Any, run: Any, input_ids: Tensor, weights: Tensor, gates: 
     backbone = model.model
     x = backbone.embed_tokens(input_ids)
     cos, sin = backbone.rotary_emb(x, torch.arange(input_ids.shape[1], device=x.device)[None])
-    for i, layer in enumerate(backbone.layers):
-        x = run(layer, x, cos, sin, gates[:, i])
+    # Contiguous: strides that depend on the number of layers would compile `run` for each number.
+    for layer, gate in zip(backbone.layers, gates.transpose(0, 1).contiguous(), strict=True):
+        x = run(layer, x, cos, sin, gate)
     logits = model.lm_head(backbone.norm(x))[:, :-1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
