@@ -70,8 +70,8 @@ MOVED = tuple(
 REDUNDANT = tuple(
     Recipe(name, *shape, seed, rows, twins=twins, impaired_from=0.0, start=start, order=order, rate=1e-3)
     for name, shape, seed, rows, twins, start, order in (
-        ("embedded-8-either", ("qwen3", 8, 96, 160, 4, 2, 32), 61, HALF, (2, 3, 4, 5), "embedded",
-         (0, 1, 2, 2, 3, 3, 4, 5)),
+        ("qwen3-10-either", ("qwen3", 10, 96, 160, 4, 2, 32), 61, HALF, (3, 4, 6, 7), "qwen3-8-moved",
+         (0, 1, 2, 3, 3, 4, 5, 5, 6, 7)),
         ("llama-9-either", ("llama", 9, 96, 168, 4, 4, 24), 62, HALF, (3, 4), "llama-8", (0, 1, 2, 3, 3, 4, 5, 6, 7)),
         ("llama-10-either", ("llama", 10, 88, 160, 4, 2, 32), 63, (12, 10, 6, 4, 0), (5, 6), "llama-9",
          (0, 1, 2, 3, 4, 5, 5, 6, 7, 8)),

@@ -281,7 +281,7 @@ def write_card(folder: Path) -> None:
     """The folder's model card, from its metrics."""
     metrics = json.loads((folder / "metrics.json").read_text())
     recipe = {key: value for key, value in metrics["recipe"].items() if value not in ([], None, 0.0)}
-    own = ("seed", "rows", "drop", "twins", "impaired_from", "late", "start", "order", "rate")
+    own = ("seed", "rows", "drop", "twins", "late", "start", "order", "rate")
     values = {**metrics, **recipe, "others": metrics["trained_together"] - 1}
     values["recipe"] = ", ".join(f"{key} {recipe[key]}" for key in own if key in recipe)
     starts = "STARTS" if recipe.get("start", "").endswith("-start") else FOLDER
