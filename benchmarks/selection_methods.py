@@ -171,7 +171,7 @@ class Job:
     device: str
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=64)
 def _models_and_rows(job: Job) -> tuple[Any, Any, Any, Any]:
     """Student, teacher, and the rows to train and to measure on; `job` without its label."""
     mix = TEACHERS[job.name].mix
