@@ -1,19 +1,20 @@
-"""A student of the selection benchmark and the loop that aligns, distils and measures it.
+"""Students of the selection benchmark and the loop that aligns, distils and measures them.
 
-On a GPU a step of such a small model is bound by kernel launches, so both branches of every layer are computed and a
-mask chooses, which lets one CUDA graph serve every set, and several students train at once, each on its own stream.
-The branch that is masked out has gradients of zero, so nothing else changes (tests/test_selection_benchmark.py holds
-it against hh.DistillationTrainer).
+On a GPU a step of such a small model is bound by kernel launches, so many students are trained at once
+(selection_stack.py), both branches of every layer are computed and a mask chooses, which lets one CUDA graph serve
+every set. The branch that is masked out has gradients of zero, so nothing else changes
+(tests/test_selection_benchmark.py holds it against hh.DistillationTrainer).
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from selection_data import ALIGN_LENGTH, BATCH, REPORT_ROWS, SELECT_ROWS, TEACHERS, Rows, load_teacher, rows
+from selection_stack import stack
 from torch import Tensor, nn
 
 import hf_hybrid as hh
@@ -36,8 +37,16 @@ class Student(nn.Module):
         self.softmax = nn.ModuleList(copy.deepcopy(layer.self_attn) for layer in decoder_layers(teacher))
         self.requires_grad_(True)
 
+    def mixer_names(self) -> list[str]:
+        """The mixers' parameters, in the order of `mixer_parameters`."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return [names[id(parameter)] for parameter in mixer_parameters(self.model)]
+
     def hidden(self, input_ids: Tensor, keep: Tensor | list[bool]) -> Tensor:
-        """Final hidden states `[B, T, H]` with softmax in the layers where `keep` is true (or 1)."""
+        """
+        Final hidden states `[N * B, T, H]` of N students for tokens `[B, T]`, with softmax in the layers where `keep`
+        is 1 (`[N, L]`, both branches are computed) or true (of one student).
+        """
         backbone = decoder(self.model)
         x = backbone.embed_tokens(input_ids)
         rope = backbone.rotary_emb(x, torch.arange(input_ids.shape[1], device=x.device)[None])
@@ -54,7 +63,8 @@ class Student(nn.Module):
         linear, softmax = (
             module(given, position_embeddings=rope, attention_mask=None)[0] for module in (mixer, self.softmax[i])
         )
-        return keep[i] * softmax + (1 - keep[i]) * linear
+        mask = keep[:, i].repeat_interleave(len(given) // len(keep), output_size=len(given))[:, None, None]
+        return mask * softmax + (1 - mask) * linear
 
 
 @torch.no_grad()
@@ -89,17 +99,22 @@ class Data:
                 getattr(self, name).copy_(value)
 
 
-class Slot:
-    """One student being trained: parameters, optimizer and, on a GPU, its stream and graphs."""
+class Students:
+    """
+    `n` students being trained on the same rows: parameters `[n, ...]`, optimizers and, on a GPU, graphs.
 
-    def __init__(self, teacher: Any, data: Data, graph: bool) -> None:
-        self.teacher, self.data, self.device = teacher, data, teacher.device
+    Without graphs and with one student only the branch that runs is computed.
+    """
+
+    def __init__(self, teacher: Any, data: Data, n: int = 1, graph: bool = False) -> None:
+        self.teacher, self.data, self.n, self.device = teacher, data, n, teacher.device
         self.student = Student(teacher)
         self.num_layers = len(self.student.softmax)
-        self.parameters = list(self.student.parameters())
-        mixers = mixer_parameters(self.student.model)
-        ids = {id(parameter) for parameter in mixers}
-        rest = [parameter for parameter in self.parameters if id(parameter) not in ids]
+        self.mixer_names = self.student.mixer_names()
+        self.parameters = stack(self.student, n)
+        self.logits = logit_function(self.student.model)
+        mixers = [self.parameters[name] for name in self.mixer_names]
+        rest = [parameter for name, parameter in self.parameters.items() if name not in set(self.mixer_names)]
         kind: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
         if graph:
             kind |= {"capturable": True, "fused": True}
@@ -107,24 +122,21 @@ class Slot:
         self.aligner = torch.optim.AdamW(mixers, lr=self.rate if graph else ALIGN_LR, **kind)
         groups = [{"params": mixers, "lr": MIXER_LR}, {"params": rest, "lr": LR}]
         self.optimizer = torch.optim.AdamW(groups, **kind)
-        self.mixers, self.step_index, self.out_index = (
-            mixers,
-            *(torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(2)),
-        )
-        self.out = torch.zeros(*data.held_out.shape[:2], 3, device=self.device)  # KL, right answers, answers
-        self.keep: Tensor | list[bool] = torch.zeros(self.num_layers, device=self.device)
+        self.step_index, self.out_index = (torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(2))
+        batches, rows_each, _ = data.held_out.shape
+        self.out = torch.zeros(batches, n, rows_each, 3, device=self.device)  # KL, right answers, answers
+        self.keep: Tensor | list[bool] = torch.zeros(n, self.num_layers, device=self.device)
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.stream = torch.cuda.Stream() if graph else None
-        self.event = torch.cuda.Event() if graph else None
 
     def distill_step(self) -> None:
         ids = self.data.train.index_select(0, self.step_index)[0]
         reference = self.data.train_reference.index_select(0, self.step_index)[0]
         with torch.no_grad():
             teacher_logits = logit_function(self.teacher)(reference)
-        hidden = self.student.hidden(ids, self.keep)
-        loss = kl_per_token(teacher_logits, logit_function(self.student.model)(hidden)).mean()
-        self._update(loss, self.optimizer, self.parameters)
+        logits = self.logits(self.student.hidden(ids, self.keep)).unflatten(0, (self.n, -1))
+        loss = kl_per_token(teacher_logits.expand_as(logits), logits).flatten(1).mean(1)
+        self._update(loss, self.optimizer)
         self.step_index += 1
 
     def align_step(self) -> None:
@@ -140,8 +152,9 @@ class Slot:
                 wanted = layer.self_attn(given, position_embeddings=rope, attention_mask=None)[0]
                 x = x + wanted
                 x = x + layer.mlp(layer.post_attention_layernorm(x))
-            losses.append(alignment_loss(wanted, own.self_attn(given, position_embeddings=rope)[0]))
-        self._update(torch.stack(losses).mean(), self.aligner, self.mixers)
+            mixed = own.self_attn(given.repeat(self.n, 1, 1), position_embeddings=rope)[0]
+            losses.append(torch.stack([alignment_loss(wanted, one) for one in mixed.unflatten(0, (self.n, -1))]))
+        self._update(torch.stack(losses).mean(0), self.aligner)
         self.step_index += 1
 
     @torch.no_grad()
@@ -150,16 +163,22 @@ class Slot:
             x.index_select(0, self.out_index)[0]
             for x in (self.data.held_out, self.data.answers, self.data.held_out_reference)
         )
-        logits = logit_function(self.student.model)(self.student.hidden(ids, self.keep))
-        kl = kl_per_token(logit_function(self.teacher)(reference), logits).mean(-1)
+        logits = self.logits(self.student.hidden(ids, self.keep)).unflatten(0, (self.n, -1))
+        kl = kl_per_token(logit_function(self.teacher)(reference).expand_as(logits), logits).mean(-1)
         marked = answers[:, 1:]
-        right = ((logits[:, :-1].argmax(-1) == ids[:, 1:]) & marked).sum(-1)
-        self.out.index_copy_(0, self.out_index, torch.stack((kl, right.float(), marked.sum(-1).float()), -1)[None])
+        right = ((logits[..., :-1, :].argmax(-1) == ids[:, 1:]) & marked).sum(-1)
+        found = torch.stack((kl, right.float(), marked.sum(-1).float().expand_as(kl)), -1)
+        self.out.index_copy_(0, self.out_index, found[None])
         self.out_index += 1
 
-    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[Any]) -> None:
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+    def _update(self, losses: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One step on the `losses` `[n]`, every student's gradient clipped to a norm of 1 as nn.utils does it."""
+        losses.sum().backward()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        factors = (1 / (norms + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *(1 for _ in gradient.shape[1:])))
         optimizer.step()
 
     def forget_gradients(self) -> None:
@@ -168,7 +187,6 @@ class Slot:
 
     def capture(self, names: Iterable[str]) -> None:
         """Records the named steps as graphs; what the warm-up changes is reset before every use."""
-        assert self.stream is not None
         for name in names:
             step: Callable[[], None] = getattr(self, name)
             with torch.cuda.stream(self.stream):
@@ -189,9 +207,10 @@ class Slot:
         self.out_index.zero_()
 
     @torch.no_grad()
-    def reset(self, values: list[Tensor]) -> None:
-        """Parameters as in `values`, optimizers and counters as new."""
-        torch._foreach_copy_(self.parameters, values)
+    def reset(self, values: dict[str, Tensor]) -> None:
+        """All students' parameters as in `values`, optimizers and counters as new."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
         for optimizer in (self.aligner, self.optimizer):
             if self.stream is None:
                 optimizer.state.clear()
@@ -208,52 +227,59 @@ class Slot:
                 getattr(self, name)()
                 self.forget_gradients()
 
-    def set_keep(self, layers: Iterable[int]) -> None:
-        chosen = [i in set(layers) for i in range(self.num_layers)]
-        if self.graphs:
-            assert isinstance(self.keep, Tensor)
-            self.keep.copy_(torch.tensor(chosen, dtype=torch.float32))
-        else:
-            self.keep = chosen
+    def set_keep(self, sets: Sequence[Iterable[int]]) -> None:
+        """One set of softmax layers a student."""
+        chosen = [[i in set(layers) for i in range(self.num_layers)] for layers in sets]
+        if len(chosen) != self.n:
+            raise ValueError(f"{len(chosen)} sets of layers for {self.n} students.")
+        if self.n == 1 and not self.graphs:
+            self.keep = chosen[0]
+            return
+        assert isinstance(self.keep, Tensor)
+        self.keep.copy_(torch.tensor(chosen, dtype=torch.float32))
 
     def measure(self, batches: int) -> Tensor:
+        """KL per token, right answers and answers, `[n, batches * EVALUATION_BATCH, 3]`."""
         self.out_index.zero_()
         self.run("measure_step", batches)
-        return self.out[:batches].flatten(0, 1).clone()
+        return self.out[:batches].transpose(0, 1).flatten(1, 2).clone()
 
-    def distill(self, values: list[Tensor], layers: Iterable[int], steps: int, checkpoints: Iterable[int]) -> Any:
-        """Distils with softmax in `layers`; the rows to choose on at `checkpoints`, and all rows at the end."""
+    def distill(
+        self, values: dict[str, Tensor], sets: Sequence[Iterable[int]], steps: int, checkpoints: Iterable[int] = ()
+    ) -> dict[int, Tensor]:
+        """Distils with softmax in `sets`; the rows to choose on at `checkpoints`, and all rows at the end."""
         with torch.cuda.stream(self.stream):
             self.reset(values)
-            self.set_keep(layers)
+            self.set_keep(sets)
             found, done = {}, 0
             for step in sorted({*checkpoints, steps}):
                 self.run("distill_step", step - done)
                 done = step
                 last = step == steps
                 found[step] = self.measure(len(self.data.held_out) if last else SELECT_ROWS // EVALUATION_BATCH)
-            if self.event is not None:
-                self.event.record()
-        return found
+            return {step: measured.cpu() for step, measured in found.items()}
+
+    def zero_shot(self, values: dict[str, Tensor], sets: Sequence[Iterable[int]]) -> Tensor:
+        """KL of `sets` without distillation on the rows to choose on, `[n]`."""
+        with torch.cuda.stream(self.stream):
+            self.reset(values)
+            self.set_keep(sets)
+            return self.measure(SELECT_ROWS // EVALUATION_BATCH)[..., 0].mean(-1).cpu()
+
+    def align(self, values: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """The first student's parameters after alignment, from `values` of a new student."""
+        with torch.cuda.stream(self.stream):
+            self.reset(values)
+            for step in range(steps):
+                rate = ALIGN_LR * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                self.rate.fill_(rate)
+                if self.stream is None:
+                    self.aligner.param_groups[0]["lr"] = rate
+                self.run("align_step")
+            return {name: parameter[0].detach().cpu() for name, parameter in self.parameters.items()}
 
 
-def fresh_values(name: str, seed: int) -> list[Tensor]:
-    """Parameters of a new student, in the order of `Slot.parameters`; drawn on the CPU, so alike on every device."""
+def fresh_values(name: str, seed: int) -> dict[str, Tensor]:
+    """Parameters of a new student; drawn on the CPU, so alike on every device."""
     torch.manual_seed(seed)
-    return [parameter.detach() for parameter in Student(load_teacher(name)).parameters()]
-
-
-def align(slot: Slot, values: list[Tensor], steps: int) -> list[Tensor]:
-    """The parameters after alignment, from `values` of a new student."""
-    with torch.cuda.stream(slot.stream):
-        slot.reset([value.to(slot.device) for value in values])
-        for step in range(steps):
-            rate = ALIGN_LR * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-            slot.rate.fill_(rate)
-            if slot.stream is None:
-                slot.aligner.param_groups[0]["lr"] = rate
-            slot.run("align_step")
-        aligned = [parameter.detach().clone() for parameter in slot.parameters]
-    if slot.stream is not None:
-        torch.cuda.synchronize()
-    return aligned
+    return {key: parameter.detach() for key, parameter in Student(load_teacher(name)).named_parameters()}

@@ -1,11 +1,12 @@
 """Ground truth of the selection benchmark: every set of softmax layers, distilled with one budget and measured.
 
     python benchmarks/selection_truth.py --teachers llama-8 --seeds 0 1 2 --k 1 2 --cache FOLDER
-    python benchmarks/selection_truth.py --cache FOLDER --device cuda --slots 8 --seconds 150
+    python benchmarks/selection_truth.py --cache FOLDER --k 0 1 2 3 -1 --zero-shot --device cuda --together 48
 
 For each teacher and student seed an all-linear student is made and aligned; from it every set of K layers is restored,
 the hybrid distilled on the same batches, and held-out KL and recall are measured on rows to choose on and on others to
-report on. Results are appended to `FOLDER/TEACHER.jsonl` one by one and never computed twice.
+report on. Results are appended to `FOLDER/TEACHER.jsonl` and never computed twice. `--zero-shot` adds the KL of every
+subset of layers without distillation, in `FOLDER/zero_shot/TEACHER.jsonl`.
 """
 
 import argparse
@@ -13,25 +14,31 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from selection_data import ALIGN_STEPS, DISTILL_STEPS, SELECT_ROWS, TEACHERS, append_line, load_teacher, read_lines
-from selection_student import Data, Slot, align, fresh_values
+from selection_data import (
+    ALIGN_STEPS,
+    DISTILL_STEPS,
+    SELECT_ROWS,
+    TEACHERS,
+    append_line,
+    load_teacher,
+    num_layers_of,
+    read_lines,
+)
+from selection_student import Data, Student, Students, fresh_values
 from torch import Tensor
 
-from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
-
-CHECKPOINTS = (3, 6, 12)  # steps at which single layers are measured as well
+CHECKPOINTS = (3, 6, 12, 24, 48)  # steps at which single layers are measured as well
 
 
 def record(name: str, seed: int, layers: list[int], found: dict[int, Tensor], kinds: list[str]) -> dict[str, Any]:
     """What is kept of one distillation: KL in nats per token, by kind of row, and recall."""
     steps, select = max(found), {}
-    found = {step: measured.cpu() for step, measured in found.items()}
     for step, rows_found in found.items():
         kl = rows_found[:SELECT_ROWS, 0].double()
         select[step] = [round(kl.mean().item(), 5), round(kl.std().item() / len(kl) ** 0.5, 5)]
@@ -56,20 +63,15 @@ def record(name: str, seed: int, layers: list[int], found: dict[int, Tensor], ki
     }
 
 
-def read(cache: Path, name: str) -> list[dict[str, Any]]:
-    """All records of one teacher."""
-    return read_lines(cache / f"{name}.jsonl")
-
-
 def wanted_sets(
     name: str, num_layers: int, seed: int, ks: Iterable[int], cache: Path, best: int | None = None
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     """
     The sets still to be distilled, the promising ones first, `best` of each size at most.
 
     What a set promises is its own KL with another seed, or else that of its best subset with one layer less.
     """
-    there = read(cache, name)
+    there = read_lines(cache / f"{name}.jsonl")
     done = {tuple(r["layers"]) for r in there if r["seed"] == seed}
     known: dict[tuple[int, ...], list[float]] = {}
     for r in there:
@@ -81,122 +83,120 @@ def wanted_sets(
         smaller = (known.get(s) for s in itertools.combinations(layers, len(layers) - 1))
         return 1, min((sum(kls) / len(kls) for kls in smaller if kls), default=math.inf)
 
+    found: list[list[int]] = []
     for k in ks:
         # A negative K counts from the top: all layers softmax but -K of them.
         sets = list(itertools.combinations(range(num_layers), k if k >= 0 else num_layers + k))
         if k > 1:
             sets = sorted(sets, key=promise)[:best]
-        yield from (list(layers) for layers in sets if layers not in done)
+        found += (list(layers) for layers in sets if layers not in done)
+    return found
 
 
 class Runner:
-    """Slots for all teachers of one shape, used for one teacher and seed at a time."""
+    """The students of one teacher, `args.together` at once, with one seed at a time."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.args, self.graph = args, args.device != "cpu" and not args.eager
+        self.name, self.args, self.graph = name, args, args.device != "cpu" and not args.eager
         self.teacher = load_teacher(name).to(args.device).requires_grad_(False)
-        self.data = self._data(name, 0)
-        self.slots = [Slot(self.teacher, self.data, self.graph) for _ in range(args.slots)]
-        self.aligned: dict[tuple[str, int], list[Tensor]] = {}
-        if self.graph:
-            self.slots[0].capture(["align_step"])
+        self.path = args.cache / f"{name}.jsonl"
 
-    def capture(self) -> None:
-        for slot in self.slots if self.graph else ():
-            slot.capture(["distill_step", "measure_step"])
+    def data(self, seed: int) -> Data:
+        rows_seed = seed if self.args.data_seed is None else self.args.data_seed
+        return Data(self.name, rows_seed, self.teacher, self.args.rows, self.args.steps, self.args.align_steps)
 
-    def _data(self, name: str, seed: int) -> Data:
-        return Data(name, seed, self.teacher, self.args.rows, self.args.steps, self.args.align_steps)
-
-    def load(self, name: str, seed: int) -> list[Tensor]:
-        """Puts the teacher and its rows in place; the parameters of its aligned student, kept in a file as well."""
-        self.teacher.load_state_dict(load_teacher(name).state_dict())
-        data = self._data(name, seed)
-        self.data.copy_(data)
-        self.data.kinds = data.kinds
-        if (name, seed) in self.aligned:
-            return self.aligned[name, seed]
-        path, slot = self.args.cache / "aligned" / f"{name}_{seed}.pt", self.slots[0]
-        if self.graph:
-            torch.cuda.synchronize()
-        values = fresh_values(name, seed)
-        mixers = {id(parameter) for parameter in slot.mixers}
-        places = [i for i, parameter in enumerate(slot.parameters) if id(parameter) in mixers]
-        if path.is_file():
-            for i, value in zip(places, torch.load(path), strict=True):
-                values[i] = value
-            values = [value.to(self.args.device) for value in values]
-        else:
-            values = align(slot, values, self.args.align_steps)
+    def aligned(self, seed: int, data: Data) -> dict[str, Tensor]:
+        """The parameters of this seed's aligned student; the mixers', which alone change, are kept in a file."""
+        values = fresh_values(self.name, seed)
+        own = "" if self.args.data_seed is None else f"-{self.args.data_seed}"
+        path = self.args.cache / "aligned" / f"{self.name}_{seed}{own}.pt"
+        one = None if path.is_file() else Students(self.teacher, data, 1, self.graph)
+        if one is not None:
+            if self.graph:
+                one.capture(["align_step"])
+            values = one.align(values, self.args.align_steps)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            torch.save([values[i].cpu() for i in places], partial)
+            torch.save([values[key] for key in one.mixer_names], partial)
             partial.rename(path)
-        self.aligned[name, seed] = values
-        return values
+        else:
+            names = Student(self.teacher).mixer_names()
+            values |= dict(zip(names, torch.load(path), strict=True))
+        return {key: value.to(self.args.device) for key, value in values.items()}
 
-    def distill_all(self, name: str, seed: int, ks: Iterable[int], deadline: float) -> int:
-        """Distils what is missing of one teacher and seed until `deadline`; returns how many sets were done."""
-        values = self.load(name, seed)
-        if self.graph:
-            torch.cuda.synchronize()  # the slots' streams do not wait for the default one
-        pending: dict[int, tuple[list[int], dict[int, Tensor]]] = {}
-        path, count = self.args.cache / f"{name}.jsonl", 0
+    def run(self, seeds: Iterable[int], deadline: float) -> None:
+        """Distils what is missing until `deadline`."""
+        num_layers = num_layers_of(self.name)
+        data = self.data(0)
+        students: Students | None = None
+        for seed in seeds:
+            sets = self.args.sets or wanted_sets(
+                self.name, num_layers, seed, self.args.k, self.args.cache, self.args.best
+            )
+            if not sets and not self.args.zero_shot:
+                continue
+            fresh = self.data(seed)
+            values = self.aligned(seed, fresh)
+            if students is None:
+                chunks = math.ceil(len(sets) / self.args.together)
+                n = math.ceil(len(sets) / chunks) if sets else self.args.together
+                students = Students(self.teacher, data, n, self.graph)
+                if self.graph:
+                    students.capture(["distill_step", "measure_step"])
+            data.copy_(fresh)
+            if self.graph:
+                torch.cuda.synchronize()  # the students' stream does not wait for the default one
+            since = time.time()
+            if self.args.zero_shot:
+                self._zero_shot(students, values, seed, num_layers)
+            done = self._distil(students, values, seed, sets, deadline)
+            print(f"{self.name}, seed {seed}: {done} of {len(sets)} sets in {time.time() - since:.1f} s", flush=True)
 
-        def finish(i: int) -> None:
-            layers, found = pending.pop(i)
-            event = self.slots[i].event
-            if event is not None:
-                event.synchronize()
-            append_line(path, record(name, seed, layers, found, self.data.kinds))
-
-        num_layers = len(decoder_layers(self.teacher))
-        for layers in self.args.sets or wanted_sets(name, num_layers, seed, ks, self.args.cache, self.args.best):
+    def _distil(
+        self, students: Students, values: dict[str, Tensor], seed: int, sets: list[list[int]], deadline: float
+    ) -> int:
+        done = 0
+        for start in range(0, len(sets), students.n):
+            chosen = sets[start : start + students.n]
             if time.time() > deadline:
                 break
-            i = count % len(self.slots)
-            if i in pending:
-                finish(i)
-            checkpoints = [step for step in CHECKPOINTS if step < self.args.steps] if len(layers) == 1 else []
-            pending[i] = layers, self.slots[i].distill(values, layers, self.args.steps, checkpoints)
-            count += 1
-        for i in list(pending):
-            finish(i)
-        return count
+            single = any(len(layers) == 1 for layers in chosen)
+            checkpoints = [step for step in CHECKPOINTS if single and step < self.args.steps]
+            filled = [*chosen, *(chosen[-1:] * (students.n - len(chosen)))]
+            found = students.distill(values, filled, self.args.steps, checkpoints)
+            for i, layers in enumerate(chosen):
+                kept = found if len(layers) == 1 else {self.args.steps: found[self.args.steps]}
+                own = {step: measured[i] for step, measured in kept.items()}
+                line = record(self.name, seed, layers, own, students.data.kinds)
+                if self.args.data_seed is not None:
+                    line["data"] = self.args.data_seed
+                append_line(self.path, line)
+            done += len(chosen)
+        return done
 
-
-def shape_of(name: str) -> str:
-    config = load_teacher(name).config.to_dict()
-    keys = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")
-    return "/".join(str(config[key]) for key in keys)
+    def _zero_shot(self, students: Students, values: dict[str, Tensor], seed: int, num_layers: int) -> None:
+        path = self.args.cache / "zero_shot" / f"{self.name}.jsonl"
+        if any(line["seed"] == seed for line in read_lines(path)):
+            return
+        sets = [s for k in range(num_layers + 1) for s in itertools.combinations(range(num_layers), k)]
+        found: dict[str, float] = {}
+        for start in range(0, len(sets), students.n):
+            chosen = sets[start : start + students.n]
+            filled = [*chosen, *(chosen[-1:] * (students.n - len(chosen)))]
+            kls = students.zero_shot(values, filled).tolist()
+            found |= {",".join(map(str, s)): round(kl, 5) for s, kl in zip(chosen, kls, strict=False)}
+        append_line(path, {"teacher": self.name, "seed": seed, "zero_shot": found})
 
 
 def compute(args: argparse.Namespace) -> None:
-    """Distils all that is asked for and missing: for every seed first what `--k` names, in its order."""
+    """Distils all that is asked for and missing."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    shapes: dict[str, list[str]] = {}
+    started = time.time()
+    deadline = math.inf if args.seconds is None else started + args.seconds
     for name in args.teachers:
-        shapes.setdefault(shape_of(name), []).append(name)
-    groups, started = list(shapes.values()), time.time()
-    runners = [Runner(names[0], args) for names in groups]
-    for seed in args.seeds:
-        for runner, names in zip(runners, groups, strict=True):
-            for name in names:
-                runner.load(name, seed)
-    print(f"{time.time() - started:.0f} s: aligned", flush=True)
-    shares = [sum(load_teacher(name).config.num_hidden_layers ** 2.5 for name in names) for names in groups]
-    for i, (runner, names) in enumerate(zip(runners, groups, strict=True)):
-        runner.capture()
-        left = math.inf if args.seconds is None else args.seconds - (time.time() - started)
-        deadline = time.time() + left * shares[i] / sum(shares[i:])
-        for seed, ks in [*((seed, args.k) for seed in args.seeds), (args.seeds[0], args.later_k)]:
-            for name in names if ks else ():
-                since = time.time()
-                count = runner.distill_all(name, seed, ks, deadline)
-                each = (time.time() - since) / max(count, 1)
-                now = time.time() - started
-                print(f"{now:.0f} s: {name}, seed {seed}, K {ks}: {count} sets, {each:.3f} s each", flush=True)
-        runner.slots.clear()
+        if time.time() < deadline:
+            Runner(name, args).run(args.seeds, deadline)
+            print(f"{time.time() - started:.0f} s: {name} done", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,12 +206,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
     parser.add_argument("--k", type=int, nargs="*", default=[0, 1, 2, -1], help="set sizes; -1: all layers but one")
-    parser.add_argument("--later-k", type=int, nargs="*", default=[], help="set sizes afterwards, first seed only")
+    parser.add_argument("--data-seed", type=int, help="of the rows; by default the students' seed")
+    parser.add_argument("--zero-shot", action="store_true", help="also every subset's KL without distillation")
     parser.add_argument("--best", type=int, help="of sets of two layers and more, only the most promising")
     parser.add_argument("--sets", type=json.loads, help="JSON list of layer sets, in the place of all")
     parser.add_argument("--steps", type=int, default=DISTILL_STEPS)
     parser.add_argument("--align-steps", type=int, default=ALIGN_STEPS)
-    parser.add_argument("--slots", type=int, default=1, help="students trained at once (GPU)")
+    parser.add_argument("--together", type=int, default=1, help="students trained at once (GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--seconds", type=float, help="stop starting new distillations after this long")

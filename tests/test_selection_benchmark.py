@@ -9,6 +9,7 @@ import selection_student as students
 import selection_truth as truth
 import torch
 from selection_data import ALIGN_LENGTH, BATCH, SELECT_ROWS, TEACHERS, append_line, load_teacher, read_lines, rows
+from selection_stack import stack
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import held_out_kl
@@ -19,61 +20,85 @@ NAME, STEPS, KEEP = "embedded", 2, [2, 4]
 
 
 @pytest.fixture(scope="module")
-def slot():
+def data():
     teacher = load_teacher(NAME).requires_grad_(False)
     data = students.Data(NAME, 0, teacher, None, STEPS, STEPS)
     for key in ("held_out", "answers", "held_out_reference"):  # a few rows suffice here
         setattr(data, key, getattr(data, key)[:1])
-    return students.Slot(teacher, data, graph=False)
+    return teacher, data
 
 
-def student_of(slot, values):
+def student_of(teacher, values):
     """A hybrid of the package with the all-linear parameters in `values`."""
-    slot.reset(values)
-    student = hh.convert(slot.teacher, [])
-    student.load_state_dict(slot.student.model.state_dict())
+    student = hh.convert(teacher, [])
+    missing, unexpected = student.load_state_dict(
+        {name.removeprefix("model."): value for name, value in values.items() if name.startswith("model.")},
+        strict=False,
+    )
+    assert missing == ["lm_head.weight"] and not unexpected  # tied
     return student
 
 
-def test_alignment_is_the_trainers(slot, tmp_path):
+def test_alignment_is_the_trainers(data, tmp_path):
+    teacher, rows_of = data
     values = students.fresh_values(NAME, 3)
-    aligned = students.align(slot, values, STEPS)
-    student = student_of(slot, values)
-    data = rows(TEACHERS[NAME].mix, "align", 0, STEPS * BATCH, length=ALIGN_LENGTH).dataset()
+    aligned = students.Students(teacher, rows_of).align(values, STEPS)
+    student = student_of(teacher, values)
+    dataset = rows(TEACHERS[NAME].mix, "align", 0, STEPS * BATCH, length=ALIGN_LENGTH).dataset()
     args = hh.AlignmentConfig(
         output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=students.ALIGN_LR,
         train_sampling_strategy="sequential", use_cpu=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    hh.AlignmentTrainer(student, slot.teacher, args, train_dataset=data).train()
-    slot.reset(aligned)
-    for name, ours in slot.student.model.named_parameters():
+    hh.AlignmentTrainer(student, teacher, args, train_dataset=dataset).train()
+    for name, theirs in student.named_parameters():
         torch.testing.assert_close(
-            ours, student.get_parameter(name), atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            aligned[f"model.{name}"], theirs, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_distillation_is_the_trainers(slot, tmp_path, masked):
+# One student computes the branch that runs; of several at once, as in the CUDA graphs, both, and a mask chooses.
+@pytest.mark.parametrize("sets", [[KEEP], [[0, 1], KEEP, []]])
+def test_distillation_is_the_trainers(data, tmp_path, sets):
+    teacher, rows_of = data
     values = students.fresh_values(NAME, 3)
-    if masked:  # as in the CUDA graphs: both branches, and a mask
-        slot.set_keep = lambda layers: setattr(
-            slot, "keep", torch.tensor([float(i in layers) for i in range(slot.num_layers)])
-        )
-    found = slot.distill(values, KEEP, STEPS, [])[STEPS]
-    slot.__dict__.pop("set_keep", None)
+    several = students.Students(teacher, rows_of, len(sets))
+    before = several.zero_shot(values, sets)[sets.index(KEEP)].item()
+    found = several.distill(values, sets, STEPS, [1])
+    assert list(found) == [1, STEPS]
+    ours = found[STEPS][sets.index(KEEP), :, 0]
 
-    student = student_of(slot, values)
-    student.set_full_attention_layers(KEEP, slot.teacher)
-    data = rows(TEACHERS[NAME].mix, "train", 0, STEPS * BATCH).dataset()
+    student = student_of(teacher, values)
+    student.set_full_attention_layers(KEEP, teacher)
+    held_out = rows(TEACHERS[NAME].mix, "score", 0, SELECT_ROWS).dataset().select(range(len(ours)))
+    assert held_out_kl(student, teacher, held_out).mean == pytest.approx(before, abs=2e-4)
+    dataset = rows(TEACHERS[NAME].mix, "train", 0, STEPS * BATCH).dataset()
     args = hh.DistillationConfig(
         output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=students.LR,
         mixer_learning_rate=students.MIXER_LR, train_sampling_strategy="sequential", use_cpu=True, save_strategy="no",
         logging_strategy="no",
     )  # fmt: skip
-    hh.DistillationTrainer(student, slot.teacher, args, train_dataset=data).train()
-    held_out = rows(TEACHERS[NAME].mix, "score", 0, SELECT_ROWS).dataset().select(range(len(found)))
-    theirs = held_out_kl(student, slot.teacher, held_out)
-    assert found[:, 0].tolist() == pytest.approx(theirs.per_sequence, abs=2e-4)
+    hh.DistillationTrainer(student, teacher, args, train_dataset=dataset).train()
+    theirs = held_out_kl(student, teacher, held_out)
+    assert ours.tolist() == pytest.approx(theirs.per_sequence, abs=2e-4)
+
+
+def test_students_stacked_do_not_touch_one_another(data):
+    teacher, rows_of = data
+    values = students.fresh_values(NAME, 3)
+    several = students.Students(teacher, rows_of, 3)
+    alone = several.distill(values, [[2]] * 3, STEPS)[STEPS]
+    beside = several.distill(values, [[2], [], [2, 4]], STEPS)[STEPS]
+    torch.testing.assert_close(beside[0], alone[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone[1], alone[0], atol=1e-5, rtol=0)
+    assert (beside[1:, :, 0] - alone[1:, :, 0]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="2 sets of layers for 3 students"):
+        several.set_keep([[], []])
+
+
+def test_stacking_refuses_what_it_does_not_know():
+    module = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3))
+    with pytest.raises(ValueError, match="Conv1d holds parameters {'weight': \\(2, 2, 3\\), 'bias': \\(2,\\)}"):
+        stack(module, 2)
 
 
 def test_rows_are_disjoint_and_cached(tmp_path):
@@ -117,12 +142,13 @@ def test_wanted_sets_resume_and_start_with_the_best_pair(tmp_path):
     assert list(truth.wanted_sets("t", 4, 1, [-1], tmp_path))[0] == [0, 1, 2]
 
 
-def test_selectors_run_through_score_layers(slot, tmp_path):
-    student = student_of(slot, students.fresh_values(NAME, 3))
+def test_selectors_run_through_score_layers(data, tmp_path):
+    teacher, _ = data
+    student = student_of(teacher, students.fresh_values(NAME, 3))
     train = rows(TEACHERS[NAME].mix, "train", 0, STEPS * BATCH).dataset()
     held_out = rows(TEACHERS[NAME].mix, "score", 0, SELECT_ROWS).dataset().select(range(2))
     for label in ("zero-shot-linearise", "uniform-last", "ablation-recall"):
-        found = methods.run_method(methods.METHODS[label], student, slot.teacher, train, held_out, 0, "cpu")
+        found = methods.run_method(methods.METHODS[label], student, teacher, train, held_out, 0, "cpu")
         assert [len(found["sets"][k]) for k in methods.KS] == [1, 2, 3] and found["tokens"] == 0
         if label == "uniform-last":
             assert found["sets"] == {1: [5], 2: [2, 5], 3: [1, 3, 5]} and found["tokens_forward"] == 0
