@@ -99,58 +99,64 @@ class Runner:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name, self.args, self.graph = name, args, args.device != "cpu" and not args.eager
         self.teacher = load_teacher(name).to(args.device).requires_grad_(False)
+        self.num_layers = num_layers_of(name)
         self.path = args.cache / f"{name}.jsonl"
+        self.data = self._data(0)
+        self.one: Students | None = None
 
-    def data(self, seed: int) -> Data:
+    def _data(self, seed: int) -> Data:
         rows_seed = seed if self.args.data_seed is None else self.args.data_seed
         return Data(self.name, rows_seed, self.teacher, self.args.rows, self.args.steps, self.args.align_steps)
 
-    def aligned(self, seed: int, data: Data) -> dict[str, Tensor]:
+    def _students(self, n: int, steps: list[str]) -> Students:
+        students = Students(self.teacher, self.data, n, self.graph)
+        if self.graph:
+            students.capture(steps)
+        return students
+
+    def aligned(self, seed: int) -> dict[str, Tensor]:
         """The parameters of this seed's aligned student; the mixers', which alone change, are kept in a file."""
         values = fresh_values(self.name, seed)
         own = "" if self.args.data_seed is None else f"-{self.args.data_seed}"
         path = self.args.cache / "aligned" / f"{self.name}_{seed}{own}.pt"
-        one = None if path.is_file() else Students(self.teacher, data, 1, self.graph)
-        if one is not None:
-            if self.graph:
-                one.capture(["align_step"])
-            values = one.align(values, self.args.align_steps)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            torch.save([values[key] for key in one.mixer_names], partial)
-            partial.rename(path)
-        else:
+        if path.is_file():
             names = Student(self.teacher).mixer_names()
             values |= dict(zip(names, torch.load(path), strict=True))
+        else:
+            self.one = self.one or self._students(1, ["align_step"])
+            values = self.one.align(values, self.args.align_steps)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            torch.save([values[key] for key in self.one.mixer_names], partial)
+            partial.rename(path)
         return {key: value.to(self.args.device) for key, value in values.items()}
 
     def run(self, seeds: Iterable[int], deadline: float) -> None:
         """Distils what is missing until `deadline`."""
-        num_layers = num_layers_of(self.name)
-        data = self.data(0)
+        args = self.args
         students: Students | None = None
         for seed in seeds:
-            sets = self.args.sets or wanted_sets(
-                self.name, num_layers, seed, self.args.k, self.args.cache, self.args.best
-            )
-            if not sets and not self.args.zero_shot:
+            sets = args.sets or wanted_sets(self.name, self.num_layers, seed, args.k, args.cache, args.best)
+            if (not sets and not args.zero_shot) or time.time() > deadline:
                 continue
-            fresh = self.data(seed)
-            values = self.aligned(seed, fresh)
-            if students is None:
-                chunks = math.ceil(len(sets) / self.args.together)
-                n = math.ceil(len(sets) / chunks) if sets else self.args.together
-                students = Students(self.teacher, data, n, self.graph)
-                if self.graph:
-                    students.capture(["distill_step", "measure_step"])
-            data.copy_(fresh)
+            since = time.time()
+            self.data.copy_(self._data(seed))
             if self.graph:
                 torch.cuda.synchronize()  # the students' stream does not wait for the default one
-            since = time.time()
-            if self.args.zero_shot:
-                self._zero_shot(students, values, seed, num_layers)
+            values = self.aligned(seed)
+            aligned = time.time()
+            if students is None:
+                n = math.ceil(len(sets) / math.ceil(len(sets) / args.together)) if sets else args.together
+                students = self._students(n, ["distill_step", "measure_step"])
+            ready = time.time()
+            if args.zero_shot:
+                self._zero_shot(students, values, seed)
             done = self._distil(students, values, seed, sets, deadline)
-            print(f"{self.name}, seed {seed}: {done} of {len(sets)} sets in {time.time() - since:.1f} s", flush=True)
+            print(
+                f"{self.name}, seed {seed}: {done} of {len(sets)} sets, {students.n} at once, in "
+                f"{time.time() - ready:.1f} s ({aligned - since:.1f} s to align, {ready - aligned:.1f} s to set up)",
+                flush=True,
+            )
 
     def _distil(
         self, students: Students, values: dict[str, Tensor], seed: int, sets: list[list[int]], deadline: float
@@ -174,11 +180,11 @@ class Runner:
             done += len(chosen)
         return done
 
-    def _zero_shot(self, students: Students, values: dict[str, Tensor], seed: int, num_layers: int) -> None:
+    def _zero_shot(self, students: Students, values: dict[str, Tensor], seed: int) -> None:
         path = self.args.cache / "zero_shot" / f"{self.name}.jsonl"
         if any(line["seed"] == seed for line in read_lines(path)):
             return
-        sets = [s for k in range(num_layers + 1) for s in itertools.combinations(range(num_layers), k)]
+        sets = [s for k in range(self.num_layers + 1) for s in itertools.combinations(range(self.num_layers), k)]
         found: dict[str, float] = {}
         for start in range(0, len(sets), students.n):
             chosen = sets[start : start + students.n]
