@@ -157,8 +157,9 @@ def test_selectors_run_through_score_layers(data, tmp_path):
             assert found["sets"][3] == sorted(found["order"])
 
 
-def test_selectors_run_in_processes_and_resume(slot, tmp_path, capfd):
-    student = student_of(slot, students.fresh_values(NAME, 3))
+def test_selectors_run_in_processes_and_resume(data, tmp_path, capfd):
+    teacher, _ = data
+    student = student_of(teacher, students.fresh_values(NAME, 3))
     (tmp_path / "aligned").mkdir()
     torch.save([p.detach() for p in mixer_parameters(student)], methods.aligned_path(tmp_path, NAME, 3))
     methods.aligned_path(tmp_path, NAME, 4).write_text("garbage")
@@ -176,7 +177,7 @@ def test_selectors_run_in_processes_and_resume(slot, tmp_path, capfd):
     assert set(records) == {"block-influence", "zero-shot-linearise"}
     held_out = rows(TEACHERS[NAME].mix, "score", 3, SELECT_ROWS).dataset()
     args = hh.DistillationConfig(output_dir=str(tmp_path / "x"), use_cpu=True, report_to="none")
-    expected = hh.score_layers(student, slot.teacher, None, held_out, args=args, method="zero-shot-linearise")
+    expected = hh.score_layers(student, teacher, None, held_out, args=args, method="zero-shot-linearise")
     for score in expected.scores:
         assert records["zero-shot-linearise"]["values"][str(score.layer)] == pytest.approx(score.value, abs=1e-5)
 
