@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, cache: Path) -> None:
         for seed in args.seeds:
             sets = [s for s in analysis.unmeasured(ground, found, seed) if len(s) < 3 or not args.quick]
             if sets:
-                settings.teachers, settings.seeds, settings.later_k = [name], [seed], []
+                settings.teachers, settings.seeds = [name], [seed]
                 settings.sets = [list(s) for s in sets]
                 truth.compute(settings)
 

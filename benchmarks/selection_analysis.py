@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import selection_methods as methods
-import selection_truth as truth
 from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS, num_layers_of, read_lines
 
 
@@ -61,7 +60,7 @@ class Ground:
 def read_ground(cache: Path, name: str) -> Ground | None:
     """The ground truth of one teacher, or None where there is none."""
     records: dict[int, dict[Set, dict[str, Any]]] = defaultdict(dict)
-    for record in truth.read(cache, name):
+    for record in read_lines(cache / f"{name}.jsonl"):
         records[record["seed"]][tuple(record["layers"])] = record
     if not records:
         return None
