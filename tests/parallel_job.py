@@ -25,17 +25,26 @@ CASES: dict[str, dict[str, Any]] = {
     "tied head": {"family": "qwen2"},
     "bf16 weights, fp32 decay, sharded teacher": {"family": "qwen3", "dtype": "bfloat16", "shard_teacher": True},
     "autocast, tied, sharded teacher": {"family": "qwen2", "dtype": "bfloat16", "bf16": True, "shard_teacher": True},
+    "padded rows": {"family": "qwen2", "padded": True},
     "two mixers": {"family": "llama", "mixer": ["kimi_delta_attention", "gated_linear_attention"] * 2},
 }
 STAGES = (hh.AlignmentConfig, hh.AlignmentTrainer), (hh.DistillationConfig, hh.DistillationTrainer)
 
 
-def rows(count: int, seed: int = 0) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"input_ids": tokens(count, 24, seed).tolist()})
+def rows(count: int, seed: int = 0, padded: bool = False) -> datasets.Dataset:
+    columns = {"input_ids": tokens(count, 24, seed).tolist()}
+    if padded:
+        columns["attention_mask"] = [[int(i <= 7 * row % 24) for i in range(24)] for row in range(count)]
+    return datasets.Dataset.from_dict(columns)
 
 
 def train(
-    folder: Path, family: str, dtype: str = "float32", mixer: Any = "gated_deltanet", **changes: Any
+    folder: Path,
+    family: str,
+    dtype: str = "float32",
+    mixer: Any = "gated_deltanet",
+    padded: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     """
     Aligns, then distils, and saves the student of each stage. Returns each stage's losses step by step, those after
@@ -65,7 +74,8 @@ def train(
                     student.float()
                 assert start.keys() == student.state_dict().keys()
             arguments = kind(str(folder / name), **{**settings, **changes})
-            trainer = trainer_class(model=student, teacher=teacher, args=arguments, train_dataset=rows(24))
+            data = rows(24, padded=padded)
+            trainer = trainer_class(model=student, teacher=teacher, args=arguments, train_dataset=data)
             trainer.train(resume_from_checkpoint=resume)
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             found[f"{name} resumed" if resume else name] = losses

@@ -235,6 +235,30 @@ class TestDistillation:
         for name, tensor in results[0].items():
             torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
+    def test_accumulation_over_padded_rows_is_a_larger_batch(self, tmp_path):
+        """Every token counts the same, in whichever micro-batch it is, also where one has none."""
+        teacher, lengths = tiny_teacher(), (24, 3, 0, 17)
+        mask = [[int(i < length) for i in range(24)] for length in lengths] * 4
+        data, losses = rows(16, attention_mask=mask), {}
+        hh.write_teacher_topk(teacher, data, tmp_path / "topk", 99)
+        kinds = {
+            "align": (hh.AlignmentTrainer, hh.AlignmentConfig, {}),
+            "distil": (hh.DistillationTrainer, hh.DistillationConfig, {}),
+            "topk": (hh.DistillationTrainer, hh.DistillationConfig, {"teacher_topk": str(tmp_path / "topk")}),
+        }
+        for name, (trainer_class, config_class, options) in kinds.items():
+            for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+                torch.manual_seed(0)
+                student = hh.convert(teacher, [1])
+                settings = {"gradient_accumulation_steps": accumulation, "optim": "sgd", "logging_steps": 1, **options}
+                args = arguments(config_class, tmp_path, per_device_train_batch_size=batch, **settings)
+                trainer = trainer_class(model=student, teacher=teacher, args=args, train_dataset=data)
+                trainer.train()
+                losses[name, batch] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            assert losses[name, 1] == pytest.approx(losses[name, 4], rel=1e-5)
+            assert losses[name, 2] == pytest.approx(losses[name, 4], rel=1e-5)
+        assert losses["topk", 1] == pytest.approx(losses["distil", 4], rel=1e-4)
+
     def test_checkpoints_hold_the_student_only_and_resume_exactly(self, tmp_path):
         teacher, data = tiny_teacher(), rows(32)
 

@@ -174,9 +174,9 @@ def alignment_loss(
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of `values` where `mask` is not 0; 0 where it is 0 everywhere."""
+    """Mean of `values` where `mask` is not 0; 0 where it is 0 everywhere, or there are none."""
     if mask is None:
-        return values.mean()
+        return values.mean() if values.numel() else values.sum()
     weight = mask.to(values.dtype)
     return (values * weight).sum() / weight.sum().clamp(min=1)
 

@@ -21,14 +21,9 @@ class TeacherTrainingArguments(HybridTrainingArguments):
     Args:
         shard_teacher (`bool`):
             Under FSDP2 or ZeRO-3, whether the teacher is sharded like the student, in place, or whole on each device.
-
-    Differs from the parent in `average_tokens_across_devices=False`.
     """
 
     shard_teacher: bool = field(default=False, metadata={"help": "Whether FSDP2 or ZeRO-3 shards the teacher too."})
-    average_tokens_across_devices: bool = field(
-        default=False, metadata={"help": "Kept off: the losses are means over a batch's tokens."}
-    )
 
 
 class TeacherTrainer(HybridTrainer):
@@ -49,7 +44,7 @@ class TeacherTrainer(HybridTrainer):
 
     args: TeacherTrainingArguments
     takes_adapters = False
-    loss_is_scaled_for_ga = False  # a mean over the tokens of a micro-batch
+    loss_is_scaled_for_ga = False  # the Trainer divides by the number of micro-batches, see `compute_loss`
 
     def __init__(
         self, model: nn.Module, teacher: PreTrainedModel | None, args: TeacherTrainingArguments, **kwargs: Any
@@ -87,6 +82,14 @@ class TeacherTrainer(HybridTrainer):
         """The loss of one batch; a scalar."""
         raise NotImplementedError
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one step, and how many tokens that are not padding they have, of all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        tokens = torch.stack([counted_tokens(batch) for batch in batches]).sum().to(device)
+        return batches, self.accelerator.reduce(tokens) if self.args.average_tokens_across_devices else tokens
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -98,6 +101,12 @@ class TeacherTrainer(HybridTrainer):
         batch = self.batch_of(inputs)
         with self.accelerator.autocast():
             loss = call_through(model, student, self.student_loss, student, batch)
+        if num_items_in_batch is not None:
+            # A mean over the tokens of a micro-batch becomes its part of the mean over those of a step. Where all
+            # micro-batches have the same number of tokens, this is 1 exactly.
+            averaged = self.args.average_tokens_across_devices
+            parts = self.current_gradient_accumulation_steps * (self.accelerator.num_processes if averaged else 1)
+            loss = loss * (counted_tokens(batch) * parts / torch.as_tensor(num_items_in_batch).clamp(min=1))
         return (loss, None) if return_outputs else loss
 
     def prediction_step(
@@ -143,6 +152,14 @@ def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     if "input_ids" not in inputs:
         raise ValueError(f"the batch has columns {sorted(inputs)}; it needs input_ids. Tokenise the dataset first.")
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if inputs.get(key) is not None}
+
+
+def counted_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """How many tokens of a batch are not padding; a scalar."""
+    inputs = model_inputs(inputs)
+    mask = inputs.get("attention_mask")
+    ids = inputs["input_ids"]
+    return torch.tensor(ids.numel(), device=ids.device) if mask is None else (mask != 0).sum()
 
 
 def check_pair(student: Any, teacher: PreTrainedModel | None, *, adapters: bool = False) -> None:
