@@ -14,6 +14,7 @@ from hf_hybrid.trainers import held_out_kl
 from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches
 from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
+from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
 
@@ -25,7 +26,7 @@ class Evaluation:
 
     Args:
         kl, kl_sem (`float`): held-out `KL(teacher || model)` and its standard error over rows, nats per token.
-        tokens (`int`): tokens of the held-out rows.
+        tokens (`int`): tokens of the held-out rows that are not padding.
         perplexity, teacher_perplexity (`float`): `exp` of the mean negative log likelihood per predicted token.
         recall, teacher_recall (`float`): share of right answers in multi-query associative recall.
         recall_length, recall_answers (`int`): tokens of a row of that task, and answers in all rows.
@@ -94,9 +95,7 @@ def evaluate_model(
             kl = held_out_kl(model, teacher, rows, batch_size)
             result.kl, result.kl_sem = kl.mean, kl.sem
             result.teacher_perplexity = perplexity(teacher, rows, batch_size)
-        result.tokens = sum(
-            int(batch["input_ids"].numel()) for batch in batches(rows, batch_size, torch.device("cpu"))
-        )
+        result.tokens = sum(int(counted_tokens(batch)) for batch in batches(rows, batch_size, torch.device("cpu")))
     if tokenizer is not None:
         ids = ordinary_token_ids(tokenizer)
         ids = ids[ids < model.config.get_text_config().vocab_size]

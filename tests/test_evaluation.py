@@ -51,6 +51,17 @@ def test_perplexity_is_the_plain_one() -> None:
         assert model.training
 
 
+def test_padding_is_not_among_the_tokens_and_a_row_of_it_is_refused() -> None:
+    teacher = tiny_teacher("qwen3")
+    masks = [[1] * 24, [1] * 9 + [0] * 15, [1] * 24]
+    rows = rows_of(3).add_column("attention_mask", masks)
+    model = hh.convert(teacher, [1])
+    assert evaluate_model(model, teacher, rows=rows, batch_size=2).tokens == 24 + 9 + 24
+    rows = rows.remove_columns("attention_mask").add_column("attention_mask", [*masks[:2], [0] * 24])
+    with pytest.raises(ValueError, match="row 2 of the evaluation dataset is nothing but padding"):
+        hh.held_out_kl(model, teacher, rows, batch_size=2)
+
+
 def test_packed_documents_and_padding_count_each_on_their_own() -> None:
     model = hh.convert(tiny_teacher("qwen3"), [1])
     ids = rows_of(4, 24)["input_ids"]

@@ -79,7 +79,14 @@ def batches(dataset: Any, batch_size: int, device: torch.device) -> Iterator[dic
                 f"rows {start} to {start + batch_size - 1} of the evaluation dataset have lengths {sorted(lengths)}; "
                 "pack them to one length, or pad them and pass an attention_mask."
             )
-        yield {key: torch.as_tensor(value).to(device) for key, value in model_inputs(rows).items()}
+        batch = {key: torch.as_tensor(value).to(device) for key, value in model_inputs(rows).items()}
+        for i, mask in enumerate(batch.get("attention_mask", [])):
+            if not mask.any():
+                raise ValueError(
+                    f"row {start + i} of the evaluation dataset is nothing but padding, so it has no mean; leave "
+                    "empty texts out."
+                )
+        yield batch
 
 
 class HeldOut:
