@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from typing import Any
 
 import torch
@@ -122,16 +123,29 @@ def why_not_fla() -> str | None:
     for package in ("triton", "fla"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed (pip install 'hf-hybrid[gpu]')"
-    triton_version = tuple(int(part) for part in importlib.metadata.version("triton").split("+")[0].split(".")[:3])
-    low, high = _BROKEN_ON_HOPPER
-    if torch.cuda.get_device_capability()[0] == 9 and low <= triton_version < high:
-        return (
-            f"triton {'.'.join(map(str, triton_version))} computes wrong gradients on Hopper; install 3.7.1 or later"
-        )
+    # GPUs of other makers have such numbers too.
+    if torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9:
+        version = _triton_version()
+        if version is None:
+            return "triton's version is unknown, and some compute wrong gradients on Hopper; install 3.7.1 or later"
+        low, high = _BROKEN_ON_HOPPER
+        if low <= version < high:
+            return f"triton {'.'.join(map(str, version))} computes wrong gradients on Hopper; install 3.7.1 or later"
     try:
         importlib.import_module("fla.ops.gated_delta_rule")
     except ImportError as error:
         return f"fla's operators do not import ({error})"
+    return None
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    """Triton's version; torch's nightly builds come with one under another name."""
+    for package in ("triton", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except ModuleNotFoundError:
+            continue
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     return None
 
 

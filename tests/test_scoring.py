@@ -147,6 +147,9 @@ def test_what_cannot_be_scored(dead_layer, tmp_path):
         hh.score_layers(None, teacher, None, held_out, args=arguments(tmp_path), method="zero-shot")
     with pytest.raises(ValueError, match="choose 'sizes' or 'single'"):
         score(teacher, student, tmp_path, "shared", options={"subset": "all"})
+    for size in (0, 5):
+        with pytest.raises(ValueError, match=rf"max_size={size} layers cannot be restored; pass 1\.\.4"):
+            score(teacher, student, tmp_path, "shared", options={"max_size": size})
 
 
 def test_scores_of_earlier_versions_load(tmp_path):

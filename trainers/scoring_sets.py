@@ -109,7 +109,11 @@ def shared(
         raise ValueError(
             f"subset={subset!r} and select={select!r}; choose 'sizes' or 'single' and 'greedy' or 'single'."
         )
-    largest = max_size or min(len(job.layers), 2 * job.k if job.k else (len(job.layers) + 1) // 2)
+    largest = max_size
+    if largest is None:
+        largest = min(len(job.layers), 2 * job.k if job.k else (len(job.layers) + 1) // 2)
+    if not 1 <= largest <= len(job.layers):
+        raise ValueError(f"max_size={max_size} layers cannot be restored; pass 1..{len(job.layers)}.")
     if select == "greedy":
         job.needs_k("shared")
     options = {"train_softmax": train_softmax, "subset": subset, "max_size": largest, "select": select, "swaps": swaps}
