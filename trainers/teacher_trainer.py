@@ -31,7 +31,8 @@ class TeacherTrainer(HybridTrainer):
     [`HybridTrainer`] with a frozen teacher. Base of [`AlignmentTrainer`] and [`DistillationTrainer`].
 
     The teacher is shared, in eval mode and without gradients; it is no part of the model, so it is never saved and
-    never in the optimizer.
+    never in the optimizer. A step's loss is the mean over the step's tokens, however micro-batches and processes share
+    them.
 
     Args:
         model ([`HybridForCausalLM`]): the student, changed in place.
