@@ -23,6 +23,7 @@ from .scoring_removal import zero_shot_removal
 from .scoring_rules import POSITIONAL, by_position
 from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
 from .scoring_teacher import ablation_kl, ablation_ppl, ablation_recall, attention_mse, block_influence, token_nll
+from .scoring_verified import verified
 from .teacher_trainer import check_pair
 
 
@@ -51,6 +52,7 @@ METHODS: dict[str, Callable[..., LayerScores]] = {
     "zero-shot-linearise": zero_shot_linearise,
     "zero-shot-greedy": zero_shot_greedy,
     "zero-shot-removal": zero_shot_removal,
+    "verified": verified,
     "smart": smart,
     "ablation-kl": ablation_kl,
     "ablation-recall": ablation_recall,
@@ -78,7 +80,7 @@ NO_TRAINING = (
     "zero-shot-removal",
     "smart",
 )
-NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared", "gates")
+NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared", "gates", "verified")
 
 
 def score_layers(
