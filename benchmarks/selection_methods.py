@@ -79,6 +79,7 @@ METHODS = {
         Method("path-gradient", "path-gradient"),
         Method("smart", "smart", needs_k=True, nested=False),
         Method("zero-shot-removal", "zero-shot-removal"),
+        Method("verified", "verified", steps=12, needs_k=True, nested=False),
         Method("gates", "gates", steps=24, needs_k=True, nested=False),
         Method("shared", "shared", steps=24, needs_k=True),
         Method("distilled-greedy", "distilled-greedy", steps=16, needs_k=True),
