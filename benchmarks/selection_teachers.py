@@ -264,7 +264,7 @@ object.
 
 Recipe (`benchmarks/selection_recipes.py`): {recipe}.
 Trained for {steps} steps of rows of 256 tokens, {seconds} s beside {others} others on {device}
-with torch {torch}:
+with torch {torch}{clock}:
 
     python benchmarks/selection_teachers.py --only {name}{starts} --steps {steps} --device cuda --output TEACHERS
 
@@ -287,6 +287,7 @@ def write_card(folder: Path) -> None:
     starts = "STARTS" if recipe.get("start", "").endswith("-start") else FOLDER
     values["starts"] = f" --starts {starts}" if recipe.get("start", "embedded") != "embedded" else ""
     values["starts"] += f" --ramp {metrics['ramp']} --compile"
+    values["clock"] = "; `--seconds` ended it, `--steps` gives as many" if metrics.get("by_the_clock") else ""
     (folder / "README.md").write_text(CARD.format(**values))
 
 
@@ -358,6 +359,7 @@ def main() -> None:
 
     name = torch.cuda.get_device_name(device) if cuda else "the CPU"
     record: dict[str, Any] = {"steps": done, "device": name, "ramp": args.ramp}
+    record["by_the_clock"] = args.seconds is not None
     record |= {"seconds": round(time.time() - started), "trained_together": len(recipes), "torch": torch.__version__}
     record |= {"transformers": transformers.__version__, "python_source": description["python"]}
     for trainee in trainees:

@@ -1,5 +1,6 @@
 """Training of the selection benchmark's teachers: gates, layers laid out anew, recipes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import hf_hybrid as hh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import selection_teachers as training  # noqa: E402
-from selection_recipes import REDUNDANT, TASKS, Recipe  # noqa: E402
+from selection_data import FOLDER, KINDS, TEACHERS  # noqa: E402
+from selection_recipes import RECIPES, REDUNDANT, TASKS, Recipe  # noqa: E402
 
 
 def tiny(**changes: object) -> Recipe:
@@ -98,3 +100,26 @@ def test_the_rows_of_a_step_are_as_many_of_each_task_as_the_recipe_says() -> Non
     assert rows.shape == weights.shape == (3, 5, training.one.LENGTH) and gates.shape == (3, 5, 4, 2)
     assert (weights[:, :2] == 1).all()  # text
     assert (gates[:, :, 0, 0] == 0).all() and (gates[:, :, 1:] == 1).all()
+
+
+def test_no_test_teacher_shares_weights_with_one_for_development() -> None:
+    starts = {recipe.name: recipe.start for recipe in RECIPES}
+    splits: dict[str, set[str]] = {}
+    for name, teacher in TEACHERS.items():
+        while starts.get(name) is not None:
+            name = str(starts[name])
+        splits.setdefault(name, set()).add(teacher.split)
+    assert set.union(*splits.values()) == {"dev", "test"} and all(len(found) == 1 for found in splits.values()), splits
+
+
+def test_the_table_holds_the_folders_and_asks_for_what_their_teachers_have_learned() -> None:
+    assert {folder.name for folder in FOLDER.iterdir()} == set(TEACHERS) - {"embedded"}
+    recipes = {recipe.name: recipe for recipe in RECIPES}
+    for name in set(TEACHERS) - {"embedded"}:
+        metrics = json.loads((FOLDER / name / "metrics.json").read_text())
+        asked = dict(zip(KINDS, TEACHERS[name].mix, strict=True))
+        assert metrics["recall_256"] > 0.99 and asked["recall"] > 0, name
+        assert (metrics["chained_256"] > 0.5) == (asked["chained"] > 0), name
+        assert (metrics["hops3_256"] > 0.5) == (asked["hops3"] > 0), name
+        assert metrics["recipe"]["seed"] == recipes[name].seed, name
+        assert f"--only {name} " in (FOLDER / name / "README.md").read_text()
