@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import selection_analysis as analysis
-from selection_data import BATCH, FOLDER, LENGTH, TEACHERS
+from selection_data import BATCH, FOLDER, LENGTH, TEACHERS, num_layers_of, read_lines
 from selection_plots import plot_costs, plot_steps
 
 
@@ -32,6 +32,7 @@ def write(results: Path) -> None:
         "REGRET": regret_table(result),
         "BY_TEACHER": teacher_table(result, found, 2),
         "TEACHERS": teachers_table(result, grounds),
+        "TWINS": twins_table(results / "selection_twins.jsonl"),
         "STABILITY": stability_table(grounds),
         "SEEDS": seed_table(grounds, found),
         "INTERACTIONS": interactions(grounds),
@@ -108,6 +109,22 @@ def teachers_table(result: dict[str, Any], grounds: list[analysis.Ground]) -> st
         rows.append([ground.name, TEACHERS[ground.name].split, shape, *accuracy, *best])
     header = ["teacher", "", "shape", "recall", "two hops", "three", "best K=1", "K=2", "K=3"]
     return _table(header, rows)
+
+
+def twins_table(path: Path) -> str:
+    """What it costs to make either of two redundant layers linear, and both, all others softmax and distilled."""
+    found: dict[tuple[str, frozenset[int]], list[float]] = {}
+    for line in read_lines(path):
+        linear = frozenset(range(num_layers_of(line["teacher"]))) - frozenset(line["layers"])
+        found.setdefault((line["teacher"], linear), []).append(line["kl"])
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        twins = json.loads((FOLDER / name / "metrics.json").read_text())["recipe"]["twins"]
+        for a, b in zip(twins[::2], twins[1::2], strict=True):
+            kls = [found[name, frozenset(linear)] for linear in ((a,), (b,), (a, b))]
+            means = [_number(statistics.fmean(of_seeds)) for of_seeds in kls]
+            rows.append([name, TEACHERS[name].split, f"{a}, {b}", *means, str(min(map(len, kls)))])
+    return _table(["teacher", "", "layers", "the first", "the second", "both", "student seeds"], rows)
 
 
 def stability_table(grounds: list[analysis.Ground]) -> str:
