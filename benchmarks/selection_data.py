@@ -31,8 +31,8 @@ class Teacher:
     A teacher's name, which is its folder's, its split, and how many rows of each of KINDS a batch has.
 
     `"dev"` are all teachers whose ground truth was known when the recommended selector was chosen, and what continues
-    them; `"test"` are the others. No test teacher shares weights with one of `dev`. A mix asks for two hops where the
-    teacher has them in half of the cases at least.
+    them; `"test"` are the others, of which at most a few sets had been distilled by then (docs/selection.md). No test
+    teacher shares weights with one of `dev`. A mix asks for two hops where the teacher has them in half of the cases.
     """
 
     name: str
