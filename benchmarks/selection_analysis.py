@@ -90,7 +90,7 @@ def choices(cache: Path, ground: Ground, ks: Iterable[int] = methods.KS) -> list
     """All selectors' choices on one teacher: what was run, and GA-S2, GR-S2 and AVG-S2 from the ground truth."""
     found = []
     for seed in sorted(ground.records):
-        derived = {choice.method: choice for choice in _distilled(ground, seed, list(ks))}
+        derived = {choice.method: choice for choice in distilled(ground, seed, list(ks))}
         for choice in recorded(cache, ground.name, seed):
             again = REPEATS.get(choice.method)
             if again is None:
@@ -119,7 +119,7 @@ def agreement(cache: Path, ground: Ground) -> list[dict[str, Any]]:
     """
     found = []
     for seed in sorted(ground.records):
-        derived = {choice.method: choice for choice in _distilled(ground, seed, list(methods.KS))}
+        derived = {choice.method: choice for choice in distilled(ground, seed, list(methods.KS))}
         for choice in recorded(cache, ground.name, seed):
             other = derived.get(REPEATS.get(choice.method, ""))
             if other is not None:
@@ -130,7 +130,7 @@ def agreement(cache: Path, ground: Ground) -> list[dict[str, Any]]:
     return found
 
 
-def _distilled(ground: Ground, seed: int, ks: list[int]) -> list[Choice]:
+def distilled(ground: Ground, seed: int, ks: list[int]) -> list[Choice]:
     """GA-S2 after every checkpoint, GR-S2 and AVG-S2: distillations that the ground truth has made."""
     records, layers = ground.records[seed], range(ground.num_layers)
     if any((layer,) not in records for layer in layers):
