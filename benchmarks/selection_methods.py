@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import statistics
 import tempfile
 import time
 import traceback
@@ -141,9 +142,11 @@ def run_method(
         "sets": sets,
         "order": list(last.ranking)[: KS[-1]],
         "values": {score.layer: round(score.value, 6) for score in last.scores},
-        "tokens": max(scores.tokens for scores in scored),
-        "tokens_forward": max(scores.tokens_forward for scores in scored),
-        "seconds": round(sum(scores.seconds for scores in scored) / len(scored), 3),
+        # Of one selection: the mean where each K is one of its own.
+        "tokens": round(statistics.fmean(scores.tokens for scores in scored)),
+        "tokens_forward": round(statistics.fmean(scores.tokens_forward for scores in scored)),
+        "most_tokens": max(scores.tokens for scores in scored),
+        "seconds": round(statistics.fmean(scores.seconds for scores in scored), 3),
         "num_layers": num_layers,
         "settings": dataclasses.asdict(method),
     }
