@@ -98,6 +98,18 @@ def choices(cache: Path, ground: Ground, ks: Iterable[int] = methods.KS) -> list
             elif again in derived:
                 derived[again].seconds = choice.seconds
         found += derived.values()
+    return found + _every_set(cache, ground, list(ks))
+
+
+def _every_set(cache: Path, ground: Ground, ks: list[int]) -> list[Choice]:
+    """What an exhaustive search without distillation would choose, where every subset was measured."""
+    found = []
+    for line in read_lines(cache / "zero_shot" / f"{ground.name}.jsonl"):
+        kls = {tuple(int(i) for i in key.split(",") if i): kl for key, kl in line["zero_shot"].items()}
+        some = {k: {s: kl for s, kl in kls.items() if len(s) == k} for k in ks}
+        sets = {k: min(of_size, key=of_size.__getitem__) for k, of_size in some.items()}
+        measured = round(sum(map(len, some.values())) / len(ks)) * SELECT_ROWS * LENGTH
+        found.append(Choice("zero-shot, every set", ground.name, line["seed"], sets, 0, measured))
     return found
 
 

@@ -8,7 +8,7 @@ import selection_analysis as analysis
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from selection_data import BATCH, LENGTH
+from selection_data import BATCH, LENGTH, TEACHERS
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -45,7 +45,7 @@ def plot_steps(ground: analysis.Ground, path: Path) -> None:
 def plot_costs(table: list[dict[str, Any]], recommended: str, path: Path) -> None:
     """Regret on the test teachers over cost relative to GA-S2."""
     figure, axes = _figure(7.0, 4.4)
-    most = max(row["test"]["teachers"] for row in table if row["test"])
+    most = max((row["test"]["teachers"] for row in table if row["test"]), default=0)
     for row in table:
         if row["test"] is None or row["cost"] is None or row["test"]["teachers"] < most:
             continue
@@ -60,4 +60,23 @@ def plot_costs(table: list[dict[str, Any]], recommended: str, path: Path) -> Non
     axes.set_xlabel("cost relative to GA-S2 (0.001: nothing is measured)")
     axes.set_ylabel("regret on the test teachers (nats per token)")
     axes.set_title("mean over teachers, seeds and K = 1, 2, 3", fontsize="medium", loc="left")
+    figure.savefig(path)
+
+
+def plot_teachers(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every selector's regret on every teacher, mean over K and student seeds; a bar at the test teachers' mean."""
+    shown = [row for row in rows if row["test"] is not None]
+    shown.sort(key=lambda row: row["test"]["regret"], reverse=True)
+    figure, axes = _figure(7.0, 0.24 * len(shown) + 1.0)
+    for place, row in enumerate(shown):
+        for split, colour, shift in (("dev", "#8da0cb", 0.18), ("test", "#d95f02", -0.18)):
+            names = [name for name in TEACHERS if TEACHERS[name].split == split]
+            values = [[row["by_k"][k][name] for k in row["by_k"] if name in row["by_k"][k]] for name in names]
+            means = [statistics.fmean(value) for value in values if value]
+            label = split if place == 0 else None
+            axes.plot(means, [place + shift] * len(means), "o", color=colour, markersize=3, alpha=0.7, label=label)
+        axes.plot([row["test"]["regret"]] * 2, [place - 0.4, place + 0.1], color="#d95f02", linewidth=1.5)
+    axes.set_yticks(range(len(shown)), [row["method"] for row in shown], fontsize=7)
+    axes.set_xlabel("regret, mean over K = 1, 2, 3 and student seeds (nats per token)")
+    axes.legend(title="teachers", frameon=False, loc="upper right")
     figure.savefig(path)

@@ -2,19 +2,22 @@
 
 import itertools
 import json
+import math
 import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import selection_analysis as analysis
-from selection_data import BATCH, FOLDER, LENGTH, TEACHERS, num_layers_of, read_lines
-from selection_plots import plot_costs, plot_steps
+import selection_ga_s2 as ga_s2
+from selection_data import FOLDER, TEACHERS, num_layers_of, read_lines
+from selection_ga_s2 import table
+from selection_plots import plot_costs, plot_steps, plot_teachers
 
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = Path(__file__).with_name("selection_page.md")
-SHOWN = ("ga-s2", "ga-s2, 6 steps", "gr-s2", "avg-s2", "zero-shot-removal", "zero-shot-linearise", "zero-shot-greedy")
+SHOWN = ("ga-s2", "verified", "zero-shot-linearise", "zero-shot-removal")
 
 
 def write(results: Path) -> None:
@@ -27,13 +30,20 @@ def write(results: Path) -> None:
     embedded = next(ground for ground in grounds if ground.name == "embedded")
     plot_steps(embedded, DOCS / "selection_steps.png")
     plot_costs(result["methods"], result["recommended"], DOCS / "selection_costs.png")
+    plot_teachers(result["methods"], DOCS / "selection_teachers.png")
     parts = {
         "RECOMMENDED": f"`{result['recommended']}`",
         "REGRET": regret_table(result),
-        "BY_TEACHER": teacher_table(result, found, 2),
+        "TEST": teacher_table(result, found, 2, "test"),
+        "DEV": teacher_table(result, found, 2, "dev"),
         "TEACHERS": teachers_table(result, grounds),
         "TWINS": twins_table(results / "selection_twins.jsonl"),
-        "STABILITY": stability_table(grounds),
+        "STABILITY": ga_s2.stability(grounds),
+        "VARIATION": ga_s2.variation(results / "selection_variation"),
+        "LONGER": ga_s2.longer(
+            grounds, results / "selection_long", SHOWN, [c for some in found.values() for c in some]
+        ),
+        "AGREEMENT": agreement(cache, grounds),
         "SEEDS": seed_table(grounds, found),
         "INTERACTIONS": interactions(grounds),
         "UNIFORM": uniform_table(grounds, found),
@@ -45,11 +55,6 @@ def write(results: Path) -> None:
     for name, text in parts.items():
         page = page.replace("{{" + name + "}}", text)
     (DOCS / "selection.md").write_text(page)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -76,7 +81,7 @@ def regret_table(result: dict[str, Any]) -> str:
     randoms = [_random(result, k) for k in (1, 2, 3)]
     rows.append(["random (expected)", *(_number(value) for value in randoms), "", "", "0", "0", "", "0.000"])
     header = ["selector", "K=1", "K=2", "K=3", "test", "dev", "trained", "measured", "s", "cost"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _random(result: dict[str, Any], k: int) -> float | None:
@@ -85,15 +90,17 @@ def _random(result: dict[str, Any], k: int) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def teacher_table(result: dict[str, Any], found: dict[str, list[analysis.Choice]], k: int) -> str:
-    """One line a selector, one column a teacher: its regret at K."""
-    names = [name for name in result["teachers"] if found[name]]
+def teacher_table(result: dict[str, Any], found: dict[str, list[analysis.Choice]], k: int, split: str) -> str:
+    """One line a selector, one column a teacher of `split`: its regret at K."""
+    names = [name for name in result["teachers"] if found[name] and TEACHERS[name].split == split]
     rows = []
-    for row in sorted(result["methods"], key=lambda row: _mean(row, k) if _mean(row, k) is not None else 9.0):
+    for row in sorted(
+        result["methods"], key=lambda row: _mean(row, k, split) if _mean(row, k, split) is not None else 9.0
+    ):
         if any(name in row["by_k"][str(k)] for name in names):
             rows.append([row["method"], *(_number(row["by_k"][str(k)].get(name)) for name in names)])
     best = ["best set", *(str(result["teachers"][name]["best"][str(k)]) for name in names)]
-    return _table(["selector", *names], [best, *rows])
+    return table(["selector", *names], [best, *rows])
 
 
 def teachers_table(result: dict[str, Any], grounds: list[analysis.Ground]) -> str:
@@ -108,7 +115,7 @@ def teachers_table(result: dict[str, Any], grounds: list[analysis.Ground]) -> st
         accuracy = [_number(metrics.get(key), 2) for key in ("recall_256", "chained_256", "hops3_256")]
         rows.append([ground.name, TEACHERS[ground.name].split, shape, *accuracy, *best])
     header = ["teacher", "", "shape", "recall", "two hops", "three", "best K=1", "K=2", "K=3"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def twins_table(path: Path) -> str:
@@ -124,74 +131,60 @@ def twins_table(path: Path) -> str:
             kls = [found[name, frozenset(linear)] for linear in ((a,), (b,), (a, b))]
             means = [_number(statistics.fmean(of_seeds)) for of_seeds in kls]
             rows.append([name, TEACHERS[name].split, f"{a}, {b}", *means, str(min(map(len, kls)))])
-    return _table(["teacher", "", "layers", "the first", "the second", "both", "student seeds"], rows)
-
-
-def stability_table(grounds: list[analysis.Ground]) -> str:
-    """GA-S2 after a part of its steps: how often its set is already the final one, and its regret."""
-    steps: dict[int, dict[int, list[tuple[bool, float]]]] = {}
-    for ground in grounds:
-        for seed in ground.records:
-            chosen = {c.method: c.sets for c in analysis.choices(Path(), ground) if c.seed == seed}
-            if "ga-s2" not in chosen:
-                continue
-            final = chosen["ga-s2"]
-            for method, sets in chosen.items():
-                if method.startswith("ga-s2"):
-                    step = int(method.split()[1]) if "," in method else 24
-                    for k, s in sets.items():
-                        entry = (s == final[k], ground.regret(s)[0])
-                        steps.setdefault(step, {}).setdefault(k, []).append(entry)
-    rows = []
-    for step in sorted(steps):
-        cells = [f"{step}", f"{step * BATCH * LENGTH:,}"]
-        for k in (1, 2, 3):
-            entries = steps[step][k]
-            known = [regret for _, regret in entries if regret == regret]
-            share = f"{sum(same for same, _ in entries)} of {len(entries)}"
-            cells += [share, _number(statistics.fmean(known)) if known else ""]
-        rows.append(cells)
-    header = ["steps", "tokens a layer"]
-    for k in (1, 2, 3):
-        header += [f"K={k}: set is final", "regret"]
-    return _table(header, rows)
+    return table(["teacher", "", "layers", "the first", "the second", "both", "student seeds"], rows)
 
 
 def seed_table(grounds: list[analysis.Ground], found: dict[str, list[analysis.Choice]]) -> str:
-    """What one selector chooses at K=2 with other student seeds: other mixers, alignment rows, training rows."""
+    """What one selector chooses at K=2 with each student seed: other mixers, alignment rows, training rows."""
     rows = []
     for ground in grounds:
-        seeds = sorted(ground.records)
-        if len(seeds) < 2:
-            continue
         cells = [ground.name]
-        for method in ("ga-s2", "zero-shot-removal", "zero-shot-linearise"):
-            sets = [
-                next((c.sets[2] for c in found[ground.name] if (c.method, c.seed) == (method, s)), None) for s in seeds
-            ]
-            cells.append("; ".join(str(list(s)) if s else "-" for s in sets))
+        for method in SHOWN:
+            sets = {c.seed: list(c.sets[2]) for c in found[ground.name] if c.method == method}
+            chosen = [str(sets.get(seed, "-")) for seed in sorted(ground.records)]
+            cells.append(chosen[0] if len(set(chosen)) == 1 else "; ".join(chosen))
         rows.append(cells)
-    return _table(["teacher", "ga-s2", "zero-shot-removal", "zero-shot-linearise"], rows)
+    return table(["teacher", *SHOWN], rows)
 
 
 def interactions(grounds: list[analysis.Ground]) -> str:
-    """Where the best pair is not the two best singles, and what that costs."""
+    """The best pair against the two best single layers, by the mean over student seeds; in how many seeds they differ."""
     rows = []
     for ground in grounds:
-        for seed in ground.records:
-            singles = sorted(
-                (s for s in ground.records[seed] if len(s) == 1), key=lambda s: ground.records[seed][s]["kl"]
-            )
-            if len(singles) < ground.num_layers or not any(len(s) == 2 for s in ground.records[seed]):
-                continue
-            two = tuple(sorted(singles[0] + singles[1]))
-            best, kl = ground.best(seed, 2)
-            other = ground.records[seed].get(two)
-            gap = "" if other is None else f"{other['kl'] - kl:.3f}"
-            exhaustive = "all" if ground.expected_of_random(2) is not None else "search"
-            cells = [str(list(two)), "" if other is None else f"{other['kl']:.3f}", str(list(best)), f"{kl:.3f}", gap]
-            rows.append([ground.name, str(seed), *cells, exhaustive])
-    return _table(["teacher", "seed", "two best singles", "KL", "best pair", "KL", "difference", "pairs"], rows)
+        seeds, layers = list(ground.records.values()), range(ground.num_layers)
+
+        def mean(s: analysis.Set, seeds: list[Any] = seeds) -> float:
+            return statistics.fmean(records[s]["kl"] for records in seeds)
+
+        def two_best(kl: Any, layers: range = layers) -> tuple[analysis.Set, analysis.Set]:
+            singles = sorted(layers, key=lambda layer: kl((layer,)))
+            return tuple(sorted(singles[:2])), min(itertools.combinations(layers, 2), key=kl)
+
+        two, best = two_best(mean)
+        differ = [a != b for a, b in (two_best(lambda s, r=r: r[s]["kl"]) for r in seeds)]
+        cells = [
+            str(list(two)),
+            _number(mean(two)),
+            str(list(best)),
+            _number(mean(best)),
+            _number(mean(two) - mean(best)),
+        ]
+        rows.append([ground.name, *cells, f"{sum(differ)} of {len(differ)}"])
+    return table(["teacher", "two best singles", "KL", "best pair", "KL", "difference", "seeds that differ"], rows)
+
+
+def agreement(cache: Path, grounds: list[analysis.Ground]) -> str:
+    """GA-S2 and GR-S2 through `hh.score_layers` against the ground truth's loop."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for ground in grounds:
+        for line in analysis.agreement(cache, ground):
+            rows.setdefault((line["method"], ground.name), []).append(line)
+    cells = [
+        [name, method, str(len(lines)), _number(max(line["largest"] for line in lines), 4),
+         f"{sum(line['same_sets'] for line in lines)} of {len(lines)}"]
+        for (method, name), lines in rows.items()
+    ]  # fmt: skip
+    return table(["teacher", "selector", "runs", "largest difference of a KL", "same sets"], cells)
 
 
 def uniform_table(grounds: list[analysis.Ground], found: dict[str, list[analysis.Choice]], kind: str = "") -> str:
@@ -209,7 +202,7 @@ def uniform_table(grounds: list[analysis.Ground], found: dict[str, list[analysis
                 cells.append(_number(ground.regret(choice.sets[2])[0]))
         rows.append(cells if kind else [*cells, _number(ground.expected_of_random(2))])
     header = ["teacher, K=2", "uniform", "-last", "-centre", "first", "last"]
-    return _table(header if kind else [*header, "random"], rows)
+    return table(header if kind else [*header, "random"], rows)
 
 
 def _of_kind(ground: analysis.Ground, layers: analysis.Set, kind: str) -> float | None:
@@ -235,7 +228,7 @@ def published_table(published: dict[str, Any]) -> str:
         rows.append(
             [f"{model}, {len(reference)} of {layers}", *cells, f"{statistics.fmean(others):.2f}", f"{chance:.2f}"]
         )
-    return _table(["model", *(f"ga-s2 and {n}" for n in selectors), "all pairs", "by chance"], rows)
+    return table(["model", *(f"ga-s2 and {n}" for n in selectors), "all pairs", "by chance"], rows)
 
 
 def expected_jaccard(layers: int, a: int, b: int) -> float:
@@ -247,13 +240,25 @@ def expected_jaccard(layers: int, a: int, b: int) -> float:
 
 
 def coverage(result: dict[str, Any]) -> str:
-    rows = []
+    """How many sets were distilled, and whether any is missing."""
+    counts = {k: 0 for k in ("1", "2", "3")}
+    short = []
     for name, about in result["teachers"].items():
-        cells = []
-        for k in ("1", "2", "3"):
-            counts = about["sets"][k]
-            cells.append(", ".join(str(counts[seed]) for seed in sorted(counts)))
-        rows.append([name, *cells, str(len(about["unmeasured"]))])
-    text = "Sets distilled, by student seed; the last column counts chosen sets that were not distilled."
-    header = ["teacher", "K=1", "K=2", "K=3", "missing"]
-    return textwrap.fill(text, 119) + "\n\n" + _table(header, rows)
+        for k, by_seed in about["sets"].items():
+            counts[k] += sum(by_seed.values())
+            every = math.comb(about["num_layers"], int(k))
+            short += [f"{name} (K={k}, seed {seed})" for seed, count in by_seed.items() if count < every]
+        short += [f"{name}: {layers}" for layers in about["unmeasured"]]
+    text = (
+        f"Distilled were {counts['1']:,} single layers, {counts['2']:,} pairs and {counts['3']:,} triples on "
+        f"{len(result['teachers'])} teachers. "
+    )
+    missing = (
+        f"Missing: {', '.join(short)}."
+        if short
+        else (
+            'With every student seed that is every set of one, two and three layers of every teacher, and "best" is the '
+            "optimum under this budget, not the best of a search."
+        )
+    )
+    return textwrap.fill(text + missing, 119)
