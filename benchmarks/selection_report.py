@@ -148,7 +148,7 @@ def seed_table(grounds: list[analysis.Ground], found: dict[str, list[analysis.Ch
 
 
 def interactions(grounds: list[analysis.Ground]) -> str:
-    """The best pair against the two best single layers, by the mean over student seeds; in how many seeds they differ."""
+    """The best pair against the two best single layers, by the mean over student seeds; how many seeds differ."""
     rows = []
     for ground in grounds:
         seeds, layers = list(ground.records.values()), range(ground.num_layers)
@@ -257,7 +257,7 @@ def coverage(result: dict[str, Any]) -> str:
         f"Missing: {', '.join(short)}."
         if short
         else (
-            'With every student seed that is every set of one, two and three layers of every teacher, and "best" is the '
+            'With every student seed that is every set of one to three layers of every teacher, and "best" is the '
             "optimum under this budget, not the best of a search."
         )
     )

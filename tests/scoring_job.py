@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared": {"k": 2},
     "shared, softmax trained": {"k": 2, "options": {"train_softmax": True}},
     "distilled-greedy": {"k": 2},
+    "verified": {"k": 1},
     "gates": {"k": 1},
     "path-gradient": {},
     "ablation-kl": {},

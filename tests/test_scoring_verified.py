@@ -4,11 +4,12 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-from scored import LAYERS, arguments, kl_with, rows, score, weak_student
+from scored import LAYERS, LENGTH, arguments, kl_with, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.trainers import scoring_verified
+from hf_hybrid.trainers.held_out import standard_error
 from hf_hybrid.trainers.scores import LayerScore
 
 
@@ -72,6 +73,7 @@ def test_one_proposal_costs_no_training(pair, tmp_path):
     assert found.top(2) == sorted(best) and found.order == best
     assert {s.layer: s.value for s in found.scores} == pytest.approx(alone, abs=1e-5)
     assert found.tokens == 0 and found.options["distilled"] == []
+    assert f"both proposals are {sorted(best)}, so nothing was distilled" in str(found)
     with pytest.raises(ValueError, match="chose its layers for k=2"):
         found.top(1)
 
@@ -97,7 +99,10 @@ def test_where_they_differ_the_distilled_student_with_the_lower_kl_is_taken(pair
         verdicts = found.options["distilled"]
         assert {tuple(v["layers"]): v["kl"] for v in verdicts} == pytest.approx(kls, abs=1e-5)
         assert found.top(2) == list(min(kls, key=kls.get))
-        assert found.tokens == 2 * 2 * 4 * rows(1)[0]["input_ids"].__len__()
+        assert found.tokens == 2 * 2 * 4 * LENGTH
+        taken, beaten = (verdict["per_sequence"] for verdict in verdicts)
+        lead = [b - a for a, b in zip(taken, beaten, strict=True)]
+        assert f"lower by {sum(lead) / 6:.4f} ± {standard_error(lead):.4f} row by row" in str(found)
         again = score(teacher, student, folder, "verified", k=2, output_dir=folder)
         assert again.to_dict() == found.to_dict()
     assert student.full_attention_layers == []

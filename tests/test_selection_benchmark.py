@@ -4,6 +4,7 @@ import json
 
 import pytest
 import selection_analysis as analysis
+import selection_ga_s2 as ga_s2
 import selection_methods as methods
 import selection_student as students
 import selection_truth as truth
@@ -206,3 +207,31 @@ def test_ga_s2_is_read_from_the_ground_truth_and_its_seconds_from_its_run(tmp_pa
     assert analysis.agreement(tmp_path, ground) == [
         {"method": "ga-s2", "teacher": NAME, "seed": 0, "largest": 0.003, "same_sets": True}
     ]
+
+
+def test_spread_is_split_into_initialisation_and_data():
+    by_seed, by_data = (0.0, 3.0, 6.0), (0.0, 0.1, 0.2)
+    kl = {(a, str(b)): [x + y, 1.0] for a, x in enumerate(by_seed) for b, y in enumerate(by_data)}
+    found = ga_s2._effects(kl, [0, 1, 2], ["0", "1", "2"])
+    assert found == pytest.approx((3.0 / 2**0.5, 0.1 / 2**0.5, 0.0), abs=1e-7)
+    kl[2, "2"][0] += 0.9  # an interaction: 0.9 (1 - 1/3) (1 - 1/3) and so on, over four degrees of freedom
+    assert ga_s2._effects(kl, [0, 1, 2], ["0", "1", "2"])[2] == pytest.approx((0.36 / 4 / 2) ** 0.5)
+
+
+def test_the_recommended_selector_is_the_cheapest_of_the_good_ones():
+    def row(method, regret, cost, test):
+        return {"method": method, "dev": {"regret": regret, "cost": cost}, "test": {"regret": test, "cost": cost}}
+
+    rows = [row("dear", 0.0, 0.2, 0.0), row("best", 0.01, 0.09, 0.5), row("near", 0.025, 0.05, 0.9)]
+    assert analysis.recommend([*rows, row("bad", 0.05, 0.01, 0.0)]) == "near"
+    assert analysis.recommend(rows, noise=0.01) == "best"
+    with pytest.raises(ValueError, match="no selector cost 0.01"):
+        analysis.recommend(rows, limit=0.01)
+
+
+def test_every_set_without_distillation_is_searched(tmp_path):
+    kls = {"": 3.0, "0": 1.0, "1": 0.9, "2": 2.0, "0,1": 0.8, "0,2": 0.1, "1,2": 0.5, "0,1,2": 0.0}
+    append_line(tmp_path / "zero_shot" / f"{NAME}.jsonl", {"teacher": NAME, "seed": 4, "zero_shot": kls})
+    (choice,) = analysis._every_set(tmp_path, analysis.Ground(NAME, 3, {}), [1, 2])
+    assert (choice.seed, choice.sets, choice.tokens) == (4, {1: (1,), 2: (0, 2)}, 0)
+    assert choice.tokens_forward == 3 * SELECT_ROWS * 128

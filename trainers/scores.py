@@ -76,6 +76,7 @@ class LayerScores:
             on the GPU, `"rss growth"` for the growth of the process on the CPU, which is 0 where it was larger before.
         measured_on (`dict[str, int]`): rows and tokens there were to train on and to measure on.
         options (`dict`): options of the method, as used.
+        notes (`list[str]`): what a reader of the table should know besides.
     """
 
     scores: list[LayerScore]
@@ -95,6 +96,7 @@ class LayerScores:
     memory_kind: str = ""
     measured_on: dict[str, int] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # JSON gives dictionaries, and null for NaN.
@@ -177,6 +179,7 @@ class LayerScores:
         Console(file=text, width=88).print(table)
         if self.order:
             text.write(f"* chosen together, in this order{'' if self.k is None else f', for k={self.k} only'}\n")
+        text.write("".join(f"{note}\n" for note in self.notes))
         memory = f", {self.peak_memory_bytes / 2**20:,.0f} MiB {self.memory_kind}" if self.memory_kind else ""
         text.write(
             f"{self.tokens:,} tokens forward and backward, {self.tokens_forward:,} forward only, "

@@ -36,12 +36,22 @@ def verified(job: Job) -> LayerScores:
         proposals["lazy removal"] = _lazy_removal(job, both, scores, k)
     chosen, verdicts = proposals["zero-shot-linearise"], []
     if proposals["lazy removal"] != chosen:
-        verdicts = _distilled(job, proposals)
-        chosen = min(verdicts, key=lambda verdict: verdict["kl"])["layers"]
+        verdicts = sorted(_distilled(job, proposals), key=lambda verdict: verdict["kl"])
+        chosen = verdicts[0]["layers"]
     order = [score.layer for score in alone if score.layer in chosen]
     measure = "held-out KL with only this layer linear"
     options = {"proposals": proposals, "distilled": verdicts}
-    return job.finish("verified", scores, order=order, k=k, measure=measure, higher_is_better=True, options=options)
+    about: dict[str, Any] = {"measure": measure, "higher_is_better": True, "notes": [_note(chosen, verdicts)]}
+    return job.finish("verified", scores, order=order, k=k, options=options, **about)
+
+
+def _note(chosen: list[int], verdicts: list[dict[str, Any]]) -> str:
+    if not verdicts:
+        return f"both proposals are {chosen}, so nothing was distilled"
+    taken, other = (f"{v['layers']} ({v['by']}), KL {v['kl']:.4f} ± {v['sem']:.4f}" for v in verdicts)
+    ahead = [b - a for a, b in zip(*(v["per_sequence"] for v in verdicts), strict=True)]
+    lead = f"lower by {sum(ahead) / len(ahead):.4f} ± {standard_error(ahead):.4f} row by row"
+    return f"distilled: {taken}, against {other}; {lead}"
 
 
 def _loss(job: Job, both: BothAttentions, linear: Iterable[int]) -> LayerScore:
@@ -91,6 +101,7 @@ def _distilled(job: Job, proposals: dict[str, list[int]]) -> list[dict[str, Any]
             finally:
                 job.reset(aligned)
             kl = sum(rows) / len(rows)
-            verdicts.append({"by": name, "layers": layers, "kl": kl, "sem": standard_error(rows)})
+            about = {"kl": kl, "sem": standard_error(rows), "per_sequence": rows}
+            verdicts.append({"by": name, "layers": layers, **about})
             job.say(len(verdicts), len(proposals), f"softmax in {layers}, distilled: KL {kl:.4f}")
     return verdicts
