@@ -64,6 +64,8 @@ class Method:
 
 
 # In the order of the work: what costs little first, and last what can be spared.
+# The first form of `verified`, developed on the teachers of `dev`; the alignment's proposal came after the test.
+TWO_PROPOSALS = {"proposals": ["zero-shot-linearise", "lazy-removal"]}
 METHODS = {
     method.label: method
     for method in (
@@ -80,7 +82,9 @@ METHODS = {
         Method("path-gradient", "path-gradient"),
         Method("smart", "smart", needs_k=True, nested=False),
         Method("zero-shot-removal", "zero-shot-removal"),
-        Method("verified", "verified", steps=12, needs_k=True, nested=False),
+        Method("verified", "verified", steps=6, needs_k=True, nested=False),
+        Method("verified, 12 steps", "verified", steps=12, needs_k=True, nested=False),
+        Method("verified, two proposals", "verified", steps=12, needs_k=True, nested=False, options=TWO_PROPOSALS),
         Method("gates", "gates", steps=24, needs_k=True, nested=False),
         Method("shared", "shared", steps=24, needs_k=True),
         Method("distilled-greedy", "distilled-greedy", steps=16, needs_k=True),

@@ -64,45 +64,62 @@ def test_lazy_removal_is_removal_where_losses_only_grow():
         assert scoring_verified._lazy_removal(job, job.both, job.alone(), k) == kept
 
 
-def test_one_proposal_costs_no_training(pair, tmp_path):
+def proposed(pair, k):
+    """What each layer costs alone, and the sets that follow from it and from the alignment's distances."""
     teacher, student = pair
-    found = score(teacher, student, tmp_path, "verified", k=2)
     alone = {layer: kl_with(student, teacher, set(range(LAYERS)) - {layer}) for layer in range(LAYERS)}
-    best = sorted(alone, key=lambda layer: -alone[layer])[:2]
-    assert found.options["proposals"] == {"zero-shot-linearise": sorted(best), "lazy removal": sorted(best)}
+    best = sorted(alone, key=lambda layer: -alone[layer])[:k]
+    return alone, best
+
+
+def test_proposals_that_agree_cost_no_training(pair, tmp_path):
+    teacher, student = pair
+    alone, best = proposed(pair, 2)
+    two = {"proposals": ["zero-shot-linearise", "lazy-removal"]}
+    found = score(teacher, student, tmp_path, "verified", k=2, options=two)
+    assert found.options["proposals"] == {"zero-shot-linearise": sorted(best), "lazy-removal": sorted(best)}
     assert found.top(2) == sorted(best) and found.order == best
     assert {s.layer: s.value for s in found.scores} == pytest.approx(alone, abs=1e-5)
     assert found.tokens == 0 and found.options["distilled"] == []
-    assert f"both proposals are {sorted(best)}, so nothing was distilled" in str(found)
+    assert f"all proposals are {sorted(best)}, so nothing was distilled" in str(found)
     with pytest.raises(ValueError, match="chose its layers for k=2"):
         found.top(1)
 
 
-def test_where_they_differ_the_distilled_student_with_the_lower_kl_is_taken(pair, tmp_path, monkeypatch):
+def test_the_third_proposal_is_the_alignments(pair, tmp_path):
     teacher, student = pair
-    alone = {layer: kl_with(student, teacher, set(range(LAYERS)) - {layer}) for layer in range(LAYERS)}
-    first = sorted(sorted(alone, key=lambda layer: -alone[layer])[:2])
-    for number, other in enumerate(itertools.combinations(range(LAYERS), 2)):
-        if list(other) == first:
-            continue
-        monkeypatch.setattr(scoring_verified, "_lazy_removal", lambda *_, other=other: list(other))
+    found = score(teacher, student, tmp_path / "a", "verified", k=1)
+    residuals = score(teacher, student, tmp_path / "b", "ga-s1")
+    assert found.options["proposals"]["ga-s1"] == residuals.top(1)
+
+
+def test_where_they_differ_the_distilled_student_with_the_lowest_kl_is_taken(pair, tmp_path, monkeypatch):
+    teacher, student = pair
+    _, best = proposed(pair, 2)
+    first = sorted(best)
+    others = [list(s) for s in itertools.combinations(range(LAYERS), 2) if list(s) != first]
+    for number, (second, third) in enumerate([*zip(others, others[1:], strict=False), (others[0], first)]):
+        monkeypatch.setattr(scoring_verified, "_lazy_removal", lambda *_, found=second: found)
+        distances = [LayerScore.of_rows(i, [float(i in third)], is_kl=False) for i in range(LAYERS)]
+        monkeypatch.setattr(scoring_verified, "alignment_distances", lambda *_, found=distances: found)
         folder = tmp_path / str(number)
         found = score(teacher, student, folder, "verified", k=2, output_dir=folder)
         kls = {}
-        for layers in (first, list(other)):
+        for layers in {tuple(first), tuple(second), tuple(third)}:
             hybrid = hh.convert(teacher, [])
             hybrid.load_state_dict(student.state_dict())
-            hybrid.set_full_attention_layers(layers, teacher)
+            hybrid.set_full_attention_layers(list(layers), teacher)
             args = arguments(tmp_path / "by_hand", save_strategy="no", logging_strategy="no")
             hh.DistillationTrainer(hybrid, teacher, args, train_dataset=rows(16)).train()
-            kls[tuple(layers)] = hh.held_out_kl(hybrid, teacher, rows(6, seed=9)).mean
+            kls[layers] = hh.held_out_kl(hybrid, teacher, rows(6, seed=9)).mean
         verdicts = found.options["distilled"]
         assert {tuple(v["layers"]): v["kl"] for v in verdicts} == pytest.approx(kls, abs=1e-5)
+        assert [v["kl"] for v in verdicts] == sorted(v["kl"] for v in verdicts)
         assert found.top(2) == list(min(kls, key=kls.get))
-        assert found.tokens == 2 * 2 * 4 * LENGTH
-        taken, beaten = (verdict["per_sequence"] for verdict in verdicts)
+        assert found.tokens == len(kls) * 2 * 4 * LENGTH
+        taken, beaten = (verdict["per_sequence"] for verdict in verdicts[:2])
         lead = [b - a for a, b in zip(taken, beaten, strict=True)]
-        assert f"lower by {sum(lead) / 6:.4f} ± {standard_error(lead):.4f} row by row" in str(found)
+        assert f"leads the second by {sum(lead) / 6:.4f} ± {standard_error(lead):.4f} row by row" in str(found)
         again = score(teacher, student, folder, "verified", k=2, output_dir=folder)
         assert again.to_dict() == found.to_dict()
     assert student.full_attention_layers == []
@@ -112,3 +129,9 @@ def test_it_chooses_among_all_layers(pair, tmp_path):
     teacher, student = pair
     with pytest.raises(ValueError, match="leave out layers="):
         score(teacher, student, tmp_path, "verified", k=1, layers=[0, 1])
+
+
+def test_unknown_proposals_are_refused(pair, tmp_path):
+    teacher, student = pair
+    with pytest.raises(ValueError, match=r"proposals=\['magic'\] of method='verified'; choose one or more"):
+        score(teacher, student, tmp_path, "verified", k=1, options={"proposals": ["magic"]})

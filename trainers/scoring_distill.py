@@ -144,6 +144,15 @@ def ga_s1(job: Job) -> LayerScores:
     teacher-forced layer by layer, so restoring layer l takes away that layer's own distance and no other: the score is
     the aligned mixer's `mean over tokens of ||U_T - U_S||_2 / sqrt(H)` on held-out rows. No training.
     """
+    scores = alignment_distances(job)
+    for score in scores:
+        job.report(score)
+    about = {"measure": "distance of the aligned mixer's output from the teacher's", "unit": "activation rms"}
+    return job.finish("ga-s1", scores, higher_is_better=True, **about)
+
+
+def alignment_distances(job: Job) -> list[LayerScore]:
+    """[`ga_s1`]'s measure of every layer, from one pass over the held-out rows."""
     layers = decoder_layers(job.student)
 
     def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[list[float]]:
@@ -160,11 +169,7 @@ def ga_s1(job: Job) -> LayerScores:
             return job.held_out.measure(of_batch)
 
     rows = list(zip(*job.once("residuals", work), strict=True))
-    scores = [LayerScore.of_rows(layer, list(rows[layer]), is_kl=False) for layer in job.layers]
-    for score in scores:
-        job.report(score)
-    about = {"measure": "distance of the aligned mixer's output from the teacher's", "unit": "activation rms"}
-    return job.finish("ga-s1", scores, higher_is_better=True, **about)
+    return [LayerScore.of_rows(layer, list(rows[layer]), is_kl=False) for layer in job.layers]
 
 
 def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:

@@ -1,57 +1,77 @@
-"""Two ways to look at a set of layers, and a short distillation where they disagree."""
+"""Several ways to look at a set of layers, and a short distillation where they disagree."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from .both_attentions import BothAttentions
 from .held_out import standard_error
 from .scores import LayerScore, LayerScores
+from .scoring_distill import alignment_distances
 from .scoring_job import Job
 
 
-def verified(job: Job) -> LayerScores:
-    """
-    Two sets of k layers are proposed without training, and where they differ both are distilled: the one whose student
-    ends with the lower held-out KL is taken. Ours.
+PROPOSALS = ("zero-shot-linearise", "lazy-removal", "ga-s1")
 
-    The first is [`zero_shot_linearise`]'s, which errs where two layers do the same: each alone seems dispensable. The
-    second comes from greedy removal, which sees that once one of them is linear, but which is misled by errors of
-    mixers that add up and that a distillation would mend. It starts from the first one's measurements and measures a
-    layer again only when it is next to go (lazy evaluation, Minoux 1978), about L evaluations more; that is exact
-    where a loss only grows as other layers become linear. Two distillations of `tokens_per_layer` at the most take
-    the place of GA-S2's L.
+
+def verified(job: Job, *, proposals: Sequence[str] = PROPOSALS) -> LayerScores:
+    """
+    Sets of k layers are proposed without training, and where they differ each is distilled: the one whose student ends
+    with the lowest held-out KL is taken. Ours. At most three distillations of `tokens_per_layer` take the place of
+    GA-S2's L, and none where all agree.
+
+    The proposals err in different places. [`zero_shot_linearise`] asks what one linear layer costs the teacher: where
+    two layers do the same, each alone seems dispensable. Greedy removal sees that once one of them is linear, but is
+    misled by errors of mixers that add up and that a distillation would mend. Both overrate layers of which a
+    distilled linear layer does the work, which matters most where few are kept; [`ga_s1`], how far an aligned mixer
+    stays from its softmax, does not, but sees no layer that only helps together with another.
+
+    The removal starts from the measurements of the first and measures a layer again only when it is next to go (lazy
+    evaluation, Minoux 1978), about L evaluations more; that is exact where a loss only grows as other layers become
+    linear.
+
+    Args:
+        proposals (`Sequence[str]`): of `"zero-shot-linearise"`, `"lazy-removal"` and `"ga-s1"`, which to compare.
     """
     k = job.needs_k("verified")
     if list(job.layers) != list(job.all_layers):
         raise ValueError("method='verified' chooses among all layers; leave out layers=.")
+    unknown = sorted(set(proposals) - set(PROPOSALS))
+    if unknown or not proposals:
+        raise ValueError(f"proposals={list(proposals)} of method='verified'; choose one or more of {list(PROPOSALS)}.")
     scores = []
     with BothAttentions(job.student, job.teacher) as both:
         for layer in job.layers:
             scores.append(job.score(layer, partial(_loss, job, both, [layer])))
             job.say(len(scores), job.num_layers, f"layer {layer} linear: KL {scores[-1].value:.4f}")
-        alone = sorted(scores, key=lambda score: (-score.value, score.layer))
-        proposals = {"zero-shot-linearise": sorted(score.layer for score in alone[:k])}
-        proposals["lazy removal"] = _lazy_removal(job, both, scores, k)
-    chosen, verdicts = proposals["zero-shot-linearise"], []
-    if proposals["lazy removal"] != chosen:
-        verdicts = sorted(_distilled(job, proposals), key=lambda verdict: verdict["kl"])
-        chosen = verdicts[0]["layers"]
-    order = [score.layer for score in alone if score.layer in chosen]
-    measure = "held-out KL with only this layer linear"
-    options = {"proposals": proposals, "distilled": verdicts}
-    about: dict[str, Any] = {"measure": measure, "higher_is_better": True, "notes": [_note(chosen, verdicts)]}
-    return job.finish("verified", scores, order=order, k=k, options=options, **about)
+        found = {"zero-shot-linearise": _largest(scores, k)}
+        if "lazy-removal" in proposals:
+            found["lazy-removal"] = _lazy_removal(job, both, scores, k)
+    if "ga-s1" in proposals:
+        found["ga-s1"] = _largest(alignment_distances(job), k)
+    by_set: dict[tuple[int, ...], list[str]] = {}
+    for name in proposals:
+        by_set.setdefault(tuple(found[name]), []).append(name)
+    verdicts = _distilled(job, by_set) if len(by_set) > 1 else []
+    chosen = verdicts[0]["layers"] if verdicts else list(next(iter(by_set)))
+    order = sorted(chosen, key=lambda layer: (-scores[layer].value, layer))
+    options = {"proposals": {name: found[name] for name in proposals}, "distilled": verdicts}
+    about: dict[str, Any] = {"measure": "held-out KL with only this layer linear", "higher_is_better": True}
+    return job.finish("verified", scores, order=order, k=k, options=options, notes=[_note(chosen, verdicts)], **about)
+
+
+def _largest(scores: list[LayerScore], k: int) -> list[int]:
+    return sorted(score.layer for score in sorted(scores, key=lambda score: (-score.value, score.layer))[:k])
 
 
 def _note(chosen: list[int], verdicts: list[dict[str, Any]]) -> str:
     if not verdicts:
-        return f"both proposals are {chosen}, so nothing was distilled"
-    taken, other = (f"{v['layers']} ({v['by']}), KL {v['kl']:.4f} ± {v['sem']:.4f}" for v in verdicts)
-    ahead = [b - a for a, b in zip(*(v["per_sequence"] for v in verdicts), strict=True)]
-    lead = f"lower by {sum(ahead) / len(ahead):.4f} ± {standard_error(ahead):.4f} row by row"
-    return f"distilled: {taken}, against {other}; {lead}"
+        return f"all proposals are {chosen}, so nothing was distilled"
+    lines = [f"{v['layers']} ({', '.join(v['by'])}) {v['kl']:.4f} ± {v['sem']:.4f}" for v in verdicts]
+    ahead = [b - a for a, b in zip(*(v["per_sequence"] for v in verdicts[:2]), strict=True)]
+    lead = f"the first leads the second by {sum(ahead) / len(ahead):.4f} ± {standard_error(ahead):.4f} row by row"
+    return f"KL of the proposals, distilled: {'; '.join(lines)}; {lead}"
 
 
 def _loss(job: Job, both: BothAttentions, linear: Iterable[int]) -> LayerScore:
@@ -85,14 +105,14 @@ def _rows(job: Job, both: BothAttentions, linear: list[int]) -> list[float]:
     return _loss(job, both, linear).per_sequence
 
 
-def _distilled(job: Job, proposals: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """Held-out KL of each proposed set after a distillation from the aligned weights on the same batches."""
+def _distilled(job: Job, by_set: dict[tuple[int, ...], list[str]]) -> list[dict[str, Any]]:
+    """Held-out KL of each set after a distillation from the aligned weights on the same batches, the lowest first."""
     verdicts: list[dict[str, Any]] = []
     with job.restored_afterwards() as aligned:
-        for name, layers in proposals.items():
+        for layers, names in by_set.items():
 
-            def work(layers: list[int] = layers) -> list[float]:
-                job.student.set_full_attention_layers(layers, job.teacher)
+            def work(layers: tuple[int, ...] = layers) -> list[float]:
+                job.student.set_full_attention_layers(list(layers), job.teacher)
                 job.distil()
                 return job.kl()
 
@@ -102,6 +122,6 @@ def _distilled(job: Job, proposals: dict[str, list[int]]) -> list[dict[str, Any]
                 job.reset(aligned)
             kl = sum(rows) / len(rows)
             about = {"kl": kl, "sem": standard_error(rows), "per_sequence": rows}
-            verdicts.append({"by": name, "layers": layers, **about})
-            job.say(len(verdicts), len(proposals), f"softmax in {layers}, distilled: KL {kl:.4f}")
-    return verdicts
+            verdicts.append({"by": names, "layers": list(layers), **about})
+            job.say(len(verdicts), len(by_set), f"softmax in {list(layers)}, distilled: KL {kl:.4f}")
+    return sorted(verdicts, key=lambda verdict: verdict["kl"])
