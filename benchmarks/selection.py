@@ -86,6 +86,7 @@ def analyse(cache: Path, names: list[str], ks: list[int]) -> dict[str, Any]:
     return {
         "recommended": analysis.recommend(table),
         "methods": table,
+        "left_out": analysis.left_out(grounds, found, ks) if len(grounds) > 2 else [],
         "teachers": teachers,
         "budget": {"steps": DISTILL_STEPS, "rows": BATCH, "tokens_per_row": LENGTH},
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import selection_methods as methods
 from selection_data import BATCH, LENGTH, SELECT_ROWS, TEACHERS, num_layers_of, read_lines
+from selection_recipes import RECIPES
 
 
 Set = tuple[int, ...]
@@ -180,9 +181,12 @@ def unmeasured(ground: Ground, found: list[Choice], seed: int | None = None) -> 
     return sorted({s for choice in found for s in choice.sets.values() if s not in known}, key=lambda s: (len(s), s))
 
 
-def summarise(grounds: list[Ground], found: list[Choice], ks: Iterable[int]) -> list[dict[str, Any]]:
+def summarise(
+    grounds: list[Ground], found: list[Choice], ks: Iterable[int], split_of: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """One row a selector: regret by split and K (mean over teachers and seeds, spread over teachers), and cost."""
     by_name = {ground.name: ground for ground in grounds}
+    split_of = split_of or {name: teacher.split for name, teacher in TEACHERS.items()}
     reference = defaultdict(list)
     for choice in found:
         if choice.method == "ga-s2":
@@ -207,8 +211,8 @@ def summarise(grounds: list[Ground], found: list[Choice], ks: Iterable[int]) -> 
             continue
         row |= _mean_and_spread(list(means.values()))
         for split in ("dev", "test"):
-            some = [value for name, value in means.items() if TEACHERS[name].split == split]
-            own_cost = _cost([choice for choice in own if TEACHERS[choice.teacher].split == split], reference)
+            some = [value for name, value in means.items() if split_of[name] == split]
+            own_cost = _cost([choice for choice in own if split_of[choice.teacher] == split], reference)
             row[split] = _mean_and_spread(some) | {"cost": own_cost} if some else None
         row["seeds_sd"] = _seed_spread(own, by_name, ks)
         row["tokens"] = round(statistics.fmean(choice.tokens for choice in own))
@@ -243,15 +247,43 @@ def _seed_spread(own: list[Choice], by_name: dict[str, Ground], ks: Iterable[int
     return round(statistics.fmean(spreads), 4) if spreads else None
 
 
-def recommend(table: list[dict[str, Any]], limit: float = 0.1, noise: float = 0.02) -> str:
+def recommend(table: list[dict[str, Any]], split: str | None = None, limit: float = 0.1, noise: float = 0.02) -> str:
     """
     Of the selectors within `limit` of GA-S2's cost, the cheapest of those whose regret is within `noise` of the
-    lowest, all on the teachers for development: the standard error of one set's KL over the held-out rows is 0.02 to
+    lowest, on the teachers of `split` or on all: the standard error of one set's KL over the held-out rows is 0.02 to
     0.05.
     """
-    rows = [row for row in table if row["dev"] and row["dev"]["cost"] is not None and row["dev"]["cost"] <= limit]
-    if not rows:
+    found = {row["method"]: row if split is None else row[split] for row in table}
+    most = max((about["teachers"] for about in found.values() if about), default=0)
+    judged = {m: about for m, about in found.items() if about and about["teachers"] == most}
+    cheap = {m: about for m, about in judged.items() if about["cost"] is not None and about["cost"] <= limit}
+    if not cheap:
         raise ValueError(f"no selector cost {limit} of GA-S2's or less; run more of them.")
-    lowest = min(row["dev"]["regret"] for row in rows)
-    good = [row for row in rows if row["dev"]["regret"] <= lowest + noise]
-    return min(good, key=lambda row: (row["dev"]["cost"], row["dev"]["regret"]))["method"]
+    lowest = min(about["regret"] for about in cheap.values())
+    good = {m: about for m, about in cheap.items() if about["regret"] <= lowest + noise}
+    return min(good, key=lambda m: (good[m]["cost"], good[m]["regret"]))
+
+
+def left_out(grounds: list[Ground], found: list[Choice], ks: Iterable[int]) -> list[dict[str, Any]]:
+    """
+    The rule of [`recommend`] with one lineage after the other left out: what it recommends by the other teachers, and
+    the regret of that, and of GA-S2, on those left out (mean over K, student seeds and teachers).
+    """
+    by_name, kept = {ground.name: ground for ground in grounds}, list(ks)
+    rows = []
+    for origin in dict.fromkeys(lineage(name) for name in by_name):
+        inside = {name for name in by_name if lineage(name) == origin}
+        split = {name: "test" if name in inside else "dev" for name in by_name}
+        table = {row["method"]: row for row in summarise(grounds, found, kept, split)}
+        chosen = recommend(list(table.values()), "dev")
+        of = {method: table[method]["test"]["regret"] for method in (chosen, "ga-s2")}
+        rows.append({"lineage": sorted(inside), "recommended": chosen, "regret": of[chosen], "ga-s2": of["ga-s2"]})
+    return rows
+
+
+def lineage(name: str) -> str:
+    """The teacher from a plain initialisation that `name` goes back to."""
+    starts = {recipe.name: recipe.start for recipe in RECIPES}
+    while starts.get(name) is not None:
+        name = str(starts[name])
+    return name

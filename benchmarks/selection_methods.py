@@ -83,6 +83,7 @@ METHODS = {
         Method("smart", "smart", needs_k=True, nested=False),
         Method("zero-shot-removal", "zero-shot-removal"),
         Method("verified", "verified", steps=6, needs_k=True, nested=False),
+        Method("verified, 16 rows", "verified", steps=6, rows=16, needs_k=True, nested=False),
         Method("verified, 12 steps", "verified", steps=12, needs_k=True, nested=False),
         Method("verified, two proposals", "verified", steps=12, needs_k=True, nested=False, options=TWO_PROPOSALS),
         Method("gates", "gates", steps=24, needs_k=True, nested=False),

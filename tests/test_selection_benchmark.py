@@ -220,13 +220,22 @@ def test_spread_is_split_into_initialisation_and_data():
 
 def test_the_recommended_selector_is_the_cheapest_of_the_good_ones():
     def row(method, regret, cost, test):
-        return {"method": method, "dev": {"regret": regret, "cost": cost}, "test": {"regret": test, "cost": cost}}
+        both = {"cost": cost, "teachers": 2}
+        dev, all_of_them = both | {"regret": regret, "teachers": 1}, both | {"regret": (regret + test) / 2}
+        return {"method": method, "dev": dev} | all_of_them
 
-    rows = [row("dear", 0.0, 0.2, 0.0), row("best", 0.01, 0.09, 0.5), row("near", 0.025, 0.05, 0.9)]
-    assert analysis.recommend([*rows, row("bad", 0.05, 0.01, 0.0)]) == "near"
-    assert analysis.recommend(rows, noise=0.01) == "best"
+    rows = [row("dear", 0.0, 0.2, 0.0), row("best", 0.01, 0.09, 0.0), row("near", 0.025, 0.05, 0.9)]
+    assert analysis.recommend([*rows, row("bad", 0.05, 0.01, 0.9)], "dev") == "near"
+    assert analysis.recommend(rows, "dev", noise=0.01) == "best"
+    assert analysis.recommend(rows) == "best"
+    assert analysis.recommend([*rows, row("hardly tried", 0.0, 0.0, 0.0) | {"teachers": 1}]) == "best"
     with pytest.raises(ValueError, match="no selector cost 0.01"):
         analysis.recommend(rows, limit=0.01)
+
+
+def test_lineages_go_back_to_a_plain_initialisation():
+    assert analysis.lineage("llama-10-either") == analysis.lineage("llama-9") == "llama-9-start"
+    assert analysis.lineage("qwen3-10-either") == analysis.lineage("embedded") == "embedded"
 
 
 def test_every_set_without_distillation_is_searched(tmp_path):
