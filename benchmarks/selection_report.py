@@ -17,7 +17,7 @@ from selection_plots import plot_costs, plot_steps, plot_teachers
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = Path(__file__).with_name("selection_page.md")
-SHOWN = ("ga-s2", "verified", "zero-shot-linearise", "zero-shot-removal")
+SHOWN = ("ga-s2", "verified", "zero-shot-linearise", "zero-shot-removal", "ga-s1")
 
 
 def write(results: Path) -> None:
@@ -33,6 +33,7 @@ def write(results: Path) -> None:
     plot_teachers(result["methods"], DOCS / "selection_teachers.png")
     parts = {
         "RECOMMENDED": f"`{result['recommended']}`",
+        "LEFT_OUT": left_out_table(result["left_out"]),
         "REGRET": regret_table(result),
         "TEST": teacher_table(result, found, 2, "test"),
         "DEV": teacher_table(result, found, 2, "dev"),
@@ -69,6 +70,15 @@ def _mean(row: dict[str, Any], k: int, split: str | None = None) -> float | None
 def _split(row: dict[str, Any], split: str) -> str:
     found = row[split]
     return "" if found is None else f"{found['regret']:.3f} ± {found['sd']:.3f} ({found['teachers']})"
+
+
+def left_out_table(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [", ".join(row["lineage"]), row["recommended"], _number(row["regret"]), _number(row["ga-s2"])] for row in rows
+    ]
+    means = [_number(statistics.fmean(row[key] for row in rows)) for key in ("regret", "ga-s2")]
+    header = ["left out", "chosen by the others", "its regret", "ga-s2's"]
+    return table(header, [*cells, ["mean over lineages", "", *means]])
 
 
 def regret_table(result: dict[str, Any]) -> str:
