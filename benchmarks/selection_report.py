@@ -33,6 +33,7 @@ def write(results: Path) -> None:
     plot_teachers(result["methods"], DOCS / "selection_teachers.png")
     parts = {
         "RECOMMENDED": f"`{result['recommended']}`",
+        "PAIRED": paired_table(result),
         "LEFT_OUT": left_out_table(result["left_out"]),
         "REGRET": regret_table(result),
         "TEST": teacher_table(result, found, 2, "test"),
@@ -70,6 +71,21 @@ def _mean(row: dict[str, Any], k: int, split: str | None = None) -> float | None
 def _split(row: dict[str, Any], split: str) -> str:
     found = row[split]
     return "" if found is None else f"{found['regret']:.3f} ± {found['sd']:.3f} ({found['teachers']})"
+
+
+def paired_table(result: dict[str, Any]) -> str:
+    """Regret minus GA-S2's on the same teacher: mean over teachers and its standard error."""
+    rows = {row["method"]: row["by_k"] for row in result["methods"]}
+    lines = []
+    for method in ("verified, two proposals", "verified"):
+        for split in ("test", "dev"):
+            names = [name for name in result["teachers"] if TEACHERS[name].split == split]
+            cells = []
+            for ks in ("1", "2", "3", "123"):
+                gaps = [statistics.fmean(rows[method][k][name] - rows["ga-s2"][k][name] for k in ks) for name in names]
+                cells.append(f"{statistics.fmean(gaps):+.3f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}")
+            lines.append([method, split, *cells])
+    return table(["selector", "teachers", "K=1", "K=2", "K=3", "all"], lines)
 
 
 def left_out_table(rows: list[dict[str, Any]]) -> str:
