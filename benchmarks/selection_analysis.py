@@ -178,7 +178,8 @@ def _ranked(
 def unmeasured(ground: Ground, found: list[Choice], seed: int | None = None) -> list[Set]:
     """Sets that a selector chose and that were not distilled with `seed` (or with any, for None)."""
     known = set().union(*ground.records.values()) if seed is None else set(ground.records.get(seed, {}))
-    return sorted({s for choice in found for s in choice.sets.values() if s not in known}, key=lambda s: (len(s), s))
+    own = (choice for choice in found if choice.teacher == ground.name)
+    return sorted({s for choice in own for s in choice.sets.values() if s not in known}, key=lambda s: (len(s), s))
 
 
 def summarise(
