@@ -1,6 +1,6 @@
 """How good is each way to select layers? Regret against the best set of layers, and cost.
 
-    python benchmarks/selection.py --quick --output selection.json        # two teachers, K <= 2, one seed: minutes
+    python benchmarks/selection.py --quick --output selection.json        # three teachers, K <= 2, one seed: minutes
     python benchmarks/selection.py --cache FOLDER --output selection.json # goes on with the full one: hours
     python benchmarks/selection.py --report                               # docs/selection.md from the committed JSON
 
@@ -24,14 +24,14 @@ from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS
 
 
 RESULTS = Path(__file__).parent / "results"
-QUICK_TEACHERS = ["embedded", "qwen3-8-drop"]
+QUICK_TEACHERS = ["embedded", "qwen3-8-drop", "llama-9-either"]
 QUICK_METHODS = [label for label, method in methods.METHODS.items() if not method.steps or label == "verified"]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON with the regret of every selector")
-    parser.add_argument("--quick", action="store_true", help="two teachers, sets of one and two layers, short runs")
+    parser.add_argument("--quick", action="store_true", help="three teachers, sets of one and two layers, short runs")
     parser.add_argument("--cache", type=Path, help="folder of the results; by default beside --output")
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
@@ -48,13 +48,17 @@ def run(args: argparse.Namespace, cache: Path) -> None:
     """Everything that the cache lacks: ground truth, selectors, and the sets that they chose."""
     common = ["--cache", str(cache), "--rows", str(cache / "rows"), "--device", args.device]
     common += ["--teachers", *args.teachers, "--seeds", *map(str, args.seeds)]
-    command = [*common, "--k", "0", "1", "2"]
-    command += ["--steps", "12", "--align-steps", "40"] if args.quick else ["--later-k", "3", "-1"]
+    command = [*common, "--k", *map(str, (0, 1, 2) if args.quick else (0, 1, 2, 3, -1))]
+    command += ["--steps", "12", "--align-steps", "40"] if args.quick else []
+    command += ["--together", "48"] if args.device != "cpu" else []
     settings = truth.parser().parse_args(command)
     truth.compute(settings)
     labels = QUICK_METHODS if args.quick else list(methods.METHODS)
     train_rows = str(settings.steps * BATCH)
-    methods.compute(methods.parser().parse_args([*common, "--methods", *labels, "--train-rows", train_rows]))
+    selectors = methods.parser().parse_args([*common, "--methods", *labels, "--train-rows", train_rows])
+    for name, seed in dict.fromkeys((job.name, job.seed) for job in methods.missing_jobs(selectors)):
+        truth.ensure_aligned(name, seed, settings)
+    methods.compute(selectors)
     for name in args.teachers:
         ground = analysis.read_ground(cache, name)
         assert ground is not None
@@ -86,7 +90,7 @@ def analyse(cache: Path, names: list[str], ks: list[int]) -> dict[str, Any]:
     return {
         "recommended": analysis.recommend(table),
         "methods": table,
-        "left_out": analysis.left_out(grounds, found, ks) if len(grounds) > 2 else [],
+        "left_out": analysis.left_out(grounds, found, ks) if len(grounds) == len(TEACHERS) else [],
         "teachers": teachers,
         "budget": {"steps": DISTILL_STEPS, "rows": BATCH, "tokens_per_row": LENGTH},
     }
@@ -98,7 +102,7 @@ def _sizes(ground: analysis.Ground, k: int) -> dict[int, list[Any]]:
 
 def show(result: dict[str, Any], ks: list[int]) -> None:
     names = list(result["teachers"])
-    title = f"regret: KL above the best set's, nats per token (recommended: {result['recommended']})"
+    title = f"regret: KL above the best set's, nats per token (by these teachers: {result['recommended']})"
     table = Table(title=title)
     for column in ("selector", *(f"K={k}" for k in ks), "mean", "sd", "cost / GA-S2", "trained", "measured", "s"):
         table.add_column(column, justify="left" if column == "selector" else "right", no_wrap=True)

@@ -81,6 +81,11 @@ def num_layers_of(name: str) -> int:
     return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
 
 
+def aligned_path(cache: Path, name: str, seed: int, data_seed: int | None = None) -> Path:
+    """Where the ground truth keeps the mixers of an aligned student; `data_seed` if its rows have another seed."""
+    return cache / "aligned" / f"{name}_{seed}{'' if data_seed is None else f'-{data_seed}'}.pt"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records in a file of JSON lines, none where there is no file; a line that a kill cut short is left out."""
     found = []

@@ -30,6 +30,7 @@ from selection_data import (
     LENGTH,
     SELECT_ROWS,
     TEACHERS,
+    aligned_path,
     append_line,
     load_teacher,
     num_layers_of,
@@ -160,11 +161,6 @@ def run_method(
 def results_path(cache: Path, name: str, seed: int) -> Path:
     """Where the selectors' results on one teacher and student are."""
     return cache / "methods" / f"{name}_{seed}.jsonl"
-
-
-def aligned_path(cache: Path, name: str, seed: int) -> Path:
-    """Where the ground truth keeps the mixers of its aligned student."""
-    return cache / "aligned" / f"{name}_{seed}.pt"
 
 
 @dataclass(frozen=True)

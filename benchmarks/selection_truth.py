@@ -24,6 +24,7 @@ from selection_data import (
     DISTILL_STEPS,
     SELECT_ROWS,
     TEACHERS,
+    aligned_path,
     append_line,
     load_teacher,
     num_layers_of,
@@ -117,8 +118,7 @@ class Runner:
     def aligned(self, seed: int) -> dict[str, Tensor]:
         """The parameters of this seed's aligned student; the mixers', which alone change, are kept in a file."""
         values = fresh_values(self.name, seed)
-        own = "" if self.args.data_seed is None else f"-{self.args.data_seed}"
-        path = self.args.cache / "aligned" / f"{self.name}_{seed}{own}.pt"
+        path = aligned_path(self.args.cache, self.name, seed, self.args.data_seed)
         if path.is_file():
             names = Student(self.teacher).mixer_names()
             values |= dict(zip(names, torch.load(path), strict=True))
@@ -192,6 +192,14 @@ class Runner:
             kls = students.zero_shot(values, filled).tolist()
             found |= {",".join(map(str, s)): round(kl, 5) for s, kl in zip(chosen, kls, strict=False)}
         append_line(path, {"teacher": self.name, "seed": seed, "zero_shot": found})
+
+
+def ensure_aligned(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Makes the file of an aligned student's mixers if it is not there."""
+    if not aligned_path(args.cache, name, seed).is_file():
+        runner = Runner(name, args)
+        runner.data.copy_(runner._data(seed))
+        runner.aligned(seed)
 
 
 def compute(args: argparse.Namespace) -> None:

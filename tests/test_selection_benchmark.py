@@ -9,7 +9,17 @@ import selection_methods as methods
 import selection_student as students
 import selection_truth as truth
 import torch
-from selection_data import ALIGN_LENGTH, BATCH, SELECT_ROWS, TEACHERS, append_line, load_teacher, read_lines, rows
+from selection_data import (
+    ALIGN_LENGTH,
+    BATCH,
+    SELECT_ROWS,
+    TEACHERS,
+    aligned_path,
+    append_line,
+    load_teacher,
+    read_lines,
+    rows,
+)
 from selection_stack import stack
 
 import hf_hybrid as hh
@@ -162,15 +172,15 @@ def test_selectors_run_in_processes_and_resume(data, tmp_path, capfd):
     teacher, _ = data
     student = student_of(teacher, students.fresh_values(NAME, 3))
     (tmp_path / "aligned").mkdir()
-    torch.save([p.detach() for p in mixer_parameters(student)], methods.aligned_path(tmp_path, NAME, 3))
-    methods.aligned_path(tmp_path, NAME, 4).write_text("garbage")
+    torch.save([p.detach() for p in mixer_parameters(student)], aligned_path(tmp_path, NAME, 3))
+    aligned_path(tmp_path, NAME, 4).write_text("garbage")
     command = ["--cache", str(tmp_path), "--rows", str(tmp_path), "--train-rows", "8", "--processes", "2"]
     command += ["--teachers", NAME, "--methods", "block-influence", "zero-shot-linearise"]
     with pytest.raises(SystemExit, match="2 selectors failed"):
         methods.compute(methods.parser().parse_args([*command, "--seeds", "3", "4", "5"]))
     said = capfd.readouterr().out
     assert f"{NAME}, seed 4: block-influence failed" in said
-    assert f"{NAME}, seed 5: 2 selectors not run, there is no {methods.aligned_path(tmp_path, NAME, 5)}" in said
+    assert f"{NAME}, seed 5: 2 selectors not run, there is no {aligned_path(tmp_path, NAME, 5)}" in said
     kept = methods.results_path(tmp_path, NAME, 3).read_text()
     assert not methods.results_path(tmp_path, NAME, 4).exists()
 
