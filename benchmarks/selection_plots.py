@@ -44,17 +44,18 @@ def plot_steps(ground: analysis.Ground, path: Path) -> None:
 
 def plot_costs(table: list[dict[str, Any]], recommended: str, path: Path) -> None:
     """Regret on the test teachers over cost relative to GA-S2."""
-    figure, axes = _figure(7.0, 4.4)
+    figure, axes = _figure(7.0, 5.4)
     most = max((row["test"]["teachers"] for row in table if row["test"]), default=0)
-    for row in table:
-        if row["test"] is None or row["cost"] is None or row["test"]["teachers"] < most:
-            continue
-        cost = max(row["cost"], 1e-3)
+    shown = [row for row in table if row["test"] and row["cost"] is not None and row["test"]["teachers"] == most]
+    for place, row in enumerate(sorted(shown, key=lambda row: row["test"]["regret"])):
+        at = max(row["cost"], 1e-3), max(row["test"]["regret"], 1e-3)
         colour = "#d95f02" if row["method"] == recommended else "#1b9e77" if "ga-s2" in row["method"] else "#8da0cb"
-        axes.plot(cost, row["test"]["regret"], "o", color=colour)
-        axes.annotate(
-            row["method"], (cost, row["test"]["regret"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-        )
+        axes.plot(*at, "o", color=colour)
+        # Neighbours in regret have their names on different sides.
+        left = place % 2 == 1 and at[0] > 1e-3
+        where: dict[str, Any] = {"xytext": (-5, -3) if left else (5, -3), "ha": "right" if left else "left"}
+        axes.annotate(row["method"], at, fontsize=7, textcoords="offset points", **where)
+    axes.set_yscale("log")
     axes.set_xscale("log")
     axes.axvline(0.1, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xlabel("cost relative to GA-S2 (0.001: nothing is measured)")
