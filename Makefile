@@ -64,7 +64,7 @@ benchmarks: $(READY) $(FLA_READY) ## time the recurrence and decoding on the CPU
 	$(BIN)/python benchmarks/report.py
 
 .PHONY: selection
-selection: $(READY) ## regret of every way to choose layers on two small teachers, in minutes
+selection: $(READY) ## regret of every way to choose layers on three small teachers, in minutes
 	$(BIN)/python benchmarks/selection.py --quick --output selection_quick/selection.json
 
 .PHONY: style

@@ -20,7 +20,7 @@ import selection_methods as methods
 import selection_truth as truth
 from rich.console import Console
 from rich.table import Table
-from selection_data import BATCH, DISTILL_STEPS, LENGTH, TEACHERS
+from selection_data import BATCH, LENGTH, TEACHERS
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,14 +85,15 @@ def analyse(cache: Path, names: list[str], ks: list[int]) -> dict[str, Any]:
             "sets": of_size,
             "best": {k: list(ground.best_on_average(k)) for k in (1, 2, 3)},
             "random": {k: ground.expected_of_random(k) for k in (1, 2, 3)},
-            "unmeasured": [list(s) for s in analysis.unmeasured(ground, found)],
+            "unmeasured": [list(s) for s in analysis.unmeasured(ground, found) if len(s) in ks],
         }
+    steps = {record["steps"] for g in grounds for records in g.records.values() for record in records.values()}
     return {
         "recommended": analysis.recommend(table),
         "methods": table,
         "left_out": analysis.left_out(grounds, found, ks) if len(grounds) == len(TEACHERS) else [],
         "teachers": teachers,
-        "budget": {"steps": DISTILL_STEPS, "rows": BATCH, "tokens_per_row": LENGTH},
+        "budget": {"steps": sorted(steps), "rows": BATCH, "tokens_per_row": LENGTH},
     }
 
 
@@ -125,7 +126,7 @@ def main() -> None:
 
         selection_report.write(RESULTS)
         return
-    cache = args.cache or args.output.with_name(args.output.stem + "_cache")
+    cache = args.cache or args.output.with_name(args.output.stem + ("_quick_cache" if args.quick else "_cache"))
     ks = [1, 2] if args.quick else [1, 2, 3]
     if args.quick:
         args.teachers, args.seeds = QUICK_TEACHERS, args.seeds[:1]

@@ -36,6 +36,7 @@ def write(results: Path) -> None:
         "PAIRED": paired_table(result),
         "LEFT_OUT": left_out_table(result["left_out"]),
         "REGRET": regret_table(result),
+        "PARTIAL": partial(result),
         "TEST": teacher_table(result, found, 2, "test"),
         "DEV": teacher_table(result, found, 2, "dev"),
         "TEACHERS": teachers_table(result, grounds),
@@ -88,6 +89,19 @@ def paired_table(result: dict[str, Any]) -> str:
     return table(["selector", "teachers", "K=1", "K=2", "K=3", "all"], lines)
 
 
+def partial(result: dict[str, Any]) -> str:
+    """What was not run on every teacher with every student seed."""
+    most = max(row["runs"] for row in result["methods"])
+    few = [
+        f"`{row['method']}` ({row['runs']} on {row['teachers']})" for row in result["methods"] if row["runs"] < most
+    ]
+    return textwrap.fill(
+        f"All were run {most} times, on every teacher with every student seed, but for {', '.join(few)}." if few
+        else f"All were run {most} times, on every teacher with every student seed.",
+        119, break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
+
+
 def left_out_table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [", ".join(row["lineage"]), row["recommended"], _number(row["regret"]), _number(row["ga-s2"])] for row in rows
@@ -103,10 +117,10 @@ def regret_table(result: dict[str, Any]) -> str:
         name = f"**{row['method']}**" if row["method"] == result["recommended"] else row["method"]
         by_k = [_number(_mean(row, k, "test")) for k in (1, 2, 3)]
         cost = f"{row['tokens']:,}", f"{row['tokens_forward']:,}", _number(row["seconds"], 1), _number(row["cost"], 3)
-        rows.append([name, *by_k, _split(row, "test"), _split(row, "dev"), *cost])
+        rows.append([name, *by_k, _split(row, "test"), _split(row, "dev"), _number(row["seeds_sd"]), *cost])
     randoms = [_random(result, k) for k in (1, 2, 3)]
-    rows.append(["random (expected)", *(_number(value) for value in randoms), "", "", "0", "0", "", "0.000"])
-    header = ["selector", "K=1", "K=2", "K=3", "test", "dev", "trained", "measured", "s", "cost"]
+    rows.append(["random (expected)", *(_number(value) for value in randoms), "", "", "", "0", "0", "", "0.000"])
+    header = ["selector", "K=1", "K=2", "K=3", "test", "dev", "seeds", "trained", "measured", "s", "cost"]
     return table(header, rows)
 
 
@@ -146,16 +160,16 @@ def teachers_table(result: dict[str, Any], grounds: list[analysis.Ground]) -> st
 
 def twins_table(path: Path) -> str:
     """What it costs to make either of two redundant layers linear, and both, all others softmax and distilled."""
-    found: dict[tuple[str, frozenset[int]], list[float]] = {}
+    found: dict[tuple[str, frozenset[int]], dict[int, float]] = {}
     for line in read_lines(path):
         linear = frozenset(range(num_layers_of(line["teacher"]))) - frozenset(line["layers"])
-        found.setdefault((line["teacher"], linear), []).append(line["kl"])
+        found.setdefault((line["teacher"], linear), {})[line["seed"]] = line["kl"]
     rows = []
     for name in dict.fromkeys(name for name, _ in found):
         twins = json.loads((FOLDER / name / "metrics.json").read_text())["recipe"]["twins"]
         for a, b in zip(twins[::2], twins[1::2], strict=True):
             kls = [found[name, frozenset(linear)] for linear in ((a,), (b,), (a, b))]
-            means = [_number(statistics.fmean(of_seeds)) for of_seeds in kls]
+            means = [_number(statistics.fmean(of_seeds.values())) for of_seeds in kls]
             rows.append([name, TEACHERS[name].split, f"{a}, {b}", *means, str(min(map(len, kls)))])
     return table(["teacher", "", "layers", "the first", "the second", "both", "student seeds"], rows)
 
@@ -259,10 +273,8 @@ def published_table(published: dict[str, Any]) -> str:
 
 def expected_jaccard(layers: int, a: int, b: int) -> float:
     """Mean Jaccard overlap of a fixed set of `a` layers and a random one of `b`."""
-    from math import comb
-
     shared = range(max(0, a + b - layers), min(a, b) + 1)
-    return sum(comb(a, m) * comb(layers - a, b - m) / comb(layers, b) * m / (a + b - m) for m in shared)
+    return sum(math.comb(a, m) * math.comb(layers - a, b - m) / math.comb(layers, b) * m / (a + b - m) for m in shared)
 
 
 def coverage(result: dict[str, Any]) -> str:

@@ -133,10 +133,18 @@ class Runner:
 
     def run(self, seeds: Iterable[int], deadline: float) -> None:
         """Distils what is missing until `deadline`."""
-        args = self.args
+        args, there = self.args, read_lines(self.path)
+        other = sorted({line["steps"] for line in there} - {args.steps})
+        if other:
+            raise ValueError(
+                f"{self.path} has distillations of {other} steps, this run has {args.steps}; choose another --cache."
+            )
         students: Students | None = None
         for seed in seeds:
-            sets = args.sets or wanted_sets(self.name, self.num_layers, seed, args.k, args.cache, args.best)
+            done_before = {tuple(line["layers"]) for line in there if line["seed"] == seed}
+            sets = wanted_sets(self.name, self.num_layers, seed, args.k, args.cache, args.best)
+            if args.sets is not None:
+                sets = [layers for layers in args.sets if tuple(layers) not in done_before]
             if (not sets and not args.zero_shot) or time.time() > deadline:
                 continue
             since = time.time()

@@ -1,4 +1,4 @@
-"""Two proposals and a short distillation between them; what all methods share is in tests/test_scoring.py."""
+"""Three proposals and a short distillation between them; what all methods share is in tests/test_scoring.py."""
 
 import itertools
 from types import SimpleNamespace
@@ -65,7 +65,7 @@ def test_lazy_removal_is_removal_where_losses_only_grow():
 
 
 def proposed(pair, k):
-    """What each layer costs alone, and the sets that follow from it and from the alignment's distances."""
+    """What each layer costs alone, and the k that cost most."""
     teacher, student = pair
     alone = {layer: kl_with(student, teacher, set(range(LAYERS)) - {layer}) for layer in range(LAYERS)}
     best = sorted(alone, key=lambda layer: -alone[layer])[:k]
@@ -84,6 +84,12 @@ def test_proposals_that_agree_cost_no_training(pair, tmp_path):
     assert f"all proposals are {sorted(best)}, so nothing was distilled" in str(found)
     with pytest.raises(ValueError, match="chose its layers for k=2"):
         found.top(1)
+
+
+@pytest.mark.parametrize(("k", "every"), [(0, []), (LAYERS, [*range(LAYERS)])])
+def test_none_and_all_need_no_decision(pair, tmp_path, k, every):
+    found = score(*pair, tmp_path, "verified", k=k)
+    assert found.top(k) == every and found.tokens == 0
 
 
 def test_the_third_proposal_is_the_alignments(pair, tmp_path):
@@ -135,3 +141,5 @@ def test_unknown_proposals_are_refused(pair, tmp_path):
     teacher, student = pair
     with pytest.raises(ValueError, match=r"proposals=\['magic'\] of method='verified'; choose one or more"):
         score(teacher, student, tmp_path, "verified", k=1, options={"proposals": ["magic"]})
+    with pytest.raises(ValueError, match=r"proposals='ga-s1' of method='verified' must be a list"):
+        score(teacher, student, tmp_path, "verified", k=1, options={"proposals": "ga-s1"})

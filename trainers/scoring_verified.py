@@ -37,6 +37,8 @@ def verified(job: Job, *, proposals: Sequence[str] = PROPOSALS) -> LayerScores:
     k = job.needs_k("verified")
     if list(job.layers) != list(job.all_layers):
         raise ValueError("method='verified' chooses among all layers; leave out layers=.")
+    if isinstance(proposals, str):
+        raise ValueError(f"proposals={proposals!r} of method='verified' must be a list, such as [{proposals}].")
     unknown = sorted(set(proposals) - set(PROPOSALS))
     if unknown or not proposals:
         raise ValueError(f"proposals={list(proposals)} of method='verified'; choose one or more of {list(PROPOSALS)}.")
