@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,11 @@ class Runner:
             )
         students: Students | None = None
         for seed in seeds:
-            done_before = {tuple(line["layers"]) for line in there if line["seed"] == seed}
-            sets = wanted_sets(self.name, self.num_layers, seed, args.k, args.cache, args.best)
-            if args.sets is not None:
-                sets = [layers for layers in args.sets if tuple(layers) not in done_before]
+            if args.sets is None:
+                sets = wanted_sets(self.name, self.num_layers, seed, args.k, args.cache, args.best)
+            else:
+                before = [line["layers"] for line in there if line["seed"] == seed]
+                sets = [layers for layers in args.sets if layers not in before]
             if (not sets and not args.zero_shot) or time.time() > deadline:
                 continue
             since = time.time()
@@ -170,13 +171,11 @@ class Runner:
         self, students: Students, values: dict[str, Tensor], seed: int, sets: list[list[int]], deadline: float
     ) -> int:
         done = 0
-        for start in range(0, len(sets), students.n):
-            chosen = sets[start : start + students.n]
+        for chosen, filled in _batches(sets, students.n):
             if time.time() > deadline:
                 break
             single = any(len(layers) == 1 for layers in chosen)
             checkpoints = [step for step in CHECKPOINTS if single and step < self.args.steps]
-            filled = [*chosen, *(chosen[-1:] * (students.n - len(chosen)))]
             found = students.distill(values, filled, self.args.steps, checkpoints)
             for i, layers in enumerate(chosen):
                 kept = found if len(layers) == 1 else {self.args.steps: found[self.args.steps]}
@@ -194,12 +193,17 @@ class Runner:
             return
         sets = [s for k in range(self.num_layers + 1) for s in itertools.combinations(range(self.num_layers), k)]
         found: dict[str, float] = {}
-        for start in range(0, len(sets), students.n):
-            chosen = sets[start : start + students.n]
-            filled = [*chosen, *(chosen[-1:] * (students.n - len(chosen)))]
+        for chosen, filled in _batches(sets, students.n):
             kls = students.zero_shot(values, filled).tolist()
             found |= {",".join(map(str, s)): round(kl, 5) for s, kl in zip(chosen, kls, strict=False)}
         append_line(path, {"teacher": self.name, "seed": seed, "zero_shot": found})
+
+
+def _batches(sets: Sequence[Any], n: int) -> Iterator[tuple[list[Any], list[Any]]]:
+    """`n` sets at a time, and the same filled up to `n` with the last one."""
+    for start in range(0, len(sets), n):
+        chosen = list(sets[start : start + n])
+        yield chosen, chosen + chosen[-1:] * (n - len(chosen))
 
 
 def ensure_aligned(name: str, seed: int, args: argparse.Namespace) -> None:

@@ -12,6 +12,9 @@ from .scoring_job import Job
 from .scoring_rules import smart_layers
 
 
+LINEAR_MEASURE = "held-out KL with only this layer linear"
+
+
 def zero_shot(job: Job) -> LayerScores:
     """
     GA-S2's question without its distillation: `KL(teacher || student)` on held-out rows of the aligned all-linear
@@ -24,11 +27,11 @@ def zero_shot(job: Job) -> LayerScores:
         return job.finish("zero-shot", single_layers(job, both))
 
 
-def single_layers(job: Job, both: BothAttentions) -> list[LayerScore]:
-    """Each layer alone restored to softmax, by held-out KL."""
+def single_layers(job: Job, both: BothAttentions, linear: bool = False) -> list[LayerScore]:
+    """Each layer alone restored to softmax, or (`linear`) alone linear, by held-out KL."""
     scores = []
     for layer in job.layers:
-        both.keep([layer])
+        both.keep(set(job.all_layers) - {layer} if linear else [layer])
         scores.append(job.score(layer, partial(_by_kl, job, layer)))
         job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1].value:.4f}")
     return scores
@@ -39,14 +42,9 @@ def zero_shot_linearise(job: Job) -> LayerScores:
     The reverse of [`zero_shot`]: `KL(teacher || student)` of the teacher with the aligned mixer of layer l in the
     place of its attention, all other layers softmax. The layers that cost most keep softmax. No training.
     """
-    scores = []
     with BothAttentions(job.student, job.teacher) as both:
-        for layer in job.layers:
-            both.keep(set(job.all_layers) - {layer})
-            scores.append(job.score(layer, partial(_by_kl, job, layer)))
-            job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1].value:.4f}")
-    measure = "held-out KL with only this layer linear"
-    return job.finish("zero-shot-linearise", scores, measure=measure, higher_is_better=True)
+        scores = single_layers(job, both, linear=True)
+    return job.finish("zero-shot-linearise", scores, measure=LINEAR_MEASURE, higher_is_better=True)
 
 
 def zero_shot_greedy(job: Job, *, swaps: int = 0) -> LayerScores:

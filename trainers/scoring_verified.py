@@ -1,7 +1,7 @@
 """Several ways to look at a set of layers, and a short distillation where they disagree."""
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from .held_out import standard_error
 from .scores import LayerScore, LayerScores
 from .scoring_distill import alignment_distances
 from .scoring_job import Job
+from .scoring_sets import LINEAR_MEASURE, single_layers
 
 
 PROPOSALS = ("zero-shot-linearise", "lazy-removal", "ga-s1")
@@ -42,11 +43,8 @@ def verified(job: Job, *, proposals: Sequence[str] = PROPOSALS) -> LayerScores:
     unknown = sorted(set(proposals) - set(PROPOSALS))
     if unknown or not proposals:
         raise ValueError(f"proposals={list(proposals)} of method='verified'; choose one or more of {list(PROPOSALS)}.")
-    scores = []
     with BothAttentions(job.student, job.teacher) as both:
-        for layer in job.layers:
-            scores.append(job.score(layer, partial(_loss, job, both, [layer])))
-            job.say(len(scores), job.num_layers, f"layer {layer} linear: KL {scores[-1].value:.4f}")
+        scores = single_layers(job, both, linear=True)
         found = {"zero-shot-linearise": _largest(scores, k)}
         if "lazy-removal" in proposals:
             found["lazy-removal"] = _lazy_removal(job, both, scores, k)
@@ -59,7 +57,7 @@ def verified(job: Job, *, proposals: Sequence[str] = PROPOSALS) -> LayerScores:
     chosen = verdicts[0]["layers"] if verdicts else list(next(iter(by_set)))
     order = sorted(chosen, key=lambda layer: (-scores[layer].value, layer))
     options = {"proposals": {name: found[name] for name in proposals}, "distilled": verdicts}
-    about: dict[str, Any] = {"measure": "held-out KL with only this layer linear", "higher_is_better": True}
+    about: dict[str, Any] = {"measure": LINEAR_MEASURE, "higher_is_better": True}
     return job.finish("verified", scores, order=order, k=k, options=options, notes=[_note(chosen, verdicts)], **about)
 
 
@@ -74,12 +72,6 @@ def _note(chosen: list[int], verdicts: list[dict[str, Any]]) -> str:
     ahead = [b - a for a, b in zip(*(v["per_sequence"] for v in verdicts[:2]), strict=True)]
     lead = f"the first leads the second by {sum(ahead) / len(ahead):.4f} ± {standard_error(ahead):.4f} row by row"
     return f"KL of the proposals, distilled: {'; '.join(lines)}; {lead}"
-
-
-def _loss(job: Job, both: BothAttentions, linear: Iterable[int]) -> LayerScore:
-    both.keep(set(job.all_layers) - set(linear))
-    *_, last = linear
-    return LayerScore.of_rows(last, job.kl())
 
 
 def _lazy_removal(job: Job, both: BothAttentions, scores: list[LayerScore], k: int) -> list[int]:
@@ -104,7 +96,8 @@ def _lazy_removal(job: Job, both: BothAttentions, scores: list[LayerScore], k: i
 
 
 def _rows(job: Job, both: BothAttentions, linear: list[int]) -> list[float]:
-    return _loss(job, both, linear).per_sequence
+    both.keep(set(job.all_layers) - set(linear))
+    return job.kl()
 
 
 def _distilled(job: Job, by_set: dict[tuple[int, ...], list[str]]) -> list[dict[str, Any]]:
