@@ -75,5 +75,5 @@ setup(
         "test": TEST,
         "dev": [*TEST, "pre-commit"],
     },
-    entry_points={"console_scripts": ["hf-hybrid = hf_hybrid.cli:main"]},
+    entry_points={"console_scripts": ["hf-hybrid = hf_hybrid.__main__:run_and_exit"]},
 )

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 import hf_hybrid as hh
 from hf_hybrid.trainers import HybridTrainer
-from hf_hybrid.trainers.processes import is_main_process, leave_group, num_processes, on_main, process_index
+from hf_hybrid.trainers.processes import exit_process, is_main_process, num_processes, on_main, process_index
 from hf_hybrid.trainers.sharding import is_sharded
 
 
@@ -128,11 +128,11 @@ def main(folder: Path, recipe: Path | None) -> None:
         from hf_hybrid.cli import main as run
 
         with recorded(folder.with_name("rows")):
-            sys.exit(run(["run", str(recipe), "--output", str(folder)]))
+            exit_process(run(["run", str(recipe), "--output", str(folder)]))
     results = {name: train(folder / str(i), **case) for i, (name, case) in enumerate(CASES.items())}
     if is_main_process():
         (folder / "result.json").write_text(json.dumps(results))
-    leave_group()
+    exit_process(0)
 
 
 if __name__ == "__main__":

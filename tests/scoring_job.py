@@ -11,7 +11,7 @@ from teachers import tiny_teacher, tokens
 from transformers import set_seed
 
 import hf_hybrid as hh
-from hf_hybrid.trainers.processes import is_main_process, leave_group
+from hf_hybrid.trainers.processes import exit_process, is_main_process
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     result = score_all(target)
     if is_main_process():
         (target / "result.json").write_text(json.dumps(result))
-    leave_group()
+    exit_process(0)

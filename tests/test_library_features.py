@@ -349,6 +349,7 @@ _RANKS = """
     import torch.distributed as dist
     from transformers.distributed.configuration_utils import DistributedConfig
     from hf_hybrid.modeling import HybridForCausalLM
+    from hf_hybrid.trainers.processes import exit_process
 
     dist.init_process_group("gloo")
     whole = HybridForCausalLM.from_pretrained(sys.argv[1])
@@ -367,5 +368,5 @@ _RANKS = """
         assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max(), name
     texts = [model.generate(ids, max_new_tokens=5, do_sample=False) for model in (whole, sharded)]
     assert torch.equal(*texts)
-    dist.destroy_process_group()
+    exit_process(0)
 """

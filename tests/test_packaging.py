@@ -106,7 +106,7 @@ def test_wheel_has_the_licence_and_the_command(dist: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = {name.split(".dist-info/")[1]: name for name in archive.namelist() if ".dist-info/" in name}
         assert "licenses/LICENSE" in info
-        assert "hf-hybrid = hf_hybrid.cli:main" in archive.read(info["entry_points.txt"]).decode()
+        assert "hf-hybrid = hf_hybrid.__main__:run_and_exit" in archive.read(info["entry_points.txt"]).decode()
 
 
 def test_source_distribution_builds_the_same_wheel(tree: Path, dist: Path, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """What several processes of one launcher do together: one of them writes, the others wait and see what it saw."""
 
+import atexit
 import functools
+import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -33,9 +36,26 @@ def is_main_process() -> bool:
 
 
 def leave_group() -> None:
-    """Ends the process group, where there is one. Left to the interpreter's exit, gloo's threads may abort it then."""
+    """Ends the process group, where there is one; the next call of this module's functions may begin another."""
     if dist.is_available() and dist.is_initialized():
+        _patient_group.cache_clear()
         dist.destroy_process_group()
+
+
+def exit_process(code: int) -> NoReturn:
+    """
+    Ends this process, one of several, with `code`: the last call of a program that a launcher started.
+
+    What was registered with `atexit` runs, streams are flushed, and the interpreter is not taken down. Device meshes
+    keep gloo's threads alive beyond the process group, and a thread that drops a tensor while the interpreter goes
+    aborts the process (pytorch/pytorch issue 190489), which a launcher takes for the failure of a finished job.
+    """
+    leave_group()
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def on_main(work: Callable[[], T]) -> T:
