@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from scored import DEAD, LAYERS, LENGTH, Stop, arguments, rows, score, weak_student
+from scored import DEAD, LAYERS, LENGTH, Stop, arguments, recall_task, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.trainers.scoring import METHODS, NEEDS_K, TEACHER_ONLY
+from hf_hybrid.trainers.scoring import METHODS, NEEDS_K, TEACHER_ONLY, check_request
 from hf_hybrid.trainers.scoring_rules import POSITIONAL
 
 
@@ -137,19 +137,93 @@ def test_what_cannot_be_scored(dead_layer, tmp_path):
         ({"method": "zero-shot-greedy", "options": {"swap": 1}}, r"it has \['swaps'\]"),
         ({"method": "zero-shot-greedy"}, "chooses layers together and needs k"),
         ({"method": "zero-shot-greedy", "k": 5}, r"k=5 layers cannot be chosen from 4; pass an integer in 0\.\.4"),
-        ({"method": "uniform"}, "needs k, how many of them"),
+        ({"method": "zero-shot-greedy", "k": 0}, "chooses layers for k=0; pass at least k=1"),
+        ({"method": "uniform"}, "needs k, how many layers are kept"),
         ({"method": "ga-s2"}, "trains and needs train_dataset"),
-        ({"method": "shared", "options": {"subset": "all"}}, "trains and needs train_dataset"),
+        ({"method": "shared", "k": 2}, "trains and needs train_dataset"),
     ):
         with pytest.raises(ValueError, match=message):
             hh.score_layers(student, teacher, None, held_out, args=arguments(tmp_path), **given)
     with pytest.raises(ValueError, match="needs an aligned student; without one choose from"):
         hh.score_layers(None, teacher, None, held_out, args=arguments(tmp_path), method="zero-shot")
-    with pytest.raises(ValueError, match="choose 'sizes' or 'single'"):
-        score(teacher, student, tmp_path, "shared", options={"subset": "all"})
-    for size in (0, 5):
-        with pytest.raises(ValueError, match=rf"max_size={size} layers cannot be restored; pass 1\.\.4"):
-            score(teacher, student, tmp_path, "shared", options={"max_size": size})
+    with pytest.raises(ValueError, match=r"max_size=5 layers cannot be restored; pass 1\.\.4"):
+        score(teacher, student, tmp_path, "shared", options={"max_size": 5})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ga-s2", {"rounds": "two"}, "option rounds='two' of method='ga-s2' is wrong; pass a whole number from 1"),
+        ("ga-s2", {"rounds": 0}, "pass a whole number from 1"),
+        ("ga-s2", {"rounds": True}, "pass a whole number from 1"),
+        ("ga-s2", {"rounds": 2, "halving": "yes"}, "pass true or false"),
+        ("ga-s2", {"halving": True}, "there are rounds=1; pass 2 or more"),
+        ("ga-s2", {"rounds": 3, "stability_window": 2}, "compares 3 rounds before the last.*pass rounds of 4"),
+        ("ga-s2", {"rounds": 2, "halving": True}, "with halving or a stability window needs k"),
+        ("shared", {"subset": "all"}, r"pass one of \['sizes', 'single'\]"),
+        ("shared", {"max_size": 0}, "pass a whole number from 1"),
+        ("zero-shot-greedy", {"swaps": -1}, "pass a whole number from 0"),
+        ("gates", {"learning_rate": "1e-2x"}, "pass a number from 0"),
+        ("gates", {"ramp": math.nan}, "pass a number from 0 to 1"),
+        ("path-gradient", {"until": 2}, "pass a number from 0 to 1"),
+        ("ablation-recall", {"by": "f1"}, r"pass one of \['nll', 'accuracy'\]"),
+        ("verified", {"proposals": ["magic"]}, r"pass a list with one or more of \['zero-shot-linearise'"),
+        ("verified", {"proposals": "ga-s1"}, "pass a list with one or more of"),
+        ("verified", {"proposals": []}, "pass a list with one or more of"),
+        ("first", {"phase": 1}, "it has none"),
+    ],
+)
+def test_wrong_options_are_found_without_a_model(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_request(method, options, 1 if method in NEEDS_K else None)
+
+
+def test_right_options_pass():
+    check_request("ga-s2", {"rounds": 4, "halving": True, "noise": 2, "stability_window": 2}, 1)
+    check_request("shared", {"max_size": None, "select": "single", "swaps": 1}, None)
+    check_request("verified", {"proposals": ("ga-s1", "lazy-removal")}, 0)
+    check_request("ablation-recall", {"task": recall_task(), "by": "accuracy"}, None)
+
+
+def test_other_layers_in_a_folder_are_other_layers(dead_layer, tmp_path):
+    """A second call for other layers must not take the first call's numbers for its own."""
+    whole = {s.layer: s.value for s in score(*dead_layer, tmp_path, "block-influence").scores}
+    for layers in ([0, 1], [2, 3]):
+        part = score(*dead_layer, tmp_path, "block-influence", layers=layers, output_dir=tmp_path / "kept")
+        assert {s.layer: s.value for s in part.scores} == {layer: whole[layer] for layer in layers}
+
+
+@pytest.mark.parametrize("method", ["zero-shot-removal", "zero-shot-greedy"])
+def test_layers_that_are_compared_are_part_of_the_settings(method, dead_layer, tmp_path):
+    given = {"output_dir": tmp_path / "kept", "k": 1}
+    score(*dead_layer, tmp_path, method, layers=[0, 1], **given)
+    with pytest.raises(ValueError, match=r"has scores made with layers=\[0, 1\], this call has \[2, 3\]"):
+        score(*dead_layer, tmp_path, method, layers=[2, 3], **given)
+
+
+def test_other_training_is_not_mixed_in(dead_layer, tmp_path):
+    teacher, student = dead_layer
+    given = {"tokens_per_layer": 4 * LENGTH, "layers": [0], "output_dir": tmp_path / "kept"}
+    args, held_out = arguments(tmp_path), rows(6, 9)
+    hh.score_layers(student, teacher, rows(16), held_out, args=args, **given)
+    with pytest.raises(ValueError, match="has scores made with train_rows=16 rows, .*, this call has 16 rows, "):
+        hh.score_layers(student, teacher, rows(16, 1), held_out, args=args, **given)
+    with pytest.raises(ValueError, match="has scores made with weight_decay=0.0, this call has 0.1"):
+        changed = arguments(tmp_path, weight_decay=0.1)
+        hh.score_layers(student, teacher, rows(16), held_out, args=changed, **given)
+
+
+def test_a_gap_is_how_much_better_one_layer_is():
+    def of(direction):
+        layers = [hh.trainers.LayerScore.of_rows(i, [i + 1.0, 3.0 * i]) for i in range(2)]
+        return hh.LayerScores(layers, higher_is_better=direction)
+
+    assert of(False).gap(0, 1) == (2.0, 1.0) and of(True).gap(0, 1) == (-2.0, 1.0) == (-of(True).gap(1, 0)[0], 1.0)
+    with pytest.raises(ValueError, match=r"layer 2 was not scored; choose from \[0, 1\]"):
+        of(True).gap(0, 2)
+    without = hh.LayerScores([hh.trainers.LayerScore(i, 0.5, 0.0, 0, 0.0) for i in range(2)], method="gates")
+    with pytest.raises(ValueError, match="gates has no values of single rows"):
+        without.gap(0, 1)
 
 
 def test_scores_of_earlier_versions_load(tmp_path):

@@ -24,6 +24,11 @@ class TestZeroShot:
             assert scores.scores[chosen].kl == pytest.approx(kls[chosen], rel=1e-5)
             order.append(chosen)
         assert scores.k is None and scores.top(2) == sorted(order[:2]) and len(order) == 3
+        two = score(teacher, student, tmp_path, "zero-shot-greedy", k=2)
+        with pytest.raises(
+            ValueError, match="chose 2 layers one after the other, and none after those; score with k=3"
+        ):
+            two.top(3)
         assert scores.tokens == 0 and scores.tokens_forward == (4 + 3 + 2) * 6 * LENGTH
 
     def test_smart_keeps_its_constraints(self, dead_layer, tmp_path):

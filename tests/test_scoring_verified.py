@@ -135,11 +135,3 @@ def test_it_chooses_among_all_layers(pair, tmp_path):
     teacher, student = pair
     with pytest.raises(ValueError, match="leave out layers="):
         score(teacher, student, tmp_path, "verified", k=1, layers=[0, 1])
-
-
-def test_unknown_proposals_are_refused(pair, tmp_path):
-    teacher, student = pair
-    with pytest.raises(ValueError, match=r"proposals=\['magic'\] of method='verified'; choose one or more"):
-        score(teacher, student, tmp_path, "verified", k=1, options={"proposals": ["magic"]})
-    with pytest.raises(ValueError, match=r"proposals='ga-s1' of method='verified' must be a list"):
-        score(teacher, student, tmp_path, "verified", k=1, options={"proposals": "ga-s1"})

@@ -132,12 +132,31 @@ class LayerScores:
             raise ValueError(
                 f"{self.method} chose its layers for k={self.k}, which says nothing about k={k}; score with k={k}."
             )
+        if self.order and len(self.order) < k < len(self.scores):
+            raise ValueError(
+                f"{self.method} chose {len(self.order)} layers one after the other, and none after those; score with "
+                f"k={k}."
+            )
         return sorted(self.ranking[:k])
 
     def gap(self, better: int, worse: int) -> tuple[float, float]:
-        """How much lower the value of layer `better` is than that of `worse`: mean and standard error, row by row."""
+        """
+        How much better the value of layer `better` is than that of `worse`, in whichever direction is better: mean
+        and standard error of the difference, row by row. Negative where it is the worse of the two.
+
+        Values of layers that were chosen one after the other are of different sets, and so is their difference. Gates,
+        ranks and positions have no rows: a `ValueError`.
+        """
         rows = {score.layer: score.per_sequence for score in self.scores}
-        differences = [b - a for a, b in zip(rows[better], rows[worse], strict=True)]
+        for layer in (better, worse):
+            if layer not in rows:
+                raise ValueError(f"layer {layer} was not scored; choose from {sorted(rows)}.")
+        if not rows[better] or not rows[worse]:
+            raise ValueError(
+                f"{self.method} has no values of single rows, so no gap; use a method that measures them."
+            )
+        sign = -1 if self.higher_is_better else 1
+        differences = [sign * (b - a) for a, b in zip(rows[better], rows[worse], strict=True)]
         return sum(differences) / len(differences), standard_error(differences)
 
     def save(self, path: str | os.PathLike) -> None:

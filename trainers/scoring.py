@@ -1,7 +1,6 @@
 """Layer scores: which layers are worth their softmax attention, by any of the methods below."""
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from .scores import LayerScore, LayerScores
 from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
 from .scoring_gates import gates, path_gradient
 from .scoring_job import Job, Steps, check_finite, steps_for, tokens_per_step
+from .scoring_options import NEEDS_K, check_k, check_options, together
 from .scoring_removal import zero_shot_removal
 from .scoring_rules import POSITIONAL, by_position
 from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
@@ -34,6 +34,7 @@ __all__ = [
     "TEACHER_ONLY",
     "LayerScore",
     "LayerScores",
+    "check_request",
     "score_layers",
     "steps_for",
     "tokens_per_step",
@@ -61,7 +62,7 @@ METHODS: dict[str, Callable[..., LayerScores]] = {
     "block-influence": block_influence,
     **{rule: partial(by_position, rule) for rule in POSITIONAL},
 }
-# What needs no student, so no alignment; what needs no training rows; what chooses layers together, for one number.
+# What needs no student, so no alignment; what needs no training rows.
 TEACHER_ONLY = (
     "ablation-kl",
     "ablation-recall",
@@ -80,7 +81,6 @@ NO_TRAINING = (
     "zero-shot-removal",
     "smart",
 )
-NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared", "gates", "verified")
 
 
 def score_layers(
@@ -134,7 +134,8 @@ def score_layers(
     """
     options = options or {}
     args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
-    _check_method(method, options, student, train_dataset)
+    check_request(method, options, k)
+    _check_models(method, student, train_dataset)
     wanted = _check_layers(layers, k, len(decoder_layers(teacher)), together=method in NEEDS_K)
     _prepare_models(student, teacher, args, method)
     job = Job(
@@ -176,21 +177,23 @@ def _claim(job: Job, method: str, options: dict[str, Any]) -> None:
         known, what = token_nll(job.held_out, job.teacher), "the teacher"
     check_finite(what, known)
     settings = _settings(job.args, method, job.tokens_per_layer) | {"baseline": sum(known) / len(known)}
+    if together(method, options):
+        settings["layers"] = job.layers
+    if method not in NO_TRAINING:
+        settings["train_rows"] = _digest(job.train_dataset)
     job.claim(settings | {"k": job.k, "options": _described(options)})
 
 
-def _check_method(method: str, options: dict[str, Any], student: Any, train_dataset: Any) -> None:
-    """Raises a `ValueError` that says what is wrong with the request, if anything is."""
+def check_request(method: str, options: dict[str, Any], k: int | None) -> None:
+    """Raises a `ValueError` where there is no such method, or it cannot be asked with these options and `k`."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {list(METHODS)}.")
-    known = [
-        name
-        for name, parameter in inspect.signature(METHODS[method]).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"options {unknown} are unknown to method={method!r}; it has {known or 'none'}.")
+    check_options(method, METHODS[method], options)
+    check_k(method, options, k)
+
+
+def _check_models(method: str, student: Any, train_dataset: Any) -> None:
+    """Raises a `ValueError` where the method lacks a student or rows, or the student is not linear everywhere."""
     if method not in NO_TRAINING and train_dataset is None:
         raise ValueError(f"method={method!r} trains and needs train_dataset; without one choose from {NO_TRAINING}.")
     if method in TEACHER_ONLY:
@@ -229,11 +232,21 @@ def _check_layers(layers: Iterable[int] | None, k: int | None, num_layers: int, 
 
 def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | None) -> dict[str, Any]:
     """What decides a score; the KL before any training stands for the weights and the held-out rows."""
-    names = ("seed", "learning_rate", "mixer_learning_rate", "max_steps", "num_train_epochs")
+    names: tuple[str, ...] = ("seed", "learning_rate", "mixer_learning_rate", "max_steps", "num_train_epochs")
+    names += ("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16")
     # However many processes share it.
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"method": method, "tokens_per_layer": tokens_per_layer, "batch_size": batch_size}
+    settings |= {"lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))}
     return settings | {name: getattr(args, name) for name in names}
+
+
+def _digest(dataset: Any) -> str:
+    """How many rows there are, with a digest of the first and the last: other rows are told apart at no cost."""
+    if len(dataset) == 0:
+        raise ValueError("the training dataset is empty; pass rows of input_ids.")
+    rows = [list(map(int, dataset[i]["input_ids"])) for i in (0, len(dataset) - 1)]
+    return f"{len(dataset)} rows, {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}"
 
 
 def _described(options: dict[str, Any]) -> dict[str, Any]:

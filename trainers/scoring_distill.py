@@ -16,6 +16,7 @@ from ..modeling.modeling_hybrid import decoder_layers
 from .alignment import mixer_outputs
 from .held_out import evaluating, standard_error
 from .losses import alignment_loss
+from .processes import on_main
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job, tokens_per_step
 
@@ -47,11 +48,6 @@ def ga_s2(
             tokens. 0 for none.
         stability (`float`): see there.
     """
-    if rounds < 1 or stability_window < 0 or not 0 < stability <= 1:
-        raise ValueError(
-            f"rounds={rounds}, stability_window={stability_window}, stability={stability}; pass at least 1 round, a "
-            "window of 0 or more, and a similarity above 0 and up to 1."
-        )
     options = {"rounds": rounds, "halving": halving, "noise": noise}
     options |= {"stability_window": stability_window, "stability": stability}
     if halving or stability_window:
@@ -174,7 +170,7 @@ def alignment_distances(job: Job) -> list[LayerScore]:
 
 def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
     """GA-S2 with all layers a round at a time, their training states on disk in between, until a rule ends it."""
-    k = job.needs_k("ga-s2 with halving or a stability window")
+    k = job.wanted
     points = job.step_points(options["rounds"])
     alive, dropped = list(job.layers), list[list[int]]()
     scores: dict[int, LayerScore] = {}
@@ -209,7 +205,7 @@ def _states(job: Job) -> Iterator[Path]:
             shutil.rmtree(job.folder / "rounds", ignore_errors=True)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
+        yield Path(on_main(lambda: scratch))
 
 
 def _advance(

@@ -50,8 +50,6 @@ def path_gradient(job: Job, *, points: int = 4, until: float = 1.0) -> LayerScor
         until (`float`): where the way ends; 0 takes the gradient at the all-linear student alone, the first term of
             the KL's Taylor series.
     """
-    if points < 1 or not 0 <= until <= 1:
-        raise ValueError(f"points={points}, until={until}; pass at least 1 point and an end from 0 to 1.")
     nodes, weights = np.polynomial.legendre.leggauss(points if until else 1)
     places = [(until * (x + 1) / 2, w / 2 * (until or 1.0)) for x, w in zip(nodes, weights, strict=True)]
 
@@ -99,9 +97,7 @@ def gates(job: Job, *, learning_rate: float = 0.05, penalty: float = 1.0, ramp: 
         penalty (`float`): weight of the budget.
         ramp (`float`): share of the steps over which the penalty rises from 0 to its weight.
     """
-    k = job.needs_k("gates")
-    if k < 1:
-        raise ValueError("method='gates' needs a budget of at least k=1 layer.")
+    k = job.wanted
     weight = penalty * job.baseline
 
     def work() -> list[float]:

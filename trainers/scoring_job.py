@@ -66,10 +66,11 @@ class Job:
         """Every layer of the model."""
         return range(self.num_layers)
 
-    def needs_k(self, method: str) -> int:
-        """`k`, or a `ValueError` where it was not given."""
+    @property
+    def wanted(self) -> int:
+        """`k`, in a method that was not begun without it, see [`check_request`]."""
         if self.k is None:
-            raise ValueError(f"method={method!r} chooses layers together and needs k, how many of them; pass k.")
+            raise ValueError("k was not given; pass how many layers are wanted.")
         return self.k
 
     def kl(self) -> list[float]:

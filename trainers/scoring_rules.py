@@ -70,7 +70,7 @@ def positional_layers(rule: str, k: int, num_layers: int, seed: int = 0) -> list
 
 def by_position(rule: str, job: Job) -> LayerScores:
     """The layers of a positional rule as scores: 1 for those it takes, 0 for the others. Nothing is measured."""
-    k = job.needs_k(rule)
+    k = job.wanted
     chosen = positional_layers(rule, k, job.num_layers, job.args.seed)
     scores = [LayerScore(layer, math.nan, 0.0, 0, 0.0, value=float(layer in chosen)) for layer in job.all_layers]
     for score in scores:

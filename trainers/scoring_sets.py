@@ -2,7 +2,7 @@
 
 import random
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 
@@ -84,9 +84,9 @@ def shared(
     job: Job,
     *,
     train_softmax: bool = False,
-    subset: str = "sizes",
+    subset: Literal["sizes", "single"] = "sizes",
     max_size: int | None = None,
-    select: str = "greedy",
+    select: Literal["greedy", "single"] = "greedy",
     swaps: int = 0,
 ) -> LayerScores:
     """
@@ -103,17 +103,11 @@ def shared(
         select (`str`): `"greedy"` adds layers one by one, as [`zero_shot_greedy`]; `"single"` scores each alone.
         swaps (`int`): of the greedy choice, as there.
     """
-    if subset not in ("sizes", "single") or select not in ("greedy", "single"):
-        raise ValueError(
-            f"subset={subset!r} and select={select!r}; choose 'sizes' or 'single' and 'greedy' or 'single'."
-        )
     largest = max_size
     if largest is None:
         largest = min(len(job.layers), 2 * job.k if job.k else (len(job.layers) + 1) // 2)
     if not 1 <= largest <= len(job.layers):
         raise ValueError(f"max_size={max_size} layers cannot be restored; pass 1..{len(job.layers)}.")
-    if select == "greedy":
-        job.needs_k("shared")
     options = {"train_softmax": train_softmax, "subset": subset, "max_size": largest, "select": select, "swaps": swaps}
     with job.restored_afterwards(), BothAttentions(job.student, job.teacher) as both:
         both.register(True)
@@ -149,7 +143,7 @@ def smart(job: Job) -> LayerScores:
     in the aligned all-linear student; of the nearly uniform sets, the one with the largest total is taken. The rule is
     the reconstruction in [`smart_layers`].
     """
-    k = job.needs_k("smart")
+    k = job.wanted
     with BothAttentions(job.student, job.teacher) as both:
         scores = single_layers(job, both)
     if len(scores) < job.num_layers:
@@ -162,7 +156,7 @@ def greedy(
     job: Job, both: BothAttentions, method: str, swaps: int, options: dict[str, Any], prefix: str = ""
 ) -> LayerScores:
     """Greedy addition by held-out KL; a layer's score is the KL of the set in the round that took it, or the last."""
-    k, order = job.needs_k(method), list[int]()
+    k, order = job.wanted, list[int]()
     found: dict[int, list[float]] = {}
     for number in range(k):
         rest = [layer for layer in job.layers if layer not in order]

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -76,7 +76,7 @@ def attention_mse(job: Job) -> LayerScores:
     return _ablate(job, "attention-mse", of_batch, about)
 
 
-def ablation_recall(job: Job, *, task: Any = None, by: str = "nll") -> LayerScores:
+def ablation_recall(job: Job, *, task: Any = None, by: Literal["nll", "accuracy"] = "nll") -> LayerScores:
     """
     The AR family of arXiv 2512.20569's baselines: what zeroing layer l's attention in the teacher does to its answers
     in associative recall. The released code generates answers to a prompt in words; here the rows are token ids with
@@ -87,8 +87,6 @@ def ablation_recall(job: Job, *, task: Any = None, by: str = "nll") -> LayerScor
         by (`str`): `"nll"`, the rise of the negative log likelihood of the marked tokens in nats per answer, or
             `"accuracy"`, the rise of the share of them that are predicted wrong.
     """
-    if by not in ("nll", "accuracy"):
-        raise ValueError(f"by={by!r} is unknown; choose 'nll' or 'accuracy'.")
     ids, answers = _checked_task(task)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
     job.held_out = HeldOut(rows, job.teacher, job.args.per_device_eval_batch_size, answers)
@@ -146,7 +144,7 @@ def block_influence(job: Job) -> LayerScores:
             final_hidden_states(job.teacher, batch)
         mask = batch.get("attention_mask")
         turned = []
-        for layer in job.layers:
+        for layer in job.all_layers:
             before, after = (widen(x) for x in streams[layer])
             turned.append(row_means(1 - torch.cosine_similarity(before, after, dim=-1), mask))
         return [list(row) for row in zip(*turned, strict=True)]
@@ -156,10 +154,9 @@ def block_influence(job: Job) -> LayerScores:
         with evaluating(job.teacher):
             return job.held_out.measure(of_batch)
 
-    by_layer = zip(*job.once("influence", work), strict=True)
-    scores = [
-        LayerScore.of_rows(layer, list(rows), is_kl=False) for layer, rows in zip(job.layers, by_layer, strict=True)
-    ]
+    # All layers whatever was asked for: a later call may ask for others, and finds this result.
+    by_layer = list(zip(*job.once("influence", work), strict=True))
+    scores = [LayerScore.of_rows(layer, list(by_layer[layer]), is_kl=False) for layer in job.layers]
     for score in scores:
         job.report(score)
     measure = "1 - cosine of the residual stream before and after the attention"

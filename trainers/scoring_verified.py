@@ -3,7 +3,7 @@
 import heapq
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .both_attentions import BothAttentions
 from .held_out import standard_error
@@ -13,10 +13,11 @@ from .scoring_job import Job
 from .scoring_sets import LINEAR_MEASURE, single_layers
 
 
-PROPOSALS = ("zero-shot-linearise", "lazy-removal", "ga-s1")
+Proposal = Literal["zero-shot-linearise", "lazy-removal", "ga-s1"]
+PROPOSALS: tuple[Proposal, ...] = get_args(Proposal)
 
 
-def verified(job: Job, *, proposals: Sequence[str] = PROPOSALS) -> LayerScores:
+def verified(job: Job, *, proposals: Sequence[Proposal] = PROPOSALS) -> LayerScores:
     """
     Sets of k layers are proposed without training, and where they differ each is distilled: the one whose student ends
     with the lowest held-out KL is taken. Ours. At most three distillations of `tokens_per_layer` take the place of
@@ -35,14 +36,9 @@ def verified(job: Job, *, proposals: Sequence[str] = PROPOSALS) -> LayerScores:
     Args:
         proposals (`Sequence[str]`): of `"zero-shot-linearise"`, `"lazy-removal"` and `"ga-s1"`, which to compare.
     """
-    k = job.needs_k("verified")
+    k = job.wanted
     if list(job.layers) != list(job.all_layers):
         raise ValueError("method='verified' chooses among all layers; leave out layers=.")
-    if isinstance(proposals, str):
-        raise ValueError(f"proposals={proposals!r} of method='verified' must be a list, such as [{proposals}].")
-    unknown = sorted(set(proposals) - set(PROPOSALS))
-    if unknown or not proposals:
-        raise ValueError(f"proposals={list(proposals)} of method='verified'; choose one or more of {list(PROPOSALS)}.")
     with BothAttentions(job.student, job.teacher) as both:
         scores = single_layers(job, both, linear=True)
         found = {"zero-shot-linearise": _largest(scores, k)}
