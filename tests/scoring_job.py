@@ -17,6 +17,7 @@ from hf_hybrid.trainers.processes import exit_process, is_main_process
 CASES: dict[str, dict[str, Any]] = {
     "ga-s2": {},
     "ga-s2 halved": {"options": {"rounds": 2, "halving": True, "noise": 0.0}, "k": 1},
+    "ga-s2 halved, nothing kept": {"options": {"rounds": 2, "halving": True, "noise": 0.0}, "k": 1},
     "shared": {"k": 2},
     "shared, softmax trained": {"k": 2, "options": {"train_softmax": True}},
     "distilled-greedy": {"k": 2},
@@ -45,7 +46,7 @@ def score_all(folder: Path) -> dict[str, Any]:
         args = hh.DistillationConfig(str(folder / "args"), **settings)
         given = {"args": args, "tokens_per_layer": 4 * 4 * 24, "method": name.replace(",", " ").split()[0], **case}
         for attempt in ("first", "again"):
-            kept = folder / name.replace(" ", "_")
+            kept = None if "nothing kept" in name else folder / name.replace(" ", "_")
             scores = hh.score_layers(student, teacher, rows(24), rows(5, 1), output_dir=kept, **given)
             values = [score.value for score in scores.scores]
             found[f"{name} {attempt}"] = {"values": values, "order": scores.order, "tokens": scores.tokens}
