@@ -57,9 +57,11 @@ def layers_within(
     Returns the layers that keep softmax attention, ascending, such that the cache of all layers stays within `limit`.
 
     Where each layer has a score of its own, the set with the largest sum of gains is found exactly, by dynamic
-    programming over the layers (Nemhauser and Ullmann 1969): a layer's gain is how much the KL falls below
-    `scores.baseline`, or its value where higher is better, and layers without a gain are left linear. Where layers
-    were chosen together, gains do not add up; they are taken in their order, each one that still fits.
+    programming over the layers (Nemhauser and Ullmann 1969): a layer's gain is its value where higher is better, and
+    else how far it is below `scores.baseline`; layers without a gain are left linear. Where students were trained
+    (`ga-s2`), most of the way from the baseline is the training's, and counting that for every layer would prefer many
+    small layers to the important ones: gains are then over the worst layer, which comes in last, where there is room.
+    Where layers were chosen together, gains do not add up; they are taken in their order, each one that still fits.
 
     Args:
         scores ([`LayerScores`]): of all layers.
@@ -81,27 +83,47 @@ def layers_within(
     always = [layer for layer in range(count) if extra[layer] <= 0]
     rest = [layer for layer in scores.ranking if extra[layer] > 0]
     if scores.order:
-        chosen = []
-        for layer in rest:
-            if extra[layer] <= free:
-                chosen.append(layer)
-                free -= extra[layer]
-        return sorted([*always, *chosen])
-    gains = _gains(scores)
+        return sorted([*always, *_in_order(scores, extra, free)])
+    gains, spare = _gains(scores)
     frontier: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for layer in rest:
         if gains[layer] > 0:
             added = [(size + extra[layer], gain + gains[layer], (*kept, layer)) for size, gain, kept in frontier]
             frontier = _undominated([*frontier, *(entry for entry in added if entry[0] <= free)])
-    return sorted([*always, *frontier[-1][2]])
+    size, _, chosen = frontier[-1]
+    if spare is not None and extra[spare] > 0 and size + extra[spare] <= free:
+        chosen = (*chosen, spare)
+    return sorted([*always, *chosen])
 
 
-def _gains(scores: LayerScores) -> dict[int, float]:
+def _in_order(scores: LayerScores, extra: list[int], free: int) -> list[int]:
+    """Of layers that were chosen together those that fit, one after the other."""
+    if scores.k is not None:
+        raise ValueError(
+            f"{scores.method} chose its layers for k={scores.k} alone, so none of them can be left out or added; use "
+            f"its top({scores.k}), or scores of a method that goes by size."
+        )
+    chosen = []
+    for layer in (layer for layer in scores.ranking if extra[layer] > 0):
+        if extra[layer] <= free:
+            if layer not in scores.order:
+                raise ValueError(
+                    f"{scores.method} chose {len(scores.order)} layers, and there is room for more; score with a "
+                    "larger k."
+                )
+            chosen.append(layer)
+            free -= extra[layer]
+    return chosen
+
+
+def _gains(scores: LayerScores) -> tuple[dict[int, float], int | None]:
+    """Each layer's gain, and the layer that the others are compared with, where there is no better zero."""
     if scores.higher_is_better:
-        return {score.layer: score.value for score in scores.scores}
-    start = scores.baseline if not math.isnan(scores.scores[0].kl) else math.nan
-    start = max(score.value for score in scores.scores) if math.isnan(start) else start
-    return {score.layer: start - score.value for score in scores.scores}
+        return {score.layer: score.value for score in scores.scores}, None
+    if not scores.tokens and not math.isnan(scores.baseline):
+        return {score.layer: scores.baseline - score.value for score in scores.scores}, None
+    worst = max(scores.scores, key=lambda score: (score.value, score.layer))
+    return {score.layer: worst.value - score.value for score in scores.scores}, worst.layer
 
 
 def _undominated(entries: list[tuple[int, float, tuple[int, ...]]]) -> list[tuple[int, float, tuple[int, ...]]]:

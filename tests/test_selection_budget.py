@@ -28,7 +28,9 @@ def test_the_best_of_all_sets_that_fit(seed: int) -> None:
     kls = [draw.uniform(0.2, 1.1) for _ in range(9)]  # some layers are no gain
     softmax = [draw.choice([100, 100, 30, 7]) for _ in range(9)]
     linear, limit = [10] * 9, draw.choice([90, 150, 300, 500])
-    chosen = tuple(layers_within(scores_of(kls), softmax, linear, limit))
+    chosen = tuple(
+        layers_within(scores_of(kls, method="zero-shot", tokens_forward_backward=0), softmax, linear, limit)
+    )
 
     def size(kept: tuple[int, ...]) -> int:
         return sum(softmax[i] if i in kept else linear[i] for i in range(9))
@@ -48,6 +50,18 @@ def test_higher_is_better_and_joint_orders() -> None:
     assert layers_within(LayerScores(values, higher_is_better=True), [50, 50, 50], [0, 0, 0], 100) == [0, 2]
     ordered = scores_of([0.9, 0.5, 0.7, 0.1], order=[2, 0, 1])
     assert layers_within(ordered, [50, 10, 60, 10], [0] * 4, 75) == [1, 2]  # 0 does not fit any more, 1 does
+    with pytest.raises(ValueError, match="chose 3 layers, and there is room for more; score with a larger k"):
+        layers_within(ordered, [50, 10, 60, 10], [0] * 4, 1000)
+    with pytest.raises(ValueError, match=r"chose its layers for k=3 alone, so none of them.*use its top\(3\)"):
+        layers_within(scores_of([0.9, 0.5, 0.7, 0.1], order=[2, 0, 1], k=3), [50] * 4, [0] * 4, 75)
+
+
+def test_what_all_students_gain_by_their_training_is_not_counted_for_each_layer() -> None:
+    """Layer 0 is worth more than all others together; beside it nothing fits."""
+    trained = scores_of([0.2, 0.6, 0.62, 0.64, 0.65])  # the all-linear student had 1.0 before any training
+    assert layers_within(trained, [40, 10, 10, 10, 10], [0] * 5, 40) == [0]
+    assert layers_within(trained, [40, 10, 10, 10, 10], [0] * 5, 70) == [0, 1, 2, 3]
+    assert layers_within(trained, [40, 10, 10, 10, 10], [0] * 5, 80) == [0, 1, 2, 3, 4]
 
 
 def test_what_cannot_fit() -> None:
