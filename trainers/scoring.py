@@ -132,11 +132,10 @@ def score_layers(
     Returns:
         [`LayerScores`].
     """
-    options = options or {}
-    args = args or DistillationConfig(output_dir=str(output_dir or "scores"))
+    options, args = options or {}, args or DistillationConfig(output_dir=str(output_dir or "scores"))
     check_request(method, options, k)
     _check_models(method, student, train_dataset)
-    wanted = _check_layers(layers, k, len(decoder_layers(teacher)), together=method in NEEDS_K)
+    wanted = _check_layers(layers, k, num_layers := len(decoder_layers(teacher)), together=method in NEEDS_K)
     _prepare_models(student, teacher, args, method)
     job = Job(
         student=student,
@@ -145,7 +144,7 @@ def score_layers(
         args=args,
         held_out=HeldOut(eval_dataset, teacher, args.per_device_eval_batch_size),
         layers=wanted,
-        num_layers=len(decoder_layers(teacher)),
+        num_layers=num_layers,
         tokens_per_layer=tokens_per_layer,
         k=k,
         folder=None if output_dir is None else Path(output_dir),
