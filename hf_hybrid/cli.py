@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .cli_evaluate import add_evaluate_options, evaluation_of, print_evaluation
 from .cli_score import add_score_options
 
 
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", required=True, help="folder of the run")
     convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
     convert.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, or 'embedded'")
-    convert.add_argument("--revision", help="commit, tag or branch of a teacher on the Hub")
+    convert.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
     convert.add_argument(
         "--full-attention-layers", required=True, help="layers that keep softmax: 1,3 or 0-2,9 or none"
     )
@@ -106,16 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall and cache size of a model")
-    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    evaluate.add_argument("--teacher", help="Hub id or folder, or 'embedded'; for KL and a comparison")
-    evaluate.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
-    evaluate.add_argument("--dataset", help="dataset id, instead of --data-files")
-    evaluate.add_argument("--subset", help="subset of the dataset")
-    evaluate.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
-    evaluate.add_argument("--text-column", default="text", help="column with the text (default: %(default)s)")
-    evaluate.add_argument("--block-size", type=int, default=512, help="tokens of a row (default: %(default)s)")
-    evaluate.add_argument("--rows", type=int, default=64, help="rows to measure on (default: %(default)s)")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
+    add_evaluate_options(evaluate)
     push = add("push", _push, "upload the model of a run, its code, tokenizer and card to the Hub, in one commit")
     push.add_argument("folder", metavar="FOLDER", help="a finished run, or a folder with a model and its tokenizer")
     push.add_argument("repo_id", metavar="REPO_ID", help="name on the Hub, owner/name; made if need be")
@@ -194,7 +186,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"Stopped after {options.stop_after}. Run the same command without --stop-after to go on.")
         return
     print(f"Softmax attention is kept in layers {result.selected} of {result.report['num_layers']}.")
-    _print_evaluation(result.report["evaluation"])
+    print_evaluation(result.report["evaluation"])
     if not result.already_finished:
         print(f"The model is in {result.folder / 'model'}, the numbers are in {result.folder / 'report.json'}.")
 
@@ -292,64 +284,12 @@ def parse_layers(text: str, option: str) -> list[int]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.dataset and options.data_files:
-        raise ValueError("--dataset and --data-files were both given; give one.")
-    for name, value in (("--rows", options.rows), ("--batch-size", options.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} {value} is too small; pass at least 1.")
     _quiet()
-    import torch
-
-    from .evaluation import evaluate_model
-    from .loading import load_model, load_pair, load_tokenizer
-
-    remote = options.trust_remote_code
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(options.model, trust_remote_code=remote).to(device)
-    tokenizer = load_tokenizer(options.model, trust_remote_code=remote)
-    teacher = None
-    if options.teacher:
-        teacher = load_pair(options.teacher, trust_remote_code=remote)[0].to(device)
-    rows = _rows(options, tokenizer) if options.dataset or options.data_files else None
-    result = evaluate_model(model, teacher, tokenizer, rows, batch_size=options.batch_size)
+    result = evaluation_of(options).to_dict()
     if options.json:
-        _print_json(result.to_dict())
+        _print_json(result)
     else:
-        _print_evaluation(result.to_dict())
-
-
-def _rows(options: argparse.Namespace, tokenizer: Any) -> Any:
-    from .data import DataConfig, first_rows
-
-    config = DataConfig(
-        dataset=options.dataset,
-        subset=options.subset,
-        split=options.split,
-        text_files=options.data_files or [],
-        text_column=options.text_column,
-        block_size=options.block_size,
-    )
-    return first_rows(config, tokenizer, options.rows)
-
-
-def _print_evaluation(evaluation: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in ("measured", "model", "teacher"):
-        table.add_column(column, justify="left" if column == "measured" else "right")
-    if evaluation["kl"] is not None:
-        table.add_row("held-out KL (nats per token)", f"{evaluation['kl']:.4f} ± {evaluation['kl_sem']:.4f}", "0")
-    for name, key, form in (
-        (f"perplexity, {evaluation['tokens']:,} tokens", "perplexity", ".3f"),
-        (f"recall, {evaluation['recall_length']} tokens", "recall", ".3f"),
-        (f"cache bytes, {evaluation['cache_context']:,} tokens", "cache_bytes", ","),
-    ):
-        ours, theirs = evaluation[key], evaluation[f"teacher_{key}"]
-        if ours is not None:
-            table.add_row(name, format(ours, form), "" if theirs is None else format(theirs, form))
-    Console().print(table)
+        print_evaluation(result)
 
 
 def _push(options: argparse.Namespace) -> None:

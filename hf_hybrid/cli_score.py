@@ -7,6 +7,7 @@ from typing import Any
 
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says how a model given by name is scored; a recipe says it itself."""
+    parser.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
     parser.add_argument("--method", help="how: ga-s2 (default), shared, zero-shot-greedy, ...; see docs/scoring.md")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     parser.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
@@ -31,7 +32,7 @@ _DATA = {
     "block_size": "block_size",
     "rows": "held_out_rows",
 }
-_OTHERS = ("method", "k", "tokens_per_layer", "align_tokens", "seed")
+_OTHERS = ("revision", "method", "k", "tokens_per_layer", "align_tokens", "seed")
 
 
 def recipe_of(options: argparse.Namespace) -> Any:
@@ -63,6 +64,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
         align_tokens=options.align_tokens,
         options=_method_options(options.option),
         seed=options.seed or 0,
+        revision=options.revision,
     )
 
 

@@ -45,7 +45,11 @@ def _suffixes(names: Iterable[str]) -> str:
 
 
 def load_teacher(
-    teacher: str | os.PathLike, *, trust_remote_code: bool = False, dtype: torch.dtype | str = "auto", **kwargs: Any
+    teacher: str | os.PathLike,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """
     Loads a causal language model from the Hub or a folder, from safetensors files only: nothing is unpickled.
@@ -53,10 +57,25 @@ def load_teacher(
     Code that comes with the model runs only where the caller says so.
     """
     model = AutoModelForCausalLM.from_pretrained(
-        teacher, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True, **kwargs
+        teacher,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        use_safetensors=True,
+        revision=checked_revision(teacher, revision),
     )
-    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), kwargs.get("revision"))
+    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), revision)
     return model
+
+
+def checked_revision(name: str | os.PathLike, revision: str | None) -> str:
+    """The revision of the model `name` to load, the main branch by default; a `ValueError` where it has none."""
+    if revision is None:
+        return "main"
+    if not revision:
+        raise ValueError(f"the revision of {name} is empty; give a branch, tag or commit, or leave it out.")
+    if Path(name).is_dir():
+        raise ValueError(f"revision={revision!r} is one of the Hub's, but {name} is a folder here; leave it out.")
+    return revision
 
 
 def _commit_of(name: str, revision: str | None) -> str | None:
@@ -98,7 +117,7 @@ def convert(
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether a teacher given by name may run code of its own.
         revision (`str`, *optional*):
-            The commit, tag or branch of a teacher given by its name on the Hub.
+            Branch, tag or commit of a teacher given by its name on the Hub; by default its main branch.
         model_class (`type`, *optional*, defaults to [`HybridForCausalLM`]):
             A subclass, where `mixer` is one of its own `mixers`; `examples/custom_mixer.py` makes one.
 
@@ -116,7 +135,7 @@ def convert(
     ```
     """
     if not isinstance(teacher, PreTrainedModel):
-        teacher = load_teacher(teacher, trust_remote_code=trust_remote_code, revision=revision or "main")
+        teacher = load_teacher(teacher, trust_remote_code=trust_remote_code, revision=revision)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} belongs to a teacher given by name; this one is loaded already.")
     check_teacher(teacher)

@@ -41,8 +41,7 @@ def check_inputs(folder: Path, teacher: Any, tokenizer: Any) -> str | None:
     if differences:
         shown = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
         raise ValueError(
-            f"{folder} was started with another teacher ({shown}); put that one back, pin its revision, or choose "
-            "another folder."
+            f"{folder} was started with another teacher ({shown}); put that one back, or choose another folder."
         )
     before = there["versions"][-1]
     if before == here["versions"]:
@@ -54,9 +53,19 @@ def check_inputs(folder: Path, teacher: Any, tokenizer: Any) -> str | None:
     return f"the run goes on with other versions than before: {', '.join(changed)}"
 
 
+def commit_of_run(folder: Path) -> str | None:
+    """
+    The teacher's commit on the Hub that the run in `folder` was started with, so that it goes on with that one where
+    its recipe names a branch, which may have moved since. None where it has no work yet, or the teacher is a folder.
+    """
+    there = read_json(folder / _FILE)
+    return there.get("commit") if there is not None and has_work(folder) else None
+
+
 def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:
     """
-    The teacher's config and a digest of each of its tensors, a digest of the tokenizer, and versions.
+    The teacher's config, its commit if it came from the Hub, a digest of each of its tensors and of the tokenizer, and
+    versions.
 
     A tensor's digest is of its name, shape, dtype and 64 evenly spaced elements: enough to tell a fine-tuned copy, at
     no cost for large models, and no proof against a change of single elements.
@@ -66,6 +75,7 @@ def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:
     words += str(tokenizer(_PROBE)["input_ids"])
     return {
         "config": {name: value for name, value in config.items() if name not in _NO_MATTER},
+        "commit": teacher.config.__dict__.get("_commit_hash"),
         "tensors": {name: tensor_digest(tensor) for name, tensor in teacher.state_dict().items()},
         "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:16],
         "versions": {

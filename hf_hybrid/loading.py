@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid.modeling  # noqa: F401  registers the hybrid with the Auto classes
 
-from .conversion import load_teacher
+from .conversion import checked_revision, load_teacher
 from .embedded import embedded_teacher, embedded_tokenizer
 from .recipe import check_dtype
 
@@ -18,32 +18,39 @@ from .recipe import check_dtype
 def load_pair(
     teacher: str, *, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
 ) -> tuple[Any, Any]:
-    """Returns a teacher in eval mode and its tokenizer; `"embedded"` is the one that ships with the package."""
+    """
+    Returns a teacher in eval mode and its tokenizer; `"embedded"` is the one that ships with the package.
+
+    `revision` is a branch, tag or commit of a teacher on the Hub. Both come from one commit, also where the branch
+    moves in between.
+    """
     check_dtype(dtype)
     if teacher == "embedded":
         if revision is not None:
             raise ValueError(f"revision={revision!r}, but the embedded teacher ships with the package; leave it out.")
         model = embedded_teacher()
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))), embedded_tokenizer()
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    model = _explained(teacher, lambda: load_teacher(teacher, dtype=dtype, **options))
-    return model.eval(), load_tokenizer(teacher, **options)
-
-
-def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str = "main") -> Any:
-    """Returns the tokenizer of a model on the Hub or in a folder."""
-    return _explained(
-        name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    model = _explained(
+        teacher, lambda: load_teacher(teacher, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     )
+    commit = model.config._commit_hash or revision
+    return model.eval(), load_tokenizer(teacher, trust_remote_code=trust_remote_code, revision=commit)
+
+
+def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Returns the tokenizer of a model in a folder or, by its main branch or `revision`, on the Hub."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(name, revision)}
+    return _explained(name, lambda: AutoTokenizer.from_pretrained(name, **options))
 
 
 def load_model(
-    path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False, revision: str = "main"
+    path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
     """
     Returns a causal language model in eval mode, from safetensors files only.
 
-    A checkpoint that lacks some of its tensors is an error.
+    `revision` is a branch, tag or commit of a model on the Hub, by default its main branch. A checkpoint that lacks
+    some of its tensors is an error.
     """
 
     def load() -> Any:
@@ -51,7 +58,7 @@ def load_model(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            revision=revision,
+            revision=checked_revision(path, revision),
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -26,7 +26,7 @@ from .conversion import check_teacher, convert
 from .data import build_rows, load_rows
 from .evaluation import Evaluation, evaluate_model
 from .folder import ARTEFACTS, check_whole, publish
-from .inputs import check_inputs
+from .inputs import check_inputs, commit_of_run
 from .loading import load_model, load_pair
 from .plots import plot_scores
 from .recipe import Recipe
@@ -148,8 +148,9 @@ class Pipeline:
     @functools.cached_property
     def _pair(self) -> tuple[Any, Any]:
         r = self.recipe
+        revision = commit_of_run(self.folder) or r.revision
         model, tokenizer = load_pair(
-            r.teacher, trust_remote_code=r.trust_remote_code, dtype=r.dtype, revision=r.revision
+            r.teacher, trust_remote_code=r.trust_remote_code, dtype=r.dtype, revision=revision
         )
         return model.to(self.device).requires_grad_(False), tokenizer
 

@@ -198,8 +198,10 @@ class Recipe:
         teacher (`str`): Hub id or folder of the softmax model, or `"embedded"`.
         data, align, score, select, distill, finetune: the stages. Without `finetune` there is none; `score` may be
             left out where the selector needs no scores.
-        revision (`str`, *optional*), dtype (`str`): of the teacher; the finished model has its dtype. With `bf16` or
-            `fp16` in `training`, the student trains in fp32 under autocast.
+        revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch. A run
+            stays with the commit that it was started with.
+        dtype (`str`): of the teacher; the finished model has it too. With `bf16` or `fp16` in `training`, the student
+            trains in fp32 under autocast.
         trust_remote_code (`bool`): whether the teacher may run code of its own. No part of the recipe's identity.
         mixer (`str`), mixer_options (`dict`): see [`convert`].
         seed (`int`): of everything random.

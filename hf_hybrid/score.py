@@ -35,6 +35,7 @@ def scoring_recipe(
     align_tokens: int | None = None,
     options: dict[str, Any] | None = None,
     seed: int = 0,
+    revision: str | None = None,
 ) -> Recipe:
     """
     Returns a recipe whose score stage scores `teacher`, with defaults for all else.
@@ -48,6 +49,7 @@ def scoring_recipe(
             recipe `demo` for the embedded teacher; the papers use 200 to 600 million and 100 million.
         options (`dict`, *optional*): options of the method.
         seed (`int`): of everything random.
+        revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch.
     """
     defaults = _EMBEDDED if teacher == "embedded" else _OTHER
     if not data:
@@ -65,6 +67,7 @@ def scoring_recipe(
         select=SelectStage(selector=method, k=k, fraction=0.25 if k is None else None),
         distill=DistillStage(tokens=budget, **rates),
         seed=seed,
+        revision=revision,
     )
 
 

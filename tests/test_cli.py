@@ -19,6 +19,10 @@ import hf_hybrid as hh
 from hf_hybrid.cli import main, parse_layers
 
 
+# Of a teacher that is refused, no text is read.
+SOME_TEXT = ["--data-files", "some.txt"]
+
+
 def recipe_file(folder: Path, sources: tuple[Path, Path], **changes: Any) -> str:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(*sources) | changes))
     return str(folder / "recipe.yaml")
@@ -182,6 +186,15 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
             ["convert", "embedded", "--revision", "main", *convert[2:], "1"],
             "revision='main', but the embedded teacher ships with the package; leave it out.",
         ),
+        ([*convert, "1", "--revision", "v1"], "revision='v1' is one of the Hub's, but"),
+        ([*convert, "1", "--revision", ""], "is empty; give a branch, tag or commit, or leave it out."),
+        (["score", teacher, *SOME_TEXT, "--revision", "v1", "--output", str(tmp_path / "scored")], "is a folder here"),
+        (["score", "embedded", "--revision", "v1", "--output", str(tmp_path / "scored")], "ships with the package"),
+        (["score", "--recipe", recipe, "--revision", "v1", "--output", output], "--revision is set in the recipe"),
+        (["evaluate", teacher, "--revision", "v1"], f"revision='v1' is one of the Hub's, but {teacher} is a folder"),
+        (["evaluate", teacher, "--teacher", teacher, "--teacher-revision", "v2"], "revision='v2' is one of the Hub's"),
+        (["evaluate", teacher, "--teacher", "embedded", "--teacher-revision", "v2"], "ships with the package"),
+        (["evaluate", teacher, "--teacher-revision", "v2"], "--teacher-revision 'v2' needs --teacher"),
         (
             ["convert", str(tmp_path), "--full-attention-layers", "1", "--output", output],
             "holds no model that transformers",

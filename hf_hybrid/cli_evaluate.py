@@ -1,0 +1,80 @@
+"""The command `evaluate`: its options, the measurement, and its table."""
+
+import argparse
+from typing import Any
+
+
+def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model is measured, beside which teacher, and on what."""
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a MODEL on the Hub (default: its main branch)")
+    parser.add_argument("--teacher", help="Hub id or folder, or 'embedded'; for KL and a comparison")
+    parser.add_argument("--teacher-revision", help="branch, tag or commit of a teacher on the Hub (default: likewise)")
+    parser.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
+    parser.add_argument("--dataset", help="dataset id, instead of --data-files")
+    parser.add_argument("--subset", help="subset of the dataset")
+    parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
+    parser.add_argument("--text-column", default="text", help="column with the text (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=64, help="rows to measure on (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
+
+
+def evaluation_of(options: argparse.Namespace) -> Any:
+    """The [`Evaluation`] that the options ask for."""
+    if options.dataset and options.data_files:
+        raise ValueError("--dataset and --data-files were both given; give one.")
+    if options.teacher_revision is not None and not options.teacher:
+        raise ValueError(f"--teacher-revision {options.teacher_revision!r} needs --teacher, the model it is one of.")
+    for name, value in (("--rows", options.rows), ("--batch-size", options.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is too small; pass at least 1.")
+    import torch
+
+    from .evaluation import evaluate_model
+    from .loading import load_model, load_pair, load_tokenizer
+
+    remote = options.trust_remote_code
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = load_model(options.model, trust_remote_code=remote, revision=options.revision).to(device)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=remote, revision=options.revision)
+    teacher = None
+    if options.teacher:
+        teacher = load_pair(options.teacher, trust_remote_code=remote, revision=options.teacher_revision)[0].to(device)
+    rows = _rows(options, tokenizer) if options.dataset or options.data_files else None
+    return evaluate_model(model, teacher, tokenizer, rows, batch_size=options.batch_size)
+
+
+def _rows(options: argparse.Namespace, tokenizer: Any) -> Any:
+    from .data import DataConfig, first_rows
+
+    config = DataConfig(
+        dataset=options.dataset,
+        subset=options.subset,
+        split=options.split,
+        text_files=options.data_files or [],
+        text_column=options.text_column,
+        block_size=options.block_size,
+    )
+    return first_rows(config, tokenizer, options.rows)
+
+
+def print_evaluation(evaluation: dict[str, Any]) -> None:
+    """Prints an evaluation as a table, the teacher's figures beside the model's."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("measured", "model", "teacher"):
+        table.add_column(column, justify="left" if column == "measured" else "right")
+    if evaluation["kl"] is not None:
+        table.add_row("held-out KL (nats per token)", f"{evaluation['kl']:.4f} ± {evaluation['kl_sem']:.4f}", "0")
+    for name, key, form in (
+        (f"perplexity, {evaluation['tokens']:,} tokens", "perplexity", ".3f"),
+        (f"recall, {evaluation['recall_length']} tokens", "recall", ".3f"),
+        (f"cache bytes, {evaluation['cache_context']:,} tokens", "cache_bytes", ","),
+    ):
+        ours, theirs = evaluation[key], evaluation[f"teacher_{key}"]
+        if ours is not None:
+            table.add_row(name, format(ours, form), "" if theirs is None else format(theirs, form))
+    Console().print(table)
