@@ -201,16 +201,15 @@ def _score(options: argparse.Namespace) -> None:
         return
     if recipe.score is None:
         raise ValueError(f"recipe {options.recipe} has no score stage; add one.")
-    result = _run_recipe(recipe, options, "score")
+    result = _run_recipe(recipe, options, "score", options.start_from)
     if not _is_main_process():
         return
     layers, saved = draw_scores(result, recipe)
     if options.json:
-        _print_json(result.scores.to_dict())
+        _print_json({**result.scores.to_dict(), "selected": layers})
         return
     print(result.scores)
-    if layers is not None:
-        print(f"Softmax attention would be kept in layers {layers}.")
+    print(f"Softmax attention would be kept in layers {layers}.")
     print(f"Saved: {', '.join(map(str, saved))}.")
 
 

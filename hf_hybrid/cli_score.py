@@ -8,9 +8,12 @@ from typing import Any
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says how a model given by name is scored; a recipe says it itself."""
     parser.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
-    parser.add_argument("--method", help="how: ga-s2 (default), shared, zero-shot-greedy, ...; see docs/scoring.md")
+    parser.add_argument("--method", help="how: ga-s2 (default), verified, zero-shot, ...: docs/scoring.md lists them")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     parser.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
+    parser.add_argument("--fraction", type=float, help="share of the layers to keep, instead of --k")
+    parser.add_argument("--cache-bytes", type=int, help="as many as keep a sequence's cache in this, instead of --k")
+    parser.add_argument("--context", type=int, help="with --cache-bytes: tokens of that sequence")
     parser.add_argument("--tokens-per-layer", type=int, help="tokens of a training run of the method")
     parser.add_argument("--align-tokens", type=int, help="tokens of the alignment, where the method needs one")
     parser.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
@@ -21,6 +24,8 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a row")
     parser.add_argument("--rows", type=int, help="rows to measure on (default: 64)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    again = "make STAGE (data, align, score) and what follows again, such as scores by another method"
+    parser.add_argument("--from", dest="start_from", metavar="STAGE", help=again)
 
 
 _DATA = {
@@ -32,7 +37,8 @@ _DATA = {
     "block_size": "block_size",
     "rows": "held_out_rows",
 }
-_OTHERS = ("revision", "method", "k", "tokens_per_layer", "align_tokens", "seed")
+_SELECT = ("k", "fraction", "cache_bytes", "context")
+_OTHERS = ("revision", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
 
 
 def recipe_of(options: argparse.Namespace) -> Any:
@@ -44,6 +50,8 @@ def recipe_of(options: argparse.Namespace) -> Any:
     given += ["option"] if options.option else []
     if (options.teacher is None) == (options.recipe is None):
         raise ValueError("score needs a TEACHER or a --recipe, one of the two.")
+    if options.start_from is not None and options.layers is not None:
+        raise ValueError("--from makes a stage again for all layers; leave out --layers.")
     if options.recipe is not None:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is set in the recipe; change it there.")
@@ -53,13 +61,11 @@ def recipe_of(options: argparse.Namespace) -> Any:
     if options.dataset and options.data_files:
         raise ValueError("--dataset and --data-files were both given; give one.")
     data = {field: getattr(options, name) for name, field in _DATA.items() if getattr(options, name) is not None}
-    if options.teacher == "embedded" and not (options.dataset or options.data_files):
-        data["source"] = "embedded-demo"
     return scoring_recipe(
         options.teacher,
         method,
         data,
-        k=options.k,
+        {name: getattr(options, name) for name in _SELECT if getattr(options, name) is not None},
         tokens_per_layer=options.tokens_per_layer,
         align_tokens=options.align_tokens,
         options=_method_options(options.option),
@@ -71,24 +77,29 @@ def recipe_of(options: argparse.Namespace) -> Any:
 def _method_options(given: list[str]) -> dict[str, Any]:
     import yaml
 
+    from .schema import read_numbers
+
     parsed = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--option {text!r} is no NAME=VALUE; write, for example, --option rounds=4.")
-        parsed[name] = yaml.safe_load(value)
+        try:
+            parsed[name] = read_numbers(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"--option {text!r}: {' '.join(str(error).split())}.") from error
     return parsed
 
 
-def draw_scores(result: Any, recipe: Any) -> tuple[list[int] | None, list[Path]]:
-    """Draws the scores of a run; returns the layers that follow from them, where no cache decides, and the files."""
+def draw_scores(result: Any, recipe: Any) -> tuple[list[int], list[Path]]:
+    """Draws the scores of a run; returns the layers that follow from them, and the files."""
     from .plots import plot_curves, plot_scores
-    from .score import choose
+    from .score import layers_of
 
     scores = result.scores
-    layers = choose(recipe, scores, len(scores.scores)) if recipe.select.cache_bytes is None else None
+    layers = layers_of(recipe, scores)
     saved = [result.folder / "scores.json", result.folder / "scores.png"]
-    plot_scores(scores, layers or [], saved[1])
+    plot_scores(scores, layers, saved[1])
     if any(score.curve for score in scores.scores):
         saved.append(result.folder / "curves.png")
         plot_curves(scores, saved[2])

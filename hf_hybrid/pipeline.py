@@ -30,7 +30,7 @@ from .inputs import check_inputs, commit_of_run
 from .loading import load_model, load_pair
 from .plots import plot_scores
 from .recipe import Recipe
-from .score import choose, choose_within, needs_alignment, score_stage
+from .score import check_score_stage, choose, choose_within, needs_alignment, score_stage
 from .selection import select_layers
 from .stages import (
     Event,
@@ -138,6 +138,7 @@ class Pipeline:
         selector = "uniform" if recipe.select.layers is None else recipe.select.layers
         if recipe.select.cache_bytes is None:
             select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
+        check_score_stage(recipe, self.teacher)
         self.checked = True
 
     @functools.cached_property

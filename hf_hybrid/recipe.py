@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hf_hybrid.trainers.durable import write_text
-from hf_hybrid.trainers.scoring import METHODS, NEEDS_K
+from hf_hybrid.trainers.scoring import METHODS
 
 from .data import DataConfig
 from .schema import parse
@@ -172,9 +172,9 @@ class SelectStage:
             )
         if (self.cache_bytes is None) != (self.context is None):
             raise ValueError("select.cache_bytes and select.context go together: bytes, and at how many tokens.")
-        if self.cache_bytes is not None and self.selector in NEEDS_K:
+        if self.cache_bytes is not None and self.selector in POSITIONAL:
             raise ValueError(
-                f"select.selector={self.selector!r} chooses layers for one k, not by size; give k, or choose another."
+                f"select.selector={self.selector!r} goes by position, not by size; give k, or choose another."
             )
         if self.fraction is not None and not 0 <= self.fraction <= 1:
             raise ValueError(f"select.fraction={self.fraction} is outside 0..1; 0.25 keeps a quarter of the layers.")

@@ -15,7 +15,7 @@ from hf_hybrid.trainers.processes import is_main_process, on_main
 from .folder import ARTEFACTS, claim, explained, locked, remove_partials
 from .pipeline import Pipeline, scores_in, stages_of
 from .recipe import Recipe
-from .score import needs_alignment
+from .score import check_divisible, needs_alignment
 from .stages import Event, Listener, join
 
 
@@ -121,9 +121,7 @@ def score_part(
         progress (`Callable`, *optional*): called with each [`~hf_hybrid.stages.Event`], in the main process.
     """
     folder = Path(output_dir)
-    if recipe.score is None or recipe.score.method != "ga-s2":
-        method = None if recipe.score is None else recipe.score.method
-        raise ValueError(f"--layers splits scores of method 'ga-s2', and the recipe has {method!r}; leave it out.")
+    check_divisible(recipe)
     join(recipe, folder)
     needed = [name for name in ("data", "align") if name == "data" or needs_alignment(recipe)]
     missing = on_main(lambda: [name for name in needed if not (folder / ARTEFACTS[name]).exists()])
@@ -148,6 +146,8 @@ def _check_order(folder: Path, stages: list[str]) -> None:
     """Raises a `ValueError` where an artefact is missing from which a later one was made."""
     missing = [name for name in stages if not (folder / ARTEFACTS[name]).exists()]
     later = stages[stages.index(missing[0]) :] if missing else []
+    if missing[:1] == ["score"]:  # scores of the teacher alone come first, but the alignment is not made from them
+        later = [name for name in later if name != "align"]
     there = [ARTEFACTS[name] for name in later if name not in missing]
     if there:
         raise ValueError(

@@ -46,14 +46,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         value = {} if value is None else value
         if isinstance(value, dict):
-            return {str(key): _number(entry) for key, entry in value.items()}
+            return {str(key): read_numbers(entry) for key, entry in value.items()}
     elif origin is list:
         if isinstance(value, list):
             return [_value(typing.get_args(hint)[0], entry, where) for entry in value]
         if isinstance(value, str):
             return [value]
     elif origin in (int, float):
-        number = _number(value)
+        number = read_numbers(value)
         if origin is int and isinstance(number, float) and number.is_integer():
             number = int(number)
         if isinstance(number, int if origin is int else (int, float)) and not isinstance(number, bool):
@@ -64,7 +64,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}={value!r} is not {expected.get(origin, f'a {origin.__name__}')}; correct it.")
 
 
-def _number(value: Any) -> Any:
+def read_numbers(value: Any) -> Any:
+    """A number where `value` is one that YAML reads as text, such as 1e-3; else `value`."""
     if isinstance(value, str) and value[:1] in "+-.0123456789":
         try:
             return float(value)

@@ -7,12 +7,15 @@ from typing import Any, cast
 import torch
 
 from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
-from hf_hybrid.trainers.scoring import METHODS, TEACHER_ONLY
+from hf_hybrid.trainers.scoring import METHODS, TEACHER_ONLY, check_request
+from hf_hybrid.trainers.scoring_options import compares_rounds, needs_k
 
+from .conversion import convert
 from .data import DataConfig
 from .evaluation import layer_cache_bytes
+from .loading import load_pair
 from .recipe import AlignStage, DistillStage, Recipe, ScoreStage, SelectStage
-from .selection import layers_within, select_layers
+from .selection import count_within, layers_within, select_layers
 from .stages import Event, Listener, cut_for, training_arguments
 from .synthetic import associative_recall, ordinary_token_ids
 
@@ -29,8 +32,8 @@ def scoring_recipe(
     teacher: str,
     method: str,
     data: dict[str, Any] | None = None,
+    select: dict[str, Any] | None = None,
     *,
-    k: int | None = None,
     tokens_per_layer: int | None = None,
     align_tokens: int | None = None,
     options: dict[str, Any] | None = None,
@@ -44,7 +47,7 @@ def scoring_recipe(
         teacher (`str`): Hub id or folder, or `"embedded"`.
         method (`str`): one of `METHODS`.
         data (`dict`, *optional*): fields of [`DataConfig`]; may be left out for the embedded teacher.
-        k (`int`, *optional*): layers to keep; by default a quarter.
+        select (`dict`, *optional*): how many layers to keep, fields of [`SelectStage`]; by default a quarter.
         tokens_per_layer, align_tokens (`int`, *optional*): budgets. By default 200,000 and 2 million, and those of the
             recipe `demo` for the embedded teacher; the papers use 200 to 600 million and 100 million.
         options (`dict`, *optional*): options of the method.
@@ -52,19 +55,21 @@ def scoring_recipe(
         revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch.
     """
     defaults = _EMBEDDED if teacher == "embedded" else _OTHER
-    if not data:
+    data = dict(data or {})
+    if not data.keys() & {"text_files", "dataset", "source"}:
         if teacher != "embedded":
             raise ValueError(f"scoring {teacher} needs text to measure on; pass --data-files or --dataset.")
-        data = {"source": "embedded-demo"}
+        data["source"] = "embedded-demo"
     rates = {"learning_rate": defaults["rate"], "mixer_learning_rate": defaults["mixer_rate"]}
-    align = AlignStage(tokens=align_tokens or defaults["align"], learning_rate=defaults["align_rate"])
-    budget = tokens_per_layer or defaults["score"]
+    align_tokens = defaults["align"] if align_tokens is None else align_tokens
+    align = AlignStage(tokens=align_tokens, learning_rate=defaults["align_rate"])
+    budget = defaults["score"] if tokens_per_layer is None else tokens_per_layer
     return Recipe(
         teacher=teacher,
         data=DataConfig(**{"block_size": defaults["block_size"], **data}),
         align=align,
         score=ScoreStage(tokens_per_layer=budget, method=method, options=options or {}, **rates),
-        select=SelectStage(selector=method, k=k, fraction=0.25 if k is None else None),
+        select=SelectStage(selector=method, **(select or {"fraction": 0.25})),
         distill=DistillStage(tokens=budget, **rates),
         seed=seed,
         revision=revision,
@@ -74,6 +79,50 @@ def scoring_recipe(
 def needs_alignment(recipe: Recipe) -> bool:
     """Whether the score stage of `recipe` starts from an aligned student."""
     return recipe.score is None or recipe.score.method not in TEACHER_ONLY
+
+
+def check_score_stage(recipe: Recipe, teacher: Any) -> None:
+    """Raises a `ValueError` where the score stage of `recipe` asks its method for what it does not have."""
+    stage, select = recipe.score, recipe.select
+    if stage is None:
+        return
+    if "task" in stage.options:
+        raise ValueError("score.options.task is rows of token ids, which only Python can pass; leave it out.")
+    count = select.count(teacher.config.num_hidden_layers)
+    if _count_follows(recipe):
+        sizes = layer_cache_bytes(teacher, cast(int, select.context))
+        count = count_within(sizes, [0] * len(sizes), sum(sizes))  # layers of one size, or an error that says so
+    check_request(stage.method, stage.options, count)
+
+
+def _count_follows(recipe: Recipe) -> bool:
+    """Whether how many layers the score stage chooses follows from a limit on the cache."""
+    stage = recipe.score
+    return stage is not None and recipe.select.cache_bytes is not None and needs_k(stage.method, stage.options)
+
+
+def count_for(recipe: Recipe, teacher: Any, student: Any) -> int | None:
+    """How many layers keep softmax attention; None where that depends on which. `student` is all linear."""
+    if _count_follows(recipe):
+        return count_within(*_cache_sizes(recipe, teacher, student), cast(int, recipe.select.cache_bytes))
+    return recipe.select.count(teacher.config.num_hidden_layers)
+
+
+def _cache_sizes(recipe: Recipe, teacher: Any, student: Any) -> tuple[list[int], list[int]]:
+    context = cast(int, recipe.select.context)
+    return layer_cache_bytes(teacher, context), layer_cache_bytes(student, context)
+
+
+def check_divisible(recipe: Recipe) -> None:
+    """Raises a `ValueError` where jobs cannot share out the layers that the score stage of `recipe` scores."""
+    method = None if recipe.score is None else recipe.score.method
+    if method != "ga-s2":
+        raise ValueError(f"--layers splits scores of method 'ga-s2', and the recipe has {method!r}; leave it out.")
+    if compares_rounds(cast(ScoreStage, recipe.score).options):
+        raise ValueError(
+            "--layers splits scores of layers by themselves, and halving and a stability window compare all layers "
+            "between rounds; leave --layers out, or these options."
+        )
 
 
 def score_stage(
@@ -110,7 +159,7 @@ def score_stage(
         layers=layers,
         method=stage.method,
         options=options,
-        k=recipe.select.count(num_layers),
+        k=count_for(recipe, teacher, student),
         output_dir=folder,
         progress=report,
         steps=None if stage.method == "ga-s2" else steps,
@@ -125,10 +174,22 @@ def choose(recipe: Recipe, scores: LayerScores | None, num_layers: int) -> list[
 
 def choose_within(recipe: Recipe, scores: LayerScores | None, teacher: Any, student: Any) -> list[int]:
     """The layers that the select stage of `recipe` keeps, where it limits the cache; `student` is all linear."""
-    context, limit = cast(int, recipe.select.context), cast(int, recipe.select.cache_bytes)
     if scores is None:
         raise ValueError("select.cache_bytes needs scores, but the recipe has no score stage; add one.")
-    return layers_within(scores, layer_cache_bytes(teacher, context), layer_cache_bytes(student, context), limit)
+    count = count_for(recipe, teacher, student)
+    if count is not None:
+        return scores.top(count)
+    return layers_within(scores, *_cache_sizes(recipe, teacher, student), cast(int, recipe.select.cache_bytes))
+
+
+def layers_of(recipe: Recipe, scores: LayerScores) -> list[int]:
+    """The layers that follow from the scores of `recipe`; for a limit on the cache, models are loaded and measured."""
+    if recipe.select.cache_bytes is None:
+        return choose(recipe, scores, len(scores.scores))
+    options: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.revision}
+    teacher, _ = load_pair(recipe.teacher, trust_remote_code=recipe.trust_remote_code, **options)
+    student = convert(teacher, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options)
+    return choose_within(recipe, scores, teacher, student)
 
 
 def recall_task(

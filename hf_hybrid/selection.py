@@ -72,13 +72,7 @@ def layers_within(
     count = len(scores.scores)
     if not count == len(softmax_bytes) == len(linear_bytes):
         raise ValueError(f"scores of {count} layers, sizes of {len(softmax_bytes)} and {len(linear_bytes)}; pass all.")
-    extra = [a - b for a, b in zip(softmax_bytes, linear_bytes, strict=True)]
-    free = limit - sum(min(a, b) for a, b in zip(softmax_bytes, linear_bytes, strict=True))
-    if free < 0:
-        raise ValueError(
-            f"a cache of {limit:,} bytes is less than the {limit - free:,} that all layers need at their smallest; "
-            "raise the limit, or shorten the context."
-        )
+    extra, free = _room(softmax_bytes, linear_bytes, limit)
     # Softmax attention over a short context takes less than a state.
     always = [layer for layer in range(count) if extra[layer] <= 0]
     rest = [layer for layer in scores.ranking if extra[layer] > 0]
@@ -94,6 +88,33 @@ def layers_within(
     if spare is not None and extra[spare] > 0 and size + extra[spare] <= free:
         chosen = (*chosen, spare)
     return sorted([*always, *chosen])
+
+
+def count_within(softmax_bytes: Sequence[int], linear_bytes: Sequence[int], limit: int) -> int:
+    """
+    Returns how many layers may keep softmax attention within `limit`, whichever they are, for methods that choose
+    layers for one k; a `ValueError` where layers differ in size. Arguments as in [`layers_within`].
+    """
+    extra, free = _room(softmax_bytes, linear_bytes, limit)
+    if len(set(extra)) > 1:
+        raise ValueError(
+            f"softmax attention takes {min(extra):,} to {max(extra):,} bytes more than linear attention, by layer, so "
+            "a limit on the cache says no number of layers; choose a method that scores each layer, such as "
+            "zero-shot-linearise or ga-s2, or give k."
+        )
+    return len(extra) if extra[0] <= 0 else min(len(extra), free // extra[0])
+
+
+def _room(softmax_bytes: Sequence[int], linear_bytes: Sequence[int], limit: int) -> tuple[list[int], int]:
+    """What softmax attention takes beyond linear attention in each layer, and what `limit` leaves for it."""
+    extra = [a - b for a, b in zip(softmax_bytes, linear_bytes, strict=True)]
+    free = limit - sum(min(a, b) for a, b in zip(softmax_bytes, linear_bytes, strict=True))
+    if free < 0:
+        raise ValueError(
+            f"a cache of {limit:,} bytes is less than the {limit - free:,} that all layers need at their smallest; "
+            "raise the limit, or shorten the context."
+        )
+    return extra, free
 
 
 def _in_order(scores: LayerScores, extra: list[int], free: int) -> list[int]:

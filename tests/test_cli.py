@@ -93,6 +93,12 @@ def test_run_and_score_and_evaluate(sources: tuple[Path, Path], tmp_path: Path, 
     assert not (tmp_path / "run" / "distilled").exists()
     assert main(["score", "--recipe", recipe, "--output", folder, "--layers", "1", "--json"]) == 0
     assert [score["layer"] for score in json.loads(capsys.readouterr().out)["scores"]] == [1]
+    halved = tmp_path / "halved.yaml"
+    halving = yaml.safe_load(Path(recipe).read_text())
+    halving["score"]["options"] = {"rounds": 2, "halving": True}
+    halved.write_text(yaml.safe_dump(halving))
+    assert main(["score", "--recipe", str(halved), "--output", folder, "--layers", "1"]) == 2
+    assert "halving and a stability window compare all layers between rounds" in capsys.readouterr().err
     assert main(["run", recipe, "--output", folder, "--stop-after", "select"]) == 0
     captured = capsys.readouterr()
     assert "Stopped after select" in captured.out and "score     made before" in captured.err

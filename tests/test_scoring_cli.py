@@ -7,6 +7,9 @@ import pytest
 from runs import save_teacher, save_texts
 
 from hf_hybrid.cli import main
+from hf_hybrid.conversion import convert
+from hf_hybrid.evaluation import layer_cache_bytes
+from hf_hybrid.loading import load_pair
 from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.scoring import METHODS
 
@@ -42,7 +45,19 @@ def test_a_local_model(sources: tuple[str, str], tmp_path: Path, capsys: pytest.
     assert (tmp_path / "run" / "aligned").is_dir() and (tmp_path / "run" / "scores.png").is_file()
     assert main([*given, "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == scores.to_dict() and "made before" in captured.err
+    assert json.loads(captured.out) == {**scores.to_dict(), "selected": scores.top(1)}
+    assert "made before" in captured.err
+    # Another method, without another alignment: the message says how, and so it goes.
+    other = command(sources, tmp_path / "run", "zero-shot-greedy", "--k", "2", "--seed", "5", "--option", "swaps=1")
+    aligned = (tmp_path / "run" / "aligned").stat().st_mtime_ns
+    assert main(other) == 2 and "add --from score" in capsys.readouterr().err
+    assert main([*other, "--from", "score"]) == 0
+    printed = capsys.readouterr().out
+    again = LayerScores.load(tmp_path / "run" / "scores.json")
+    assert again.method == "zero-shot-greedy" and len(again.order) == 2
+    assert f"kept in layers {sorted(again.order)}" in printed
+    assert main([*command(sources, tmp_path / "run", "attention-mse", "--seed", "5"), "--from", "score"]) == 0
+    assert (tmp_path / "run" / "aligned").stat().st_mtime_ns == aligned
 
 
 @pytest.mark.parametrize("method", ["block-influence", "ablation-recall", "first"])
@@ -53,6 +68,57 @@ def test_what_looks_at_the_teacher_alone_needs_no_alignment(
     assert "kept in layers" in capsys.readouterr().out and not (tmp_path / "run" / "aligned").exists()
 
 
+@pytest.mark.parametrize("method", ["zero-shot-greedy", "zero-shot-linearise"])
+def test_a_share_of_the_layers_and_a_limit_on_the_cache(
+    method: str, sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A limit that two layers reach gives the two that --fraction gives, chosen together or one by one."""
+    teacher = load_pair(sources[0])[0]
+    linear, softmax = (layer_cache_bytes(model, 500)[0] for model in (convert(teacher, []), teacher))
+    limit = ["--cache-bytes", str(3 * linear + 2 * (softmax - linear) + 9), "--context", "500"]
+    chosen = []
+    for name, budget in (("share", ["--fraction", "0.66"]), ("cache", limit)):
+        assert main([*command(sources, tmp_path / name, method, *budget), "--json"]) == 0
+        chosen.append(json.loads(capsys.readouterr().out)["selected"])
+    assert len(chosen[0]) == 2 and chosen[1] == chosen[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("ga-s2", ["--option", "round=2"], "options ['round'] are unknown to method='ga-s2'; it has ['rounds'"),
+        ("gates", ["--option", "learning_rate=1e-2x"], "option learning_rate='1e-2x' of method='gates' is wrong"),
+        ("gates", ["--option", "ramp=[1"], "--option 'ramp=[1'"),
+        ("ablation-recall", ["--option", "task=x"], "which only Python can pass"),
+        ("shared", ["--k", "0"], "chooses layers for k=0; pass at least k=1"),
+        ("shared", ["--align-tokens", "0"], "align.tokens=0 is too small"),
+        ("ga-s2", ["--tokens-per-layer", "0"], "score.tokens_per_layer=0 is too small"),
+        ("ga-s2", ["--fraction", "0.5", "--k", "1"], "select gives k and fraction; give one of"),
+        ("ga-s2", ["--cache-bytes", "9"], "select.cache_bytes and select.context go together"),
+        ("last", ["--cache-bytes", "9", "--context", "9"], "goes by position, not by size; give k"),
+    ],
+)
+def test_what_cannot_be_scored_is_found_before_anything_is_made(
+    method: str,
+    given: list[str],
+    message: str,
+    sources: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert main(command(sources, tmp_path / "run", method, *given)) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_numbers_that_yaml_reads_as_text(
+    sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = command(sources, tmp_path / "run", "gates", "--k", "1", "--option", "learning_rate=1e-2", "--json")
+    assert main(given) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["learning_rate"] == 0.01
+
+
 def test_mistakes(sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = str(tmp_path / "run")
     for given, message in (
@@ -60,6 +126,8 @@ def test_mistakes(sources: tuple[str, str], tmp_path: Path, capsys: pytest.Captu
         (["score", "embedded", "--recipe", "demo", "--output", folder], "one of the two"),
         (["score", "--recipe", "demo", "--k", "2", "--output", folder], "--k is set in the recipe"),
         (["score", sources[0], "--output", folder], "needs text to measure on; pass --data-files or --dataset"),
+        (["score", sources[0], "--rows", "4", "--output", folder], "needs text to measure on"),
+        (["score", "--recipe", "demo", "--from", "score", "--layers", "1", "--output", folder], "leave out --layers"),
         (command(sources, tmp_path / "run", "best"), "--method 'best' is unknown; choose one of ['ga-s2'"),
         (command(sources, tmp_path / "run", "ga-s2", "--option", "rounds"), "is no NAME=VALUE"),
         (command(sources, tmp_path / "run", "first", "--k", "9"), "k=9 layers cannot be chosen from a model with 3"),

@@ -14,7 +14,7 @@ import hf_hybrid as hh
 from hf_hybrid.evaluation import cache_bytes, layer_cache_bytes
 from hf_hybrid.recipe import Recipe, SelectStage
 from hf_hybrid.run import run_recipe
-from hf_hybrid.selection import layers_within
+from hf_hybrid.selection import count_within, layers_within
 from hf_hybrid.trainers import LayerScore, LayerScores
 
 
@@ -72,11 +72,21 @@ def test_what_cannot_fit() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"cache_bytes": 100}, "select.cache_bytes and select.context go together"),
         ({"k": 1, "cache_bytes": 100, "context": 10}, "select gives k and cache_bytes"),
-        ({"selector": "smart", "cache_bytes": 100, "context": 10}, "chooses layers for one k, not by size"),
+        ({"selector": "uniform", "cache_bytes": 100, "context": 10}, "goes by position, not by size"),
     ]
     for given, message in wrong:
         with pytest.raises(ValueError, match=message):
             SelectStage(**given)
+
+
+def test_how_many_layers_of_one_size_fit() -> None:
+    softmax, linear = [50] * 4, [10] * 4
+    assert [count_within(softmax, linear, limit) for limit in (40, 79, 80, 199, 200, 999)] == [0, 0, 1, 3, 4, 4]
+    assert count_within([5] * 4, linear, 40) == 4  # smaller as softmax
+    with pytest.raises(ValueError, match="takes 20 to 40 bytes more.*says no number of layers.*or give k"):
+        count_within([50, 30], [10] * 2, 100)
+    with pytest.raises(ValueError, match="a cache of 39 bytes is less than the 40"):
+        count_within(softmax, linear, 39)
 
 
 def test_bytes_of_each_layer_add_up_and_windows_are_counted() -> None:
