@@ -1,7 +1,7 @@
 """Greedy removal against hybrids made by hand; what all methods share is in tests/test_scoring.py."""
 
 import pytest
-from scored import LAYERS, arguments, rows, score, weak_student
+from scored import LAYERS, arguments, kl_with, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
@@ -39,3 +39,12 @@ def test_one_layer_is_no_choice(pair, tmp_path):
         hh.score_layers(
             student, teacher, None, rows(2), args=arguments(tmp_path), method="zero-shot-removal", layers=[1]
         )
+
+
+def test_layers_that_are_not_scored_stay_softmax(pair, tmp_path):
+    """From softmax attention in every layer, whichever of them compete."""
+    teacher, student = pair
+    scores = score(teacher, student, tmp_path, "zero-shot-removal", layers=[1, 3])
+    alone = {layer: kl_with(student, teacher, set(range(LAYERS)) - {layer}) for layer in (1, 3)}
+    assert {s.layer: s.kl for s in scores.scores} == pytest.approx(alone, abs=1e-5)
+    assert scores.order == sorted(alone, key=lambda layer: -alone[layer])

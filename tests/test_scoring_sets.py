@@ -36,6 +36,8 @@ class TestZeroShot:
         assert scores.order[0] in (0, 1) and scores.order[1] in (2, 3)
         with pytest.raises(ValueError, match="chose its layers for k=2, which says nothing about k=1"):
             scores.top(1)
+        with pytest.raises(ValueError, match="chooses among all layers; leave out layers="):
+            score(*dead_layer, tmp_path, "smart", k=1, layers=[0, 1])
 
 
 class TestShared:

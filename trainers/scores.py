@@ -70,8 +70,10 @@ class LayerScores:
         higher_is_better (`bool`): whether a large value means that the layer should keep softmax attention.
         tokens_forward_backward (`int`): tokens that went through the student forward and backward, each of them also
             forward through the teacher.
-        tokens_forward (`int`): tokens that went through a model without gradients, for measuring.
-        total_seconds (`float`): wall time of everything, interrupted calls included.
+        tokens_forward (`int`): tokens that went through a model without gradients, for measuring; without one pass of
+            the teacher over the held-out rows, which all measurements share, and one for `baseline`.
+        total_seconds (`float`): wall time of the work that was kept; of a training run that was killed, the part since
+            the checkpoint from which it went on.
         peak_memory_bytes (`int`), memory_kind (`str`): peak of the memory, and which: `"cuda"` for what was allocated
             on the GPU, `"rss growth"` for the growth of the process on the CPU, which is 0 where it was larger before.
         measured_on (`dict[str, int]`): rows and tokens there were to train on and to measure on.

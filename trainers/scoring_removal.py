@@ -18,6 +18,8 @@ def zero_shot_removal(job: Job) -> LayerScores:
     all-linear student finds the pair, while on the way down either loss shows. Where two layers do the same, one of
     them goes early.
     """
+    if len(job.layers) < 2:
+        raise ValueError("method='zero-shot-removal' ranks layers against one another; give it two or more.")
     kept, removed = list(job.layers), list[int]()
     found: dict[int, list[float]] = {}
     with BothAttentions(job.student, job.teacher) as both:
@@ -26,7 +28,7 @@ def zero_shot_removal(job: Job) -> LayerScores:
             def one_round(kept: list[int] = kept) -> dict[str, list[float]]:
                 kls = {}
                 for layer in kept:
-                    both.keep([i for i in kept if i != layer])
+                    both.keep(set(job.all_layers) - set(removed) - {layer})
                     kls[str(layer)] = job.kl()
                     job.say(len(kls), len(kept), f"{len(kept)} softmax layers left")
                 return kls
@@ -36,8 +38,6 @@ def zero_shot_removal(job: Job) -> LayerScores:
             removed.append(min(kept, key=lambda layer: (sum(found[layer]), -layer)))
             kept = [layer for layer in kept if layer != removed[-1]]
             job.report(LayerScore.of_rows(removed[-1], found[removed[-1]]))
-    if job.layers and not removed:
-        raise ValueError("method='zero-shot-removal' ranks layers against one another; give it two or more.")
     scores = [LayerScore.of_rows(layer, found[layer]) for layer in sorted(found)]
     measure = "held-out KL when the layer became linear, after those below it"
     order = [*kept, *reversed(removed)]
