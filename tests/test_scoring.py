@@ -41,13 +41,21 @@ EVERY = [pytest.param(m, marks=pytest.mark.slow if m in ("gr-s2", "avg-s2") else
 
 @pytest.mark.parametrize("method", EVERY)
 def test_the_student_and_the_teacher_are_given_back_as_they_were(method, dead_layer, tmp_path):
-    teacher, student = dead_layer
+    teacher, student = dead_layer[0], copy.deepcopy(dead_layer[1]).eval()
+    student.model.layers[1].self_attn.q_proj.requires_grad_(False)
     before = [copy.deepcopy(model.state_dict()) for model in (teacher, student)]
+    parameters = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    modes = [(module, module.training) for module in student.modules()]
     score(teacher, student, tmp_path, method)
     for model, state in zip((teacher, student), before, strict=True):
         assert list(state) == list(model.state_dict())
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
-    assert student.full_attention_layers == [] and all(p.requires_grad for p in student.parameters())
+    assert student.full_attention_layers == [] and all(p.grad is None for p in student.parameters())
+    # The very tensors, so that an optimizer made before still has them, frozen or not as they were; and the modes.
+    after = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    assert [(id(parameter), trains) for parameter, trains in after] == [(id(p), trains) for p, trains in parameters]
+    assert all(module.training == mode for module, mode in modes)
+    assert student._keep_in_fp32_modules_strict == student._decay_parameters()
 
 
 @pytest.mark.parametrize("method", ["ga-s2", "zero-shot", "zero-shot-linearise", "shared", "zero-shot-greedy"])

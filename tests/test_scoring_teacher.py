@@ -56,3 +56,27 @@ def test_block_influence_by_hand(tmp_path):
                 hook.remove()
     scores = hh.score_layers(None, teacher, None, rows(6, 9), method="block-influence", args=arguments(tmp_path))
     assert [s.value for s in scores.scores] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_ablations_by_hand(dead_layer, tmp_path):
+    """Layer 1's scores: KL(teacher || without it), the rise of the NLL, and the change of the final hidden states."""
+    teacher, _ = dead_layer
+    ids = tokens(6, LENGTH, 9)
+
+    def seen():
+        out = teacher(ids, output_hidden_states=True)
+        return out.logits.double().log_softmax(-1), out.hidden_states[-1].double()
+
+    with torch.no_grad():
+        log_p, hidden = seen()
+        handle = teacher.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: (out[0] * 0, out[1]))
+        log_q, without = seen()
+        handle.remove()
+    nll = [-x[:, :-1].gather(-1, ids[:, 1:, None]).mean().item() for x in (log_p, log_q)]
+    wanted = {
+        "ablation-kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "ablation-ppl": nll[1] - nll[0],
+        "attention-mse": (hidden - without).square().mean().item(),
+    }
+    for method, value in wanted.items():
+        assert score(teacher, None, tmp_path, method).scores[1].value == pytest.approx(value, rel=1e-3, abs=1e-6)

@@ -45,3 +45,4 @@ class BothAttentions:
 
     def __exit__(self, *error: Any) -> None:
         self.register(False)
+        self.student.set_full_attention_layers([])  # what follows from it in the model

@@ -23,6 +23,7 @@ from safetensors.torch import load_model, save_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..modeling.modeling_hybrid import decoder_layers
 from .checkpoints import newest_checkpoint, seal
 from .distillation import DistillationConfig, DistillationTrainer
 from .durable import PARTIAL, read_json, settle, write_json
@@ -60,6 +61,7 @@ class Job:
     tokens_forward_backward: int = 0
     spent: list[dict[str, Any]] = field(default_factory=list)
     whole: Any = None
+    mixers: list[Any] = field(default_factory=list)
 
     @property
     def all_layers(self) -> range:
@@ -236,6 +238,8 @@ class Job:
         """Gives the aligned weights, a copy in host memory, and puts them and all linear layers back at the end."""
         aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.student.state_dict().items()}
         given = self.student
+        self.mixers = [layer.self_attn for layer in decoder_layers(given)]
+        modes = [(module, module.training) for module in given.modules()]
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             # What FSDP2 shards stays sharded, so a copy is trained, and the student waits in host memory.
             self.whole = given.to("cpu")
@@ -247,13 +251,18 @@ class Job:
                 self.reset(aligned)
             else:
                 self.student, self.whole = given.to(self.teacher.device), None
+            for module, mode in modes:
+                module.training = mode
 
     def reset(self, aligned: dict[str, torch.Tensor]) -> None:
-        """Makes the student what it was: linear in every layer, with the weights `aligned`."""
+        """Makes the student what it was: with its own mixers in every layer, and the weights `aligned`."""
         if self.whole is not None:
             self.student = copy.deepcopy(self.whole)
             return
-        self.student.set_full_attention_layers([])
+        for layer, mixer in zip(decoder_layers(self.student), self.mixers, strict=True):
+            layer.self_attn = mixer
+        self.student.config.full_attention_layers = []
+        self.student.set_full_attention_layers([])  # what follows from it in the model
         self.student.load_state_dict(aligned)
         self.student.zero_grad(set_to_none=True)
 
