@@ -1,5 +1,6 @@
 """Scores of a run: the stages `score` and `select`, and a recipe for scoring a model by itself."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -110,6 +111,8 @@ def count_for(recipe: Recipe, teacher: Any, student: Any) -> int | None:
 
 def _cache_sizes(recipe: Recipe, teacher: Any, student: Any) -> tuple[list[int], list[int]]:
     context = cast(int, recipe.select.context)
+    if student.dtype != teacher.dtype:  # it trains in fp32 under autocast, and the finished model has the teacher's
+        student = copy.deepcopy(student).to(teacher.dtype)
     return layer_cache_bytes(teacher, context), layer_cache_bytes(student, context)
 
 

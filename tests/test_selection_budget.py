@@ -1,5 +1,6 @@
 """A limit on the cache instead of a number of layers: against every set, with layers of unequal size."""
 
+import copy
 import math
 import random
 from itertools import chain, combinations
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import save_teacher, save_texts, tiny_recipe
 from teachers import tiny_teacher
 
@@ -14,6 +16,7 @@ import hf_hybrid as hh
 from hf_hybrid.evaluation import cache_bytes, layer_cache_bytes
 from hf_hybrid.recipe import Recipe, SelectStage
 from hf_hybrid.run import run_recipe
+from hf_hybrid.score import count_for, scoring_recipe
 from hf_hybrid.selection import count_within, layers_within
 from hf_hybrid.trainers import LayerScore, LayerScores
 
@@ -111,3 +114,20 @@ def test_a_recipe_with_a_limit(tmp_path: Path) -> None:
     gains = {score.layer: result.scores.baseline - score.kl for score in result.scores.scores}
     best = sorted(gains, key=lambda layer: -gains[layer])[:2]
     assert result.selected == sorted(layer for layer in best if gains[layer] > 0)
+
+
+def test_a_limit_is_on_the_finished_models_cache() -> None:
+    """A student that trains in fp32 is measured in the dtype of its teacher, which the finished model has."""
+    teacher = tiny_teacher("llama").to(torch.bfloat16)
+    student = hh.convert(teacher, [], mixer="sliding_window", mixer_options={"window": 32})
+    linear, softmax = (layer_cache_bytes(model, 500)[0] for model in (student, teacher))
+    recipe = scoring_recipe(
+        "some/teacher",
+        "verified",
+        {"text_files": ["a.txt"]},
+        {"cache_bytes": 4 * linear + 2 * (softmax - linear), "context": 500},
+    )
+    wide = copy.deepcopy(student).float()
+    assert layer_cache_bytes(wide, 500)[0] == 2 * linear
+    assert count_for(recipe, teacher, student) == count_for(recipe, teacher, wide) == 2
+    assert wide.dtype == torch.float32
