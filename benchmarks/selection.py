@@ -7,7 +7,8 @@
 Every set of K softmax layers is distilled with one budget (selection_truth.py); a selector's regret is the held-out KL
 of the set it chooses minus that of the best set, on rows that nothing was chosen on. Every selector runs through
 `hh.score_layers` (selection_methods.py). All results go to the cache folder one by one, and what is there is not run
-again. Teachers marked `dev` were used to choose the recommended default, those marked `test` to report on it.
+again. Teachers marked `dev` were used to choose the recommended default, those marked `test` to report on it, and
+those marked `held-out` came after it; they have a JSON of their own.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import selection_methods as methods
 import selection_truth as truth
 from rich.console import Console
 from rich.table import Table
-from selection_data import BATCH, LENGTH, TEACHERS
+from selection_data import BATCH, BENCHMARK, LENGTH, TEACHERS
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON with the regret of every selector")
     parser.add_argument("--quick", action="store_true", help="three teachers, sets of one and two layers, short runs")
     parser.add_argument("--cache", type=Path, help="folder of the results; by default beside --output")
-    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), metavar="NAME")
+    parser.add_argument("--teachers", nargs="+", default=BENCHMARK, choices=list(TEACHERS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
     parser.add_argument("--analyse-only", action="store_true", help="run nothing; only what the cache holds")
     parser.add_argument("--report", action="store_true", help="write docs/selection.md and its plots")
@@ -91,7 +92,7 @@ def analyse(cache: Path, names: list[str], ks: list[int]) -> dict[str, Any]:
     return {
         "recommended": analysis.recommend(table),
         "methods": table,
-        "left_out": analysis.left_out(grounds, found, ks) if len(grounds) == len(TEACHERS) else [],
+        "left_out": analysis.left_out(grounds, found, ks) if names == BENCHMARK else [],
         "teachers": teachers,
         "budget": {"steps": sorted(steps), "rows": BATCH, "tokens_per_row": LENGTH},
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import selection_analysis as analysis
-from selection_data import BATCH, LENGTH, TEACHERS
+from selection_data import BATCH, BENCHMARK, LENGTH
 
 
 Set = analysis.Set
@@ -52,7 +52,7 @@ def variation(folder: Path) -> str:
     """
     rows = []
     by_data = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    for name in TEACHERS:
+    for name in BENCHMARK:
         found = {data: ground for data, path in by_data.items() if (ground := analysis.read_ground(path, name))}
         if len(found) < 2:
             continue

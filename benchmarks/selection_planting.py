@@ -25,8 +25,8 @@ def plant(model: Any, previous: int, matching: Sequence[int], seed: int, enlarge
     Plants a head of the token before in layer `previous` and heads that match and copy in each of `matching`.
 
     The first of `matching` asks with its own token, each later one with what the one before it found, as the next hop
-    of a chain does. `model` is a Llama, Qwen2 or Qwen3 as it is initialised, with tied embeddings; `enlarge` makes them
-    larger, once for all circuits.
+    of a chain does. `model` is a Llama, Qwen2 or Qwen3 as it is initialised, with tied embeddings; `enlarge` makes
+    them larger, once for all circuits.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden, dim = model.config.hidden_size, model.config.head_dim

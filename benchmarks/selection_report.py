@@ -10,7 +10,7 @@ from typing import Any
 
 import selection_analysis as analysis
 import selection_ga_s2 as ga_s2
-from selection_data import FOLDER, TEACHERS, num_layers_of, read_lines
+from selection_data import BENCHMARK, FOLDER, TEACHERS, num_layers_of, read_lines
 from selection_ga_s2 import table
 from selection_plots import plot_costs, plot_steps, plot_teachers
 
@@ -21,10 +21,12 @@ SHOWN = ("ga-s2", "verified", "zero-shot-linearise", "zero-shot-removal", "ga-s1
 
 
 def write(results: Path) -> None:
-    """docs/selection.md from `results`/selection.json, the cache beside it, and the text in selection_page.md."""
+    """docs/selection.md from `results`/selection*.json, the cache beside them, and the text in selection_page.md."""
     result = json.loads((results / "selection.json").read_text())
+    held_out = json.loads((results / "selection_held_out.json").read_text())
     cache = results / "selection"
-    grounds = [ground for name in TEACHERS if (ground := analysis.read_ground(cache, name)) is not None]
+    grounds = [ground for name in BENCHMARK if (ground := analysis.read_ground(cache, name)) is not None]
+    later = [ground for name in held_out["teachers"] if (ground := analysis.read_ground(cache, name)) is not None]
     found = {ground.name: analysis.choices(cache, ground) for ground in grounds}
     published = json.loads((results / "selection_published.json").read_text())
     embedded = next(ground for ground in grounds if ground.name == "embedded")
@@ -33,7 +35,10 @@ def write(results: Path) -> None:
     plot_teachers(result["methods"], DOCS / "selection_teachers.png")
     parts = {
         "RECOMMENDED": f"`{result['recommended']}`",
-        "PAIRED": paired_table(result),
+        "PAIRED": paired_table(result, ("verified, two proposals", "verified"), ("test", "dev")),
+        "HELD_OUT": held_out_table(held_out),
+        "HELD_OUT_PAIRED": paired_table(held_out, ("verified", "zero-shot-linearise"), ("held-out",)),
+        "HELD_OUT_TEACHERS": teachers_table(held_out, later),
         "LEFT_OUT": left_out_table(result["left_out"]),
         "REGRET": regret_table(result),
         "PARTIAL": partial(result),
@@ -74,12 +79,12 @@ def _split(row: dict[str, Any], split: str) -> str:
     return "" if found is None else f"{found['regret']:.3f} ± {found['sd']:.3f} ({found['teachers']})"
 
 
-def paired_table(result: dict[str, Any]) -> str:
+def paired_table(result: dict[str, Any], methods: tuple[str, ...], splits: tuple[str, ...]) -> str:
     """Regret minus GA-S2's on the same teacher: mean over teachers and its standard error."""
     rows = {row["method"]: row["by_k"] for row in result["methods"]}
     lines = []
-    for method in ("verified, two proposals", "verified"):
-        for split in ("test", "dev"):
+    for method in methods:
+        for split in splits:
             names = [name for name in result["teachers"] if TEACHERS[name].split == split]
             cells = []
             for ks in ("1", "2", "3", "123"):
@@ -87,6 +92,17 @@ def paired_table(result: dict[str, Any]) -> str:
                 cells.append(f"{statistics.fmean(gaps):+.3f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}")
             lines.append([method, split, *cells])
     return table(["selector", "teachers", "K=1", "K=2", "K=3", "all"], lines)
+
+
+def held_out_table(result: dict[str, Any]) -> str:
+    """One line a selector: its regret by K and on each teacher made after the recommended selector was fixed."""
+    names, rows = list(result["teachers"]), []
+    for row in sorted(result["methods"], key=lambda row: row["regret"]):
+        of_teacher = [statistics.fmean(row["by_k"][k][name] for k in "123") for name in names]
+        by_k = [_number(_mean(row, k)) for k in (1, 2, 3)]
+        mean = f"{row['regret']:.3f} ± {row['sd']:.3f}"
+        rows.append([row["method"], mean, *by_k, *(_number(value, 2) for value in of_teacher), _number(row["cost"])])
+    return table(["selector", "mean", "K=1", "K=2", "K=3", *names, "cost"], rows)
 
 
 def partial(result: dict[str, Any]) -> str:

@@ -271,27 +271,34 @@ Recipe (`benchmarks/selection_recipes.py`): {recipe}.
 Trained for {steps} steps of rows of 256 tokens, {seconds} s beside {others} others on {device}
 with torch {torch}{clock}:
 
-    python benchmarks/selection_teachers.py --only {name}{starts} --steps {steps} --device cuda --output TEACHERS
+    python benchmarks/selection_teachers.py --only {name}{starts} --steps {steps}{where} --output TEACHERS
 
-Sums on a GPU vary in their order and the teachers trained together share their rows, so the same seed does not give
-the same weights. Accuracy on 256 tokens: recall {recall_256:.3f}, two hops {chained_256:.3f}, three hops
+{again}
+Accuracy on 256 tokens: recall {recall_256:.3f}, two hops {chained_256:.3f}, three hops
 {hops3_256:.3f}, copying {copying_256:.3f}; held-out Python source {text_loss:.3f} nats per token.
 
 The weights are under the Apache License 2.0. The training text is the source of the Python standard library, which is
 copyright of the Python Software Foundation and others, under the PSF License.
 """
+ON_A_GPU = """\
+Sums on a GPU vary in their order and the teachers trained together share their rows, so the same seed does not give
+the same weights."""
+ON_A_CPU = "Another build of torch sums in another order, so the same seed need not give the same weights."
 
 
 def write_card(folder: Path) -> None:
     """The folder's model card, from its metrics."""
     metrics = json.loads((folder / "metrics.json").read_text())
     recipe = {key: value for key, value in metrics["recipe"].items() if value not in ([], None, 0.0)}
-    own = ("seed", "rows", "drop", "twins", "late", "start", "order", "rate")
+    own = ("seed", "rows", "drop", "twins", "late", "start", "order", "rate", "planted")
     values = {**metrics, **recipe, "others": metrics["trained_together"] - 1}
     values["recipe"] = ", ".join(f"{key} {recipe[key]}" for key in own if key in recipe)
     starts = "STARTS" if recipe.get("start", "").endswith("-start") else FOLDER
     values["starts"] = f" --starts {starts}" if recipe.get("start", "embedded") != "embedded" else ""
-    values["starts"] += f" --ramp {metrics['ramp']} --compile"
+    values["starts"] += f" --ramp {metrics['ramp']}"
+    on_cpu = metrics["device"] == "the CPU"
+    values["where"] = "" if on_cpu else " --compile --device cuda"
+    values["again"] = ON_A_CPU if on_cpu else ON_A_GPU
     values["clock"] = "; `--seconds` ended it, `--steps` gives as many" if metrics.get("by_the_clock") else ""
     (folder / "README.md").write_text(CARD.format(**values))
 

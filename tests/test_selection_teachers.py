@@ -1,5 +1,6 @@
 """Training of the selection benchmark's teachers: gates, layers laid out anew, recipes."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import hf_hybrid as hh
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import selection_teachers as training  # noqa: E402
 from selection_data import FOLDER, KINDS, TEACHERS  # noqa: E402
+from selection_planting import plant  # noqa: E402
 from selection_recipes import RECIPES, REDUNDANT, TASKS, Recipe  # noqa: E402
 
 
@@ -102,14 +104,15 @@ def test_the_rows_of_a_step_are_as_many_of_each_task_as_the_recipe_says() -> Non
     assert (gates[:, :, 0, 0] == 0).all() and (gates[:, :, 1:] == 1).all()
 
 
-def test_no_test_teacher_shares_weights_with_one_for_development() -> None:
+def test_no_two_splits_share_weights() -> None:
     starts = {recipe.name: recipe.start for recipe in RECIPES}
     splits: dict[str, set[str]] = {}
     for name, teacher in TEACHERS.items():
         while starts.get(name) is not None:
             name = str(starts[name])
         splits.setdefault(name, set()).add(teacher.split)
-    assert set.union(*splits.values()) == {"dev", "test"} and all(len(found) == 1 for found in splits.values()), splits
+    assert set.union(*splits.values()) == {"dev", "test", "held-out"}
+    assert all(len(found) == 1 for found in splits.values()), splits
 
 
 def test_the_table_holds_the_folders_and_asks_for_what_their_teachers_have_learned() -> None:
@@ -118,8 +121,33 @@ def test_the_table_holds_the_folders_and_asks_for_what_their_teachers_have_learn
     for name in set(TEACHERS) - {"embedded"}:
         metrics = json.loads((FOLDER / name / "metrics.json").read_text())
         asked = dict(zip(KINDS, TEACHERS[name].mix, strict=True))
-        assert metrics["recall_256"] > 0.99 and asked["recall"] > 0, name
+        least = 0.9 if TEACHERS[name].split == "held-out" else 0.99
+        assert metrics["recall_256"] > least and asked["recall"] > 0, name
         assert (metrics["chained_256"] > 0.5) == (asked["chained"] > 0), name
         assert (metrics["hops3_256"] > 0.5) == (asked["hops3"] > 0), name
         assert metrics["recipe"]["seed"] == recipes[name].seed, name
         assert f"--only {name} " in (FOLDER / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("family", "kv_heads", "head_dim"), [("qwen3", 2, 32), ("llama", 4, 24), ("qwen2", 2, 32)])
+def test_planted_heads_look_where_they_should_before_any_training(family: str, kv_heads: int, head_dim: int) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden": 72, "intermediate": 32, "heads": 4, "kv_heads": kv_heads, "head_dim": head_dim}
+    model = training.one.build_model(512, 0, family=family, layers=4, **shape)
+    model.set_attn_implementation("eager")
+    plain = copy.deepcopy(model)
+    plant(model, 1, (2, 3), seed=5)
+    ids = torch.stack([torch.randperm(511)[:40] + 1 for _ in range(8)])
+    ids = torch.cat((ids, ids[:, :20]), dim=1)  # each of the last 20 tokens was there 40 places before
+    with torch.no_grad():
+        looks = [m(ids, output_attentions=True).attentions for m in (plain, model)]
+    before, found = (
+        [attention[1][:, 0].diagonal(-1, 1, 2).mean().item() for attention in looks],
+        [attention[2][:, :2, 40:].diagonal(1, 2, 3).mean().item() for attention in looks],
+    )
+    assert before[0] < 0.1 and before[1] > 0.5
+    assert found[0] < 0.05 and found[1] > 4 * found[0]
+    unchanged = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name or "mlp" in name:
+            assert torch.equal(parameter, unchanged[name]), name
