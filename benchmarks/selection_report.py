@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def write(results: Path) -> None:
         "HELD_OUT_PAIRED": paired_table(held_out, ("verified", "zero-shot-linearise"), ("held-out",)),
         "HELD_OUT_TEACHERS": teachers_table(held_out, later),
         "LEFT_OUT": left_out_table(result["left_out"]),
+        "FLOOR": _number(statistics.fmean(g.regret(g.best_on_average(k))[0] for g in grounds for k in (1, 2, 3))),
         "REGRET": regret_table(result),
         "PARTIAL": partial(result),
         "TEST": teacher_table(result, found, 2, "test"),
@@ -80,7 +82,7 @@ def _split(row: dict[str, Any], split: str) -> str:
 
 
 def paired_table(result: dict[str, Any], methods: tuple[str, ...], splits: tuple[str, ...]) -> str:
-    """Regret minus GA-S2's on the same teacher: mean over teachers and its standard error."""
+    """Regret minus GA-S2's on the same teacher: mean over teachers, standard error with a lineage as one cluster."""
     rows = {row["method"]: row["by_k"] for row in result["methods"]}
     lines = []
     for method in methods:
@@ -88,10 +90,20 @@ def paired_table(result: dict[str, Any], methods: tuple[str, ...], splits: tuple
             names = [name for name in result["teachers"] if TEACHERS[name].split == split]
             cells = []
             for ks in ("1", "2", "3", "123"):
-                gaps = [statistics.fmean(rows[method][k][name] - rows["ga-s2"][k][name] for k in ks) for name in names]
-                cells.append(f"{statistics.fmean(gaps):+.3f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}")
+                gaps = {n: statistics.fmean(rows[method][k][n] - rows["ga-s2"][k][n] for k in ks) for n in names}
+                cells.append("{:+.3f} ± {:.3f}".format(*mean_of_lineages(gaps)))
             lines.append([method, split, *cells])
     return table(["selector", "teachers", "K=1", "K=2", "K=3", "all"], lines)
+
+
+def mean_of_lineages(values: dict[str, float]) -> tuple[float, float]:
+    """Mean over teachers and its standard error, in which teachers that share weights are one cluster."""
+    mean = statistics.fmean(values.values())
+    clusters: dict[str, float] = defaultdict(float)
+    for name, value in values.items():
+        clusters[analysis.lineage(name)] += value - mean
+    count = len(clusters)
+    return mean, (sum(x * x for x in clusters.values()) * count / (count - 1)) ** 0.5 / len(values)
 
 
 def held_out_table(result: dict[str, Any]) -> str:

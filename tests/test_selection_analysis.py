@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import statistics
 
 import pytest
 import selection
@@ -94,3 +95,13 @@ def test_the_page_is_what_the_committed_results_say(tmp_path, monkeypatch):
         json.dumps(selection.analyse(selection.RESULTS / "selection", list(result["teachers"]), [1, 2, 3]))
     )
     assert again["recommended"] == result["recommended"] and again["methods"] == result["methods"]
+
+
+def test_the_error_of_a_mean_takes_teachers_that_share_weights_as_one():
+    alone = {"planted-a": 0.1, "planted-b": -0.2, "planted-c": 0.4}
+    mean, error = report.mean_of_lineages(alone)
+    assert (mean, error) == pytest.approx((0.1, statistics.stdev(alone.values()) / 3**0.5))
+    # A copy of every teacher tells nothing new; llama-10-either continues llama-9, and so on.
+    pairs = {"llama-9": 0.1, "llama-10-either": 0.1, "qwen3-10": -0.2, "qwen3-12-either": -0.2}
+    pairs |= {"llama-8": 0.4, "llama-9-either": 0.4}
+    assert report.mean_of_lineages(pairs) == pytest.approx((mean, error))
