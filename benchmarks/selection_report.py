@@ -38,6 +38,7 @@ def write(results: Path) -> None:
         "RECOMMENDED": f"`{result['recommended']}`",
         "PAIRED": paired_table(result, ("verified, two proposals", "verified"), ("test", "dev")),
         "HELD_OUT": held_out_table(held_out),
+        "HELD_OUT_COST": _number(next(row["cost"] for row in held_out["methods"] if row["method"] == "verified"), 2),
         "HELD_OUT_PAIRED": paired_table(held_out, ("verified", "zero-shot-linearise"), ("held-out",)),
         "HELD_OUT_TEACHERS": teachers_table(held_out, later),
         "LEFT_OUT": left_out_table(result["left_out"]),
@@ -114,7 +115,8 @@ def held_out_table(result: dict[str, Any]) -> str:
         by_k = [_number(_mean(row, k)) for k in (1, 2, 3)]
         mean = f"{row['regret']:.3f} ± {row['sd']:.3f}"
         rows.append([row["method"], mean, *by_k, *(_number(value, 2) for value in of_teacher), _number(row["cost"])])
-    return table(["selector", "mean", "K=1", "K=2", "K=3", *names, "cost"], rows)
+    short = (name.removeprefix("planted-") for name in names)
+    return table(["selector", "mean", "K=1", "K=2", "K=3", *short, "cost"], rows)
 
 
 def partial(result: dict[str, Any]) -> str:
