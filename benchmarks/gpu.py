@@ -6,9 +6,8 @@
 Parts: `correctness` holds fla's kernels and our torch forms against our torch forms in float64, gradients, packed rows
 and decoding included; `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation
 step, teacher and KL included, the optimizer not; `inference` times prefill and decoding. Hybrids keep softmax in the
-last of every four layers.
-
-Every row is written to the file as soon as it is measured, in place of an earlier one. What cannot run is said.
+last of every four layers. Every row is written to the file as soon as it is measured, in place of an earlier one. What
+cannot run is said.
 """
 
 import argparse
