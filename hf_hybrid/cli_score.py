@@ -97,7 +97,7 @@ def draw_scores(result: Any, recipe: Any) -> tuple[list[int], list[Path]]:
     from .score import layers_of
 
     scores = result.scores
-    layers = layers_of(recipe, scores)
+    layers = layers_of(recipe, scores, result.folder)
     saved = [result.folder / "scores.json", result.folder / "scores.png"]
     plot_scores(scores, layers, saved[1])
     if any(score.curve for score in scores.scores):

@@ -13,6 +13,8 @@ from hf_hybrid.trainers.teacher_pass import tensor_digest
 
 from . import __version__
 from .folder import has_work
+from .loading import load_pair
+from .recipe import Recipe
 
 
 _FILE = "inputs.json"
@@ -53,13 +55,21 @@ def check_inputs(folder: Path, teacher: Any, tokenizer: Any) -> str | None:
     return f"the run goes on with other versions than before: {', '.join(changed)}"
 
 
-def commit_of_run(folder: Path) -> str | None:
+def load_run_pair(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     """
-    The teacher's commit on the Hub that the run in `folder` was started with, so that it goes on with that one where
-    its recipe names a branch, which may have moved since. None where it has no work yet, or the teacher is a folder.
+    Returns the teacher of the run in `folder`, in eval mode, and its tokenizer, as [`load_pair`].
+
+    A run that has work goes on with the commit on the Hub that it was started with, also where its recipe names a
+    branch, which may have moved since.
     """
     there = read_json(folder / _FILE)
-    return there.get("commit") if there is not None and has_work(folder) else None
+    commit = there.get("commit") if there is not None and has_work(folder) else None
+    return load_pair(
+        recipe.teacher,
+        trust_remote_code=recipe.trust_remote_code,
+        dtype=recipe.dtype,
+        revision=commit or recipe.revision,
+    )
 
 
 def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from .conversion import check_teacher, convert
 from .data import build_rows, load_rows
 from .evaluation import Evaluation, evaluate_model
 from .folder import ARTEFACTS, check_whole, publish
-from .inputs import check_inputs, commit_of_run
-from .loading import load_model, load_pair
+from .inputs import check_inputs, load_run_pair
+from .loading import load_model
 from .plots import plot_scores
 from .recipe import Recipe
 from .score import check_score_stage, choose, choose_within, needs_alignment, score_stage
@@ -148,11 +148,7 @@ class Pipeline:
 
     @functools.cached_property
     def _pair(self) -> tuple[Any, Any]:
-        r = self.recipe
-        revision = commit_of_run(self.folder) or r.revision
-        model, tokenizer = load_pair(
-            r.teacher, trust_remote_code=r.trust_remote_code, dtype=r.dtype, revision=revision
-        )
+        model, tokenizer = load_run_pair(self.recipe, self.folder)
         return model.to(self.device).requires_grad_(False), tokenizer
 
     @property

@@ -14,7 +14,7 @@ from hf_hybrid.trainers.scoring_options import compares_rounds, needs_k
 from .conversion import convert
 from .data import DataConfig
 from .evaluation import layer_cache_bytes
-from .loading import load_pair
+from .inputs import load_run_pair
 from .recipe import AlignStage, DistillStage, Recipe, ScoreStage, SelectStage
 from .selection import count_within, layers_within, select_layers
 from .stages import Event, Listener, cut_for, training_arguments
@@ -185,12 +185,11 @@ def choose_within(recipe: Recipe, scores: LayerScores | None, teacher: Any, stud
     return layers_within(scores, *_cache_sizes(recipe, teacher, student), cast(int, recipe.select.cache_bytes))
 
 
-def layers_of(recipe: Recipe, scores: LayerScores) -> list[int]:
-    """The layers that follow from the scores of `recipe`; for a limit on the cache, models are loaded and measured."""
+def layers_of(recipe: Recipe, scores: LayerScores, folder: Path) -> list[int]:
+    """The layers that follow from a run's `scores`; for a limit on the cache, models are loaded and measured."""
     if recipe.select.cache_bytes is None:
         return choose(recipe, scores, len(scores.scores))
-    options: dict[str, Any] = {"dtype": recipe.dtype, "revision": recipe.revision}
-    teacher, _ = load_pair(recipe.teacher, trust_remote_code=recipe.trust_remote_code, **options)
+    teacher, _ = load_run_pair(recipe, folder)
     student = convert(teacher, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options)
     return choose_within(recipe, scores, teacher, student)
 

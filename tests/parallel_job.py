@@ -128,7 +128,8 @@ def main(folder: Path, recipe: Path | None) -> None:
         from hf_hybrid.cli import main as run
 
         with recorded(folder.with_name("rows")):
-            exit_process(run(["run", str(recipe), "--output", str(folder)]))
+            code = run(["run", str(recipe), "--output", str(folder)])
+        exit_process(code)
     results = {name: train(folder / str(i), **case) for i, (name, case) in enumerate(CASES.items())}
     if is_main_process():
         (folder / "result.json").write_text(json.dumps(results))

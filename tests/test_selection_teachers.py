@@ -13,6 +13,7 @@ import hf_hybrid as hh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import selection_teachers as training  # noqa: E402
+from selection_analysis import lineage  # noqa: E402
 from selection_data import FOLDER, KINDS, TEACHERS  # noqa: E402
 from selection_planting import plant  # noqa: E402
 from selection_recipes import RECIPES, REDUNDANT, TASKS, Recipe  # noqa: E402
@@ -105,12 +106,9 @@ def test_the_rows_of_a_step_are_as_many_of_each_task_as_the_recipe_says() -> Non
 
 
 def test_no_two_splits_share_weights() -> None:
-    starts = {recipe.name: recipe.start for recipe in RECIPES}
     splits: dict[str, set[str]] = {}
     for name, teacher in TEACHERS.items():
-        while starts.get(name) is not None:
-            name = str(starts[name])
-        splits.setdefault(name, set()).add(teacher.split)
+        splits.setdefault(lineage(name), set()).add(teacher.split)
     assert set.union(*splits.values()) == {"dev", "test", "held-out"}
     assert all(len(found) == 1 for found in splits.values()), splits
 
