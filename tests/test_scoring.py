@@ -11,6 +11,7 @@ from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.scoring import METHODS, NEEDS_K, TEACHER_ONLY, check_request
+from hf_hybrid.trainers.scoring_job import Job
 from hf_hybrid.trainers.scoring_rules import POSITIONAL
 
 
@@ -131,6 +132,27 @@ def test_a_killed_training_run_goes_on_from_its_last_checkpoint(method, dead_lay
     assert [s.value for s in resumed.scores] == [s.value for s in whole.scores] and resumed.order == whole.order
     assert resumed.tokens == whole.tokens == 4 * 4 * LENGTH
     assert not list((tmp_path / "kept").glob("*_checkpoints"))
+
+
+@pytest.mark.parametrize("method", ["shared", "gates", "distilled-greedy"])
+def test_killed_after_its_last_step_it_trains_no_more_than_that(method, dead_layer, tmp_path, monkeypatch):
+    """Stopped amid an epoch with its last step done and nothing kept of it yet: from there the Trainer would go on."""
+    given = {"tokens_per_layer": 3 * 4 * LENGTH, "output_dir": tmp_path / "kept"}
+
+    write = Job.write
+
+    def stop(job, name, data):
+        if name == method.split("-")[0]:
+            raise Stop
+        write(job, name, data)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Job, "write", stop)
+        score(*dead_layer, tmp_path, method, **given)
+    resumed = score(*dead_layer, tmp_path, method, **given)
+    whole = score(*dead_layer, tmp_path, method, **given | {"output_dir": None})
+    assert [s.value for s in resumed.scores] == [s.value for s in whole.scores] and resumed.order == whole.order
+    assert resumed.tokens == whole.tokens == 3 * 4 * LENGTH
 
 
 def test_what_cannot_be_scored(dead_layer, tmp_path):
