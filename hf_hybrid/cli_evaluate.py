@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from .cli_text import TEXT_FIELDS, add_text_options, text_of
+
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model is measured, beside which teacher, and on what."""
@@ -10,27 +12,24 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a MODEL on the Hub (default: its main branch)")
     parser.add_argument("--teacher", help="Hub id or folder, or 'embedded'; for KL and a comparison")
     parser.add_argument("--teacher-revision", help="branch, tag or commit of a teacher on the Hub (default: likewise)")
-    parser.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
-    parser.add_argument("--dataset", help="dataset id, instead of --data-files")
-    parser.add_argument("--subset", help="subset of the dataset")
-    parser.add_argument("--split", default="train", help="split of the dataset (default: %(default)s)")
-    parser.add_argument("--text-column", default="text", help="column with the text (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=512, help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=64, help="rows to measure on (default: %(default)s)")
+    add_text_options(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
 
 
 def evaluation_of(options: argparse.Namespace) -> Any:
     """The [`Evaluation`] that the options ask for."""
-    if options.dataset and options.data_files:
-        raise ValueError("--dataset and --data-files were both given; give one.")
+    text = text_of(options)
+    if text and not (options.dataset or options.data_files):
+        option = next(name for name in TEXT_FIELDS if getattr(options, name) is not None).replace("_", "-")
+        raise ValueError(f"--{option} was given without a text to measure on; add --data-files or --dataset.")
     if options.teacher_revision is not None and not options.teacher:
         raise ValueError(f"--teacher-revision {options.teacher_revision!r} needs --teacher, the model it is one of.")
     for name, value in (("--rows", options.rows), ("--batch-size", options.batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} {value} is too small; pass at least 1.")
     import torch
 
+    from .data import DataConfig, first_rows
     from .evaluation import evaluate_model
     from .loading import load_model, load_pair, load_tokenizer
 
@@ -41,22 +40,11 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     teacher = None
     if options.teacher:
         teacher = load_pair(options.teacher, trust_remote_code=remote, revision=options.teacher_revision)[0].to(device)
-    rows = _rows(options, tokenizer) if options.dataset or options.data_files else None
+    rows = None
+    if text:
+        config = DataConfig(**text)
+        rows = first_rows(config, tokenizer, config.held_out_rows)
     return evaluate_model(model, teacher, tokenizer, rows, batch_size=options.batch_size)
-
-
-def _rows(options: argparse.Namespace, tokenizer: Any) -> Any:
-    from .data import DataConfig, first_rows
-
-    config = DataConfig(
-        dataset=options.dataset,
-        subset=options.subset,
-        split=options.split,
-        text_files=options.data_files or [],
-        text_column=options.text_column,
-        block_size=options.block_size,
-    )
-    return first_rows(config, tokenizer, options.rows)
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .cli_text import TEXT_FIELDS, add_text_options, text_of
+
 
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says how a model given by name is scored; a recipe says it itself."""
@@ -16,27 +18,12 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="with --cache-bytes: tokens of that sequence")
     parser.add_argument("--tokens-per-layer", type=int, help="tokens of a training run of the method")
     parser.add_argument("--align-tokens", type=int, help="tokens of the alignment, where the method needs one")
-    parser.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
-    parser.add_argument("--dataset", help="dataset id, instead of --data-files")
-    parser.add_argument("--subset", help="subset of the dataset")
-    parser.add_argument("--split", help="split of the dataset (default: train)")
-    parser.add_argument("--text-column", help="column with the text (default: text)")
-    parser.add_argument("--block-size", type=int, help="tokens of a row")
-    parser.add_argument("--rows", type=int, help="rows to measure on (default: 64)")
+    add_text_options(parser)
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     again = "make STAGE (data, align, score) and what follows again, such as scores by another method"
     parser.add_argument("--from", dest="start_from", metavar="STAGE", help=again)
 
 
-_DATA = {
-    "data_files": "text_files",
-    "dataset": "dataset",
-    "subset": "subset",
-    "split": "split",
-    "text_column": "text_column",
-    "block_size": "block_size",
-    "rows": "held_out_rows",
-}
 _SELECT = ("k", "fraction", "cache_bytes", "context")
 _OTHERS = ("revision", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
 
@@ -46,7 +33,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
     from .recipe import Recipe, find_recipe
     from .score import check_method, scoring_recipe
 
-    given = [name for name in (*_OTHERS, *_DATA) if getattr(options, name) is not None]
+    given = [name for name in (*_OTHERS, *TEXT_FIELDS) if getattr(options, name) is not None]
     given += ["option"] if options.option else []
     if (options.teacher is None) == (options.recipe is None):
         raise ValueError("score needs a TEACHER or a --recipe, one of the two.")
@@ -58,13 +45,10 @@ def recipe_of(options: argparse.Namespace) -> Any:
         return Recipe.load(find_recipe(options.recipe))
     method = options.method or "ga-s2"
     check_method(method)
-    if options.dataset and options.data_files:
-        raise ValueError("--dataset and --data-files were both given; give one.")
-    data = {field: getattr(options, name) for name, field in _DATA.items() if getattr(options, name) is not None}
     return scoring_recipe(
         options.teacher,
         method,
-        data,
+        text_of(options),
         {name: getattr(options, name) for name in _SELECT if getattr(options, name) is not None},
         tokens_per_layer=options.tokens_per_layer,
         align_tokens=options.align_tokens,

@@ -176,7 +176,8 @@ def _load(source: "SourceConfig") -> Any:
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"dataset {source.dataset!r} (subset {source.subset!r}, split {source.split!r}) did not load: {first}"
+            f"dataset {source.dataset!r} (subset {source.subset!r}, split {source.split!r}, revision "
+            f"{source.revision!r}) did not load: {first}"
         ) from error
 
 

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -124,6 +125,25 @@ def test_run_and_score_and_evaluate(sources: tuple[Path, Path], tmp_path: Path, 
     assert result["kl"] > 0 and result["tokens"] == 8 * 64 and result["teacher_perplexity"] > 1
 
 
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+def test_a_dataset_by_its_revision(
+    command: str, sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(name: str, subset: str, **options: Any) -> Any:
+        asked.append((name, subset, options))
+        return datasets.load_dataset("text", data_files=str(sources[1] / "*"), split="train", streaming=True)
+
+    monkeypatch.setattr("hf_hybrid.text.load_dataset", load)
+    given = [command, str(sources[0]), "--dataset", "a/b", "--subset", "c", "--dataset-revision", "v1"]
+    given += ["--block-size", "64", "--rows", "4", "--split", "test"]
+    if command == "score":
+        given += ["--method", "block-influence", "--output", str(tmp_path / "run")]
+    assert main(given) == 0
+    assert asked == [("a/b", "c", {"split": "test", "streaming": True, "revision": "v1"})]
+
+
 def test_convert(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["convert", str(sources[0]), "--full-attention-layers", "1,3", "--output", str(tmp_path / "hybrid")]
     assert main(command) == 0
@@ -214,9 +234,13 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
         (["evaluate", teacher, "--batch-size", "0"], "--batch-size 0 is too small; pass at least 1."),
         (["evaluate", "no/such-model"], "'no/such-model' was found neither as a folder nor as a model on the Hub"),
         (["evaluate", teacher, "--dataset", "a/b", "--data-files", "c"], "were both given; give one"),
+        (["evaluate", teacher, "--block-size", "64"], "--block-size was given without a text to measure on"),
+        (["evaluate", teacher, *SOME_TEXT, "--rows", "0"], "--rows 0 is too small; pass at least 1."),
+        (["evaluate", teacher, *SOME_TEXT, "--split", "test"], "--split needs --dataset, of which it names a part."),
+        (["score", "embedded", "--dataset-revision", "v1", "--output", output], "--dataset-revision needs --dataset"),
         (
             ["evaluate", teacher, "--dataset", str(tmp_path / "no_data")],
-            "no_data' (subset None, split 'train') did not",
+            "no_data' (subset None, split 'train', revision None) did not",
         ),
         (
             ["evaluate", str(tmp_path / "other_vocabulary"), "--teacher", teacher],

@@ -121,7 +121,7 @@ def test_a_dataset_of_the_library(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     with pytest.raises(ValueError, match=r"has no column 'body'; it has \['id', 'text'\]. Set text_column"):
         first_rows(config, tokenizer, 9)
     config.split = "test"
-    with pytest.raises(ValueError, match=r"\(subset None, split 'test'\) did not load: "):
+    with pytest.raises(ValueError, match=r"\(subset None, split 'test', revision None\) did not load: "):
         first_rows(config, tokenizer, 9)
 
 

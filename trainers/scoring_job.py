@@ -312,7 +312,8 @@ class _Count(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.job.tokens_forward_backward += tokens_per_step(self.job.train_dataset, args)
         if state.global_step >= state.max_steps:
-            control.should_save = False  # what is made of it follows; resumed here, the Trainer would train a step more
+            # What is made of the weights follows at once; and resumed from here, the Trainer would train a step more.
+            control.should_save = False
         self.job.say(state.global_step, state.max_steps, "training")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,38 @@
+"""The options that name a text, of the commands that measure on one."""
+
+import argparse
+from typing import Any
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which text a model is measured on; what is left out is as in [`DataConfig`]."""
+    parser.add_argument("--data-files", nargs="+", help="text files or patterns; a .jsonl file has a text column")
+    parser.add_argument("--dataset", help="dataset id, instead of --data-files")
+    parser.add_argument("--subset", help="subset of the dataset")
+    parser.add_argument("--split", help="split of the dataset (default: train)")
+    parser.add_argument("--dataset-revision", help="branch, tag or commit of the dataset (default: its main branch)")
+    parser.add_argument("--text-column", help="column with the text (default: text)")
+    parser.add_argument("--block-size", type=int, help="tokens of a row (default: 512; to score embedded, 256)")
+    parser.add_argument("--rows", type=int, help="rows to measure on (default: 64)")
+
+
+TEXT_FIELDS = {
+    "data_files": "text_files",
+    "dataset": "dataset",
+    "subset": "subset",
+    "split": "split",
+    "dataset_revision": "revision",
+    "text_column": "text_column",
+    "block_size": "block_size",
+    "rows": "held_out_rows",
+}
+
+
+def text_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a [`DataConfig`] that the options give."""
+    if options.dataset and options.data_files:
+        raise ValueError("--dataset and --data-files were both given; give one.")
+    for name in ("subset", "split", "dataset_revision"):
+        if getattr(options, name) is not None and not options.dataset:
+            raise ValueError(f"--{name.replace('_', '-')} needs --dataset, of which it names a part.")
+    return {field: getattr(options, name) for name, field in TEXT_FIELDS.items() if getattr(options, name) is not None}
