@@ -53,6 +53,7 @@ class LoopbackHub(ThreadingHTTPServer):
     """The server; `dies_at` names where it breaks off, once and for all: `"upload"` or `"commit"`."""
 
     daemon_threads = True
+    request_queue_size = 128  # of five, a client that uploads in five threads loses one where this thread gets no turn
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -73,8 +74,14 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """For a process that is to use this Hub, with a home of its own."""
-        keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        keep = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")  # none knows this Hub
+        }
         more = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        # An answer may take longer than the client's ten seconds where others have the machine.
+        more |= {"HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
         return keep | more | {"HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
 
 

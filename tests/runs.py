@@ -1,10 +1,13 @@
 """A tiny teacher with its tokenizer, texts, a recipe that runs in seconds, and runs that die where they are told."""
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,6 +18,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 
+# Seconds after which a process that takes a few has hung, also where others have the machine.
+PATIENCE = 900.0
 LINES = [f"def function_{i}(x, y):\n    return x * {i * i} + y  # step {i % 7}\n" for i in range(400)]
 
 
@@ -140,10 +145,22 @@ def run_and_report(
     run_recipe(Recipe.from_dict(recipe), folder, stop_after=stage or None, start_from=start_from, progress=listen)
 
 
+def port_for_a_launcher() -> int:
+    """
+    A free port below those that the kernel hands out by itself. A launcher takes it only when it has imported what it
+    needs, and one that the kernel handed out to us would go to somebody else's connection meanwhile, now and then.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 def run_as_rank(rank: int, port: int, *arguments: Any) -> None:
-    """[`run_and_report`] as one of two processes of a launcher."""
+    """[`run_and_report`] as one of two processes of a launcher, which holds the store at `port`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     run_and_report(*arguments)
 
 

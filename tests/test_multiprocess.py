@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from parallel_job import CASES, recorded, train
-from runs import tiny_recipe
+from runs import PATIENCE, port_for_a_launcher, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,11 +32,12 @@ def launch(engine: str, *arguments: Any, processes: int = 2) -> str:
     """Runs the job in several processes and returns what it wrote to stdout; an error shows its stderr."""
     job = str(ROOT / "tests" / "parallel_job.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml"), "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml")]
+    command += ["--main_process_port", str(port_for_a_launcher())]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, job, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, job, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
@@ -165,7 +166,7 @@ def test_jobs_share_the_scores_of_a_run(
         )
         for layers in ("0,3", "1-2")
     ]
-    said = [job.communicate(timeout=300)[0] for job in jobs]
+    said = [job.communicate(timeout=PATIENCE)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0] and all("Kept in" in text for text in said)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "scores").glob("layer_*.json")}
     assert len(made) == 4

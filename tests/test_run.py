@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import contents, run_and_die, tiny_recipe
+from runs import PATIENCE, contents, run_and_die, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hybrid import pipeline
@@ -109,7 +109,7 @@ def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[
     for where, name in DEATHS:
         process = context.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
         process.start()
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"
         now = contents(tmp_path / "run", [*ARTEFACTS.values()])
         assert before.items() <= now.items(), f"complete artefacts changed before {where} {name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import PATIENCE, port_for_a_launcher
 from scoring_job import CASES, score_all
 
 
@@ -19,11 +20,12 @@ ROOT = Path(__file__).parents[1]
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """All cases in this process, and in two processes of a launcher."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--main_process_port", str(port_for_a_launcher())]
     command += ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), str(ROOT / "tests/scoring_job.py")]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-6000:]
     return score_all(tmp_path_factory.mktemp("one")), json.loads((folder / "result.json").read_text())
 

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from runs import LINES, run_and_die, save_teacher, save_texts, tiny_recipe, tiny_tokenizer
+from runs import LINES, PATIENCE, run_and_die, save_teacher, save_texts, tiny_recipe, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_in_the_stream(tmp_path: Path) -> None:
     for where, name in (("step", "align"), ("checkpoint", "align"), ("checkpoint", "distill"), ("step", "finetune")):
         process = context.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
         process.start()
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"
     result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
     for stage in ("aligned", "distilled", "finetuned"):

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from runs import results, run_and_die, save_teacher, save_texts, tiny_recipe
+from runs import PATIENCE, results, run_and_die, save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
 from teachers import tiny_teacher, tokens
 
@@ -311,7 +311,7 @@ class TestRun:
         ):
             process = context.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
             process.start()
-            process.join(240)
+            process.join(PATIENCE)
             assert process.exitcode == -signal.SIGKILL, f"was not killed {where} {name}"
         result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
         assert results(result.folder) == results(run.folder)
