@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left"):
         write_json(tmp_path / "a.json", 2)
     assert read_json(tmp_path / "a.json") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_many_may_write_one_file_at_once(tmp_path: Path) -> None:
+    """As jobs do that share a run's scores: none fails, and whoever reads meanwhile sees one of the texts whole."""
+    texts = [[number] * 3000 for number in range(4)]
+
+    def write(data: list[int]) -> None:
+        for _ in range(50):
+            write_json(tmp_path / "a.json", data)
+            assert read_json(tmp_path / "a.json") in texts
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, texts))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 

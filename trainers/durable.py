@@ -1,8 +1,10 @@
 """Files that outlive a kill and a power cut: under its name, a file or folder is complete or not there."""
 
+import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,17 +14,46 @@ PARTIAL = ".partial"
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8 so that a reader sees the old file or the new one, never half of one."""
+    """
+    Writes `text` as UTF-8 so that a reader sees the old file or the new one, never half of one. Of several processes
+    that write it at once, one after the other does, and the last one's text stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
+    with _alone_with(partial):
+        try:
+            with open(partial, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            settle(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _alone_with(partial: Path) -> Iterator[None]:
+    """Waits until no other process has `partial`, which is then there; another one's kill ends its hold."""
     try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        settle(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    mine = False
+    while True:
+        with open(partial, "ab") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX)
+            except OSError as error:
+                # Some network file systems have no locks.
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+            # Whoever had it before may have given it the file's name: this is then that file.
+            with contextlib.suppress(FileNotFoundError):
+                mine = os.path.samestat(os.fstat(held.fileno()), os.stat(partial))
+            if mine:
+                yield
+                return
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:
