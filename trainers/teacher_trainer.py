@@ -1,8 +1,9 @@
 """What alignment and distillation share: a frozen teacher beside the student, and losses from within its forward."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -62,7 +63,12 @@ class TeacherTrainer(HybridTrainer):
             return
         if not is_sharded(teacher):  # else an earlier trainer did both, and its parts cannot be called one by one
             self.check_teacher(teacher)
-        self.teacher = self._placed(teacher.eval())
+        with unprepared_afterwards(teacher):
+            self.teacher = self._placed(teacher.eval())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with unprepared_afterwards(cast(nn.Module, self.model)):
+            return super().train(*args, **kwargs)
 
     def check_teacher(self, teacher: PreTrainedModel) -> None:
         """Raises a `ValueError` where the teacher is nothing that this trainer can learn from."""
@@ -129,13 +135,7 @@ def call_through(wrapper: nn.Module, module: nn.Module, method: Callable[..., An
     """
     if wrapper is module and not is_sharded(module):
         return method(*args)
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = own
+    restore = _restoring_forward(module)
 
     def redirected(*inner: Any) -> Any:
         restore()  # the method may itself call the real forward
@@ -146,6 +146,37 @@ def call_through(wrapper: nn.Module, module: nn.Module, method: Callable[..., An
         return wrapper(*args)
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def unprepared_afterwards(module: nn.Module) -> Iterator[None]:
+    """
+    Takes from `module` at the end what accelerate leaves on a model that it prepares: under mixed precision a forward
+    that enters autocast for good, and the mark that it is not to be prepared again. The trainers here enter autocast
+    themselves, and a model that outlives its trainer is to compute as it did before. What is sharded stays prepared.
+    """
+    restore = _restoring_forward(module)
+    left = {"_original_forward", "_is_accelerate_prepared"} - set(module.__dict__)
+    try:
+        yield
+    finally:
+        if not is_sharded(module):
+            restore()
+            for name in left:
+                module.__dict__.pop(name, None)
+
+
+def _restoring_forward(module: nn.Module) -> Callable[[], None]:
+    """What gives `module` the forward that it has now, its class's or one of its own."""
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    return restore
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
