@@ -68,6 +68,8 @@ def _method_options(given: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--option {text!r} is no NAME=VALUE; write, for example, --option rounds=4.")
+        if name in parsed:
+            raise ValueError(f"--option {name} was given twice; give it once.")
         try:
             parsed[name] = read_numbers(yaml.safe_load(value))
         except yaml.YAMLError as error:

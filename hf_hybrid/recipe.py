@@ -172,6 +172,8 @@ class SelectStage:
             )
         if (self.cache_bytes is None) != (self.context is None):
             raise ValueError("select.cache_bytes and select.context go together: bytes, and at how many tokens.")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"select.context={self.context} is no sequence; pass at least 1 token.")
         if self.cache_bytes is not None and self.selector in POSITIONAL:
             raise ValueError(
                 f"select.selector={self.selector!r} goes by position, not by size; give k, or choose another."

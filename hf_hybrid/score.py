@@ -165,7 +165,8 @@ def score_stage(
         k=count_for(recipe, teacher, student),
         output_dir=folder,
         progress=report,
-        steps=None if stage.method == "ga-s2" else steps,
+        # Layer after layer, each reports itself; rounds over all of them report at the end.
+        steps=None if stage.method == "ga-s2" and not compares_rounds(stage.options) else steps,
     )
 
 

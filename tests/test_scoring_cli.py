@@ -10,6 +10,9 @@ from hf_hybrid.cli import main
 from hf_hybrid.conversion import convert
 from hf_hybrid.evaluation import layer_cache_bytes
 from hf_hybrid.loading import load_pair
+from hf_hybrid.run import run_recipe
+from hf_hybrid.score import scoring_recipe
+from hf_hybrid.stages import Event
 from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.scoring import METHODS
 
@@ -94,6 +97,8 @@ def test_a_share_of_the_layers_and_a_limit_on_the_cache(
         ("shared", ["--align-tokens", "0"], "align.tokens=0 is too small"),
         ("ga-s2", ["--tokens-per-layer", "0"], "score.tokens_per_layer=0 is too small"),
         ("ga-s2", ["--fraction", "0.5", "--k", "1"], "select gives k and fraction; give one of"),
+        ("ga-s2", ["--cache-bytes", "9", "--context", "0"], "select.context=0 is no sequence; pass at least 1 token"),
+        ("ga-s2", ["--option", "rounds=2", "--option", "rounds=4"], "--option rounds was given twice; give it once"),
         ("ga-s2", ["--cache-bytes", "9"], "select.cache_bytes and select.context go together"),
         ("last", ["--cache-bytes", "9", "--context", "9"], "goes by position, not by size; give k"),
     ],
@@ -164,3 +169,21 @@ def test_every_method_on_the_embedded_teacher(method: str, tmp_path: Path, capsy
     if method in PLANTED:
         assert best_of(scores) == 2
     assert (tmp_path / "run" / "scores.png").stat().st_size > 10_000
+
+
+def test_rounds_over_all_layers_say_how_far_they_are_and_stay_for_another_number(
+    sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`ga-s2` with halving reports its layers at the end; without, its scores are good for every number of layers."""
+    budget = {"tokens_per_layer": 1024, "align_tokens": 512, "options": {"rounds": 2, "halving": True}}
+    data = {"text_files": [sources[1]], "block_size": 64, "held_out_rows": 8}
+    events: list[Event] = []
+    recipe = scoring_recipe(sources[0], "ga-s2", data, {"k": 1}, **budget)
+    run_recipe(recipe, tmp_path / "run", stop_after="score", progress=events.append)
+    assert {event.text for event in events if event.stage == "score"} >= {"training"}
+    plain = command(sources, tmp_path / "plain", "ga-s2", "--k", "1")
+    assert main(plain) == 0
+    (tmp_path / "plain" / "scores.json").unlink()  # as if it had been killed before
+    capsys.readouterr()
+    assert main([*command(sources, tmp_path / "plain", "ga-s2", "--k", "2"), "--from", "select", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["selected"]) == 2

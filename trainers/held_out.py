@@ -147,15 +147,15 @@ class HeldOut:
 
 @contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Puts `models` in eval mode, and back."""
-    modes = [model.training for model in models]
+    """Puts `models` in eval mode, and each of their modules back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        for module, mode in modes:
+            module.training = mode
 
 
 def row_means(values: torch.Tensor, mask: torch.Tensor | None) -> list[float]:

@@ -18,7 +18,7 @@ from .scores import LayerScore, LayerScores
 from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
 from .scoring_gates import gates, path_gradient
 from .scoring_job import Job, Steps, check_finite, steps_for, tokens_per_step
-from .scoring_options import NEEDS_K, check_k, check_options, together
+from .scoring_options import AMONG_ALL, NEEDS_K, check_k, check_options, follows_k, together
 from .scoring_removal import zero_shot_removal
 from .scoring_rules import POSITIONAL, by_position
 from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
@@ -82,6 +82,9 @@ NO_TRAINING = (
     "smart",
 )
 
+# What goes on with the weights that it trained.
+_KEEPS_ITS_STUDENT = ("shared", "distilled-greedy", "gates")
+
 
 def score_layers(
     student: Any,
@@ -134,8 +137,8 @@ def score_layers(
     """
     options, args = options or {}, args or DistillationConfig(output_dir=str(output_dir or "scores"))
     check_request(method, options, k)
-    _check_models(method, student, train_dataset)
-    wanted = _check_layers(layers, k, num_layers := len(decoder_layers(teacher)), together=method in NEEDS_K)
+    _check_given(method, student, train_dataset, tokens_per_layer)
+    wanted = _check_layers(method, layers, k, num_layers := len(decoder_layers(teacher)))
     _prepare_models(student, teacher, args, method)
     job = Job(
         student=student,
@@ -180,7 +183,9 @@ def _claim(job: Job, method: str, options: dict[str, Any]) -> None:
         settings["layers"] = job.layers
     if method not in NO_TRAINING:
         settings["train_rows"] = _digest(job.train_dataset)
-    job.claim(settings | {"k": job.k, "options": _described(options)})
+    if follows_k(method, options):
+        settings["k"] = job.k
+    job.claim(settings | {"options": _described(options)})
 
 
 def check_request(method: str, options: dict[str, Any], k: int | None) -> None:
@@ -191,8 +196,10 @@ def check_request(method: str, options: dict[str, Any], k: int | None) -> None:
     check_k(method, options, k)
 
 
-def _check_models(method: str, student: Any, train_dataset: Any) -> None:
-    """Raises a `ValueError` where the method lacks a student or rows, or the student is not linear everywhere."""
+def _check_given(method: str, student: Any, train_dataset: Any, tokens_per_layer: int | None) -> None:
+    """Raises a `ValueError` where the method lacks student, rows or tokens, or the student has softmax attention."""
+    if tokens_per_layer is not None and tokens_per_layer < 1:
+        raise ValueError(f"tokens_per_layer={tokens_per_layer} trains on nothing; pass at least 1.")
     if method not in NO_TRAINING and train_dataset is None:
         raise ValueError(f"method={method!r} trains and needs train_dataset; without one choose from {NO_TRAINING}.")
     if method in TEACHER_ONLY:
@@ -207,7 +214,7 @@ def _check_models(method: str, student: Any, train_dataset: Any) -> None:
 
 
 def check_placement(method: str, shard_teacher: bool) -> None:
-    """Raises a `ValueError` where the short distillations would shard the teacher that layers are restored from."""
+    """Raises a `ValueError` where the short distillations would shard what the method needs whole."""
     engines = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
     engine = [name for variable, name in engines.items() if os.environ.get(variable) == "true"]
     if engine and shard_teacher and method not in NO_TRAINING:
@@ -215,24 +222,39 @@ def check_placement(method: str, shard_teacher: bool) -> None:
             f"shard_teacher is on under {engine[0]}, but method={method!r} restores layers from a teacher that is "
             f"whole; switch it off, score in a run of its own, or choose a method that trains nothing: {NO_TRAINING}."
         )
+    if engine == ["FSDP2"] and method in _KEEPS_ITS_STUDENT:
+        raise ValueError(
+            f"method={method!r} goes on with the student that it trained, whose weights FSDP2 shards; use DDP, or "
+            "choose ga-s2 or verified."
+        )
 
 
-def _check_layers(layers: Iterable[int] | None, k: int | None, num_layers: int, *, together: bool) -> list[int]:
+def _check_layers(method: str, layers: Iterable[int] | None, k: int | None, num_layers: int) -> list[int]:
     """The layers to score, ascending. Those of a job that scores a part of the model may be fewer than `k`."""
     wanted = sorted(set(range(num_layers) if layers is None else layers))
-    outside = [layer for layer in wanted if not 0 <= layer < num_layers]
-    if outside:
-        raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
-    most = len(wanted) if together else num_layers
-    if k is not None and (isinstance(k, bool) or not 0 <= k <= most):
+    outside = [layer for layer in wanted if not _is_count(layer) or not 0 <= layer < num_layers]
+    if outside or not wanted:
+        raise ValueError(
+            f"layers={outside or wanted} are no layers to score; pass one or more of 0..{num_layers - 1}, or leave "
+            "layers out for all."
+        )
+    if len(wanted) < num_layers and method in AMONG_ALL:
+        raise ValueError(f"method={method!r} chooses among all layers; leave out layers=.")
+    most = len(wanted) if method in NEEDS_K else num_layers
+    if k is not None and (not _is_count(k) or not 0 <= k <= most):
         raise ValueError(f"k={k} layers cannot be chosen from {most}; pass an integer in 0..{most}.")
     return wanted
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | None) -> dict[str, Any]:
     """What decides a score; the KL before any training stands for the weights and the held-out rows."""
     names: tuple[str, ...] = ("seed", "learning_rate", "mixer_learning_rate", "max_steps", "num_train_epochs")
-    names += ("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16")
+    names += ("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16", "final_learning_rate", "decay_window")
+    names += ("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "train_sampling_strategy")
     # However many processes share it.
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"method": method, "tokens_per_layer": tokens_per_layer, "batch_size": batch_size}

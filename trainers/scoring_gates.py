@@ -58,7 +58,7 @@ def path_gradient(job: Job, *, points: int = 4, until: float = 1.0) -> LayerScor
         total = torch.zeros(count, job.num_layers, dtype=torch.float64)
         reference = job.held_out.reference(index, batch)
         for place, weight in places:
-            at = torch.full((job.num_layers, count, 1, 1), place, device=job.teacher.device, dtype=reference.dtype)
+            at = torch.full((job.num_layers, count, 1, 1), place, device=job.teacher.device, dtype=job.student.dtype)
             at.requires_grad_(True)
             with torch.enable_grad(), gated(both, lambda at=at: at):
                 kl = kl_of_batch(job.student, job.teacher, batch, reference=reference)

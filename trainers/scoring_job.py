@@ -30,7 +30,6 @@ from .durable import PARTIAL, read_json, settle, write_json
 from .held_out import HeldOut
 from .processes import on_main
 from .scores import LayerScore, LayerScores, without_nan
-from .sharding import is_sharded
 
 
 Steps = Callable[[int, int, str], None]
@@ -94,6 +93,7 @@ class Job:
             start, forward, trained = time.perf_counter(), self.tokens_forward, self.tokens_forward_backward
             memory = _Memory(self.teacher.device)
             result = work()
+            check_numbers(name, result)
             kept = {
                 "result": result,
                 "seconds": time.perf_counter() - start,
@@ -117,8 +117,6 @@ class Job:
         def train() -> None:
             work(checkpoints)
             made.append(name)
-            if is_sharded(self.student):
-                raise ValueError("this method keeps its trained student, which FSDP2 has sharded; score with ga-s2.")
             if path is not None and PartialState().is_main_process:
                 save_model(self.student, str(path) + PARTIAL)
                 settle(Path(str(path) + PARTIAL), path)
@@ -140,7 +138,13 @@ class Job:
 
     def score(self, layer: int, work: Callable[[], LayerScore], prefix: str = "layer") -> LayerScore:
         """The score of one layer, as [`Job.once`]; `work` leaves its tokens and seconds to this."""
-        found = self.once(f"{prefix}_{layer:03d}", lambda: without_nan(dataclasses.asdict(work())))
+
+        def measured() -> dict[str, Any]:
+            found = work()
+            check_numbers(f"{prefix} {layer}", [found.value, found.per_sequence])
+            return without_nan(dataclasses.asdict(found))
+
+        found = self.once(f"{prefix}_{layer:03d}", measured)
         spent = self.spent[-1]
         cost = {"tokens": spent["tokens_forward_backward"], "seconds": spent["seconds"]}
         score = LayerScore(**{**found, **cost})
@@ -272,8 +276,8 @@ class Job:
         if found is None:
             self.write("settings", without_nan(settings))
             return
-        for name, there in found.items():
-            here = without_nan(settings).get(name)
+        for name, here in without_nan(settings).items():
+            there = found.get(name, here)  # a version that did not write it down
             near = name == "baseline" and None not in (here, there)
             if not (math.isclose(there, here, rel_tol=1e-3) if near else there == here):
                 raise ValueError(
@@ -352,6 +356,18 @@ def check_finite(what: str, rows: list[float]) -> None:
         raise ValueError(
             f"{what} has a held-out KL of {kl}, which ranks nothing, and is not kept; lower the learning rates of the "
             "scores, or look for nan in the weights that they start from."
+        )
+
+
+def check_numbers(name: str, found: Any) -> None:
+    """Raises a `ValueError` where a number in `found`, plain data, is not finite."""
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else ()
+    for part in parts:
+        check_numbers(name, part)
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(
+            f"{name}: a measurement is {found}, which ranks nothing, and is not kept; look for nan in the weights, "
+            "score in a wider dtype, or lower the learning rates."
         )
 
 

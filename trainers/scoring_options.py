@@ -1,6 +1,7 @@
 """What may be asked of a scoring method: its options and `k`, checked before anything is aligned or measured."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,6 +12,8 @@ from .scoring_rules import POSITIONAL
 NEEDS_K = (*POSITIONAL, "smart", "zero-shot-greedy", "distilled-greedy", "shared", "gates", "verified")
 # Of those, what has no choice of no layers.
 _AT_LEAST_ONE = ("zero-shot-greedy", "distilled-greedy", "shared", "gates")
+# What chooses among all layers of the model, and not among those of a job.
+AMONG_ALL = (*POSITIONAL, "smart", "gates", "verified")
 # Where the number of an option may lie, ends included.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
     "rounds": (1, None),
@@ -64,7 +67,7 @@ def _expected(kind: Any, value: Any, low: float | None, high: float | None) -> s
         return None if isinstance(value, bool) else "true or false"
     if kind in (int, float):
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        if fits and (low is None or low <= value) and (high is None or value <= high):
+        if fits and math.isfinite(value) and (low is None or low <= value) and (high is None or value <= high):
             return None
         words = "a whole number" if kind is int else "a number"
         return words + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
@@ -85,6 +88,11 @@ def needs_k(method: str, options: dict[str, Any]) -> bool:
     """Whether the method with these options has to know how many layers are wanted."""
     alone = method == "shared" and options.get("select") == "single"
     return compares_rounds(options) or (method in NEEDS_K and not alone)
+
+
+def follows_k(method: str, options: dict[str, Any]) -> bool:
+    """Whether other scores come out where another number of layers is wanted."""
+    return needs_k(method, options) or (method == "shared" and options.get("max_size") is None)
 
 
 def check_k(method: str, options: dict[str, Any], k: int | None) -> None:

@@ -144,8 +144,6 @@ def smart(job: Job) -> LayerScores:
     the reconstruction in [`smart_layers`].
     """
     k = job.wanted
-    if len(job.layers) < job.num_layers:
-        raise ValueError("method='smart' chooses among all layers; leave out layers=.")
     with BothAttentions(job.student, job.teacher) as both:
         scores = single_layers(job, both)
     chosen = smart_layers([job.baseline - score.value for score in scores], k)

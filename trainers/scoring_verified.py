@@ -37,8 +37,6 @@ def verified(job: Job, *, proposals: Sequence[Proposal] = PROPOSALS) -> LayerSco
         proposals (`Sequence[str]`): of `"zero-shot-linearise"`, `"lazy-removal"` and `"ga-s1"`, which to compare.
     """
     k = job.wanted
-    if list(job.layers) != list(job.all_layers):
-        raise ValueError("method='verified' chooses among all layers; leave out layers=.")
     with BothAttentions(job.student, job.teacher) as both:
         scores = single_layers(job, both, linear=True)
         found = {"zero-shot-linearise": _largest(scores, k)}
