@@ -164,8 +164,10 @@ def test_killed_while_it_claims_a_new_folder(reference: Reference, tmp_path: Pat
 
 
 # The command line, whose training waits for a signal before its sixth step. A signal to one that does not wait finds
-# the stage done where the machine is busy with that process and not with the one that sends it.
+# the stage done where the machine is busy with that process and not with the one that sends it. What a shell starts in
+# the background ignores SIGINT, and so does all that it starts; this one is as if started in a terminal.
 WAITING = """
+import signal
 import time
 from hf_hybrid.__main__ import run_and_exit
 from hf_hybrid.trainers import HybridTrainer
@@ -175,10 +177,11 @@ step = HybridTrainer.training_step
 def training_step(self, *args, **kwargs):
     if self.state.global_step == 5:
         print("it waits", flush=True)
-        time.sleep(3600)
+        time.sleep(900)
     return step(self, *args, **kwargs)
 
 HybridTrainer.training_step = training_step
+signal.signal(signal.SIGINT, signal.default_int_handler)
 run_and_exit()
 """
 
