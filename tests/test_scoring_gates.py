@@ -6,6 +6,7 @@ import pytest
 from scored import DEAD, LAYERS, LENGTH, arguments, rows, score
 
 import hf_hybrid as hh
+from hf_hybrid.trainers import scoring_gates
 
 
 class TestGates:
@@ -14,6 +15,18 @@ class TestGates:
         assert sum(s.value for s in scores.scores) == pytest.approx(scores.baseline, rel=1e-3)
         assert scores.scores[DEAD].value == pytest.approx(0, abs=1e-7)
         assert scores.tokens == 6 * 6 * LENGTH and scores.tokens_forward == 0
+
+    def test_the_price_is_in_units_of_the_first_kl(self, dead_layer, tmp_path, monkeypatch):
+        seen = []
+        own = scoring_gates._GateTrainer.student_loss
+
+        def student_loss(trainer, *given):
+            seen.append((trainer.budget, trainer.weight, trainer.ramp))
+            return own(trainer, *given)
+
+        monkeypatch.setattr(scoring_gates._GateTrainer, "student_loss", student_loss)
+        scores = score(*dead_layer, tmp_path, "gates", k=2, options={"penalty": 3.0, "ramp": 0.25})
+        assert set(seen) == {(2, 3.0 * scores.baseline, 0.25)}
 
     def test_the_gradient_at_the_start_is_the_slope(self, dead_layer, tmp_path):
         """

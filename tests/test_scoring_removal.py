@@ -1,6 +1,7 @@
 """Greedy removal against hybrids made by hand; what all methods share is in tests/test_scoring.py."""
 
 import pytest
+import torch
 from scored import LAYERS, arguments, kl_with, rows, score, weak_student
 from teachers import tiny_teacher
 
@@ -31,6 +32,14 @@ def test_the_order_is_that_of_removal_by_hand(pair, tmp_path):
     assert scores.top(2) == sorted(scores.order[:2])
     evaluations = LAYERS * (LAYERS + 1) // 2 - 1
     assert scores.tokens_forward >= evaluations * 6 * rows(1).num_rows * 24 and scores.tokens == 0
+
+
+def test_of_equal_layers_the_last_goes_first(tmp_path):
+    teacher = tiny_teacher("llama")
+    with torch.no_grad():
+        for layer in (0, 1, 3):
+            teacher.model.layers[layer].self_attn.o_proj.weight.zero_()
+    assert score(teacher, weak_student(teacher), tmp_path, "zero-shot-removal").order == [2, 0, 1, 3]
 
 
 def test_one_layer_is_no_choice(pair, tmp_path):

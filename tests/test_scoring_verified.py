@@ -64,6 +64,13 @@ def test_lazy_removal_is_removal_where_losses_only_grow():
         assert scoring_verified._lazy_removal(job, job.both, job.alone(), k) == kept
 
 
+def test_lazy_removal_measures_again_only_what_is_next_to_go():
+    """Where losses add up, what a layer costs stays the same, so each removal but the first measures one."""
+    job = Table(6, lambda linear: sum(2.0**-i for i in linear))
+    assert scoring_verified._lazy_removal(job, job.both, job.alone(), 1) == [0]
+    assert len(job.asked) == 4
+
+
 def proposed(pair, k):
     """What each layer costs alone, and the k that cost most."""
     teacher, student = pair
