@@ -66,8 +66,8 @@ def test_lazy_removal_is_removal_where_losses_only_grow():
 
 def test_lazy_removal_measures_again_only_what_is_next_to_go():
     """Where losses add up, what a layer costs stays the same, so each removal but the first measures one."""
-    job = Table(6, lambda linear: sum(2.0**-i for i in linear))
-    assert scoring_verified._lazy_removal(job, job.both, job.alone(), 1) == [0]
+    job = Table(6, lambda linear: sum(1 + i / 16 for i in linear))
+    assert scoring_verified._lazy_removal(job, job.both, job.alone(), 1) == [5]
     assert len(job.asked) == 4
 
 
