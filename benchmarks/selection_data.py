@@ -72,6 +72,9 @@ TEACHERS = {
         Teacher("planted-qwen3-8-75", "held-out", (2, 3, 3, 0, 0)),
         Teacher("planted-llama-mha-8-76", "held-out", (2, 3, 3, 0, 0)),
         Teacher("planted-qwen3-9-77", "held-out", (2, 3, 3, 0, 0)),
+        Teacher("planted-qwen3-mha-8-79", "held-out", (2, 3, 3, 0, 0)),
+        Teacher("planted-qwen2-8-80", "held-out", (2, 3, 3, 0, 0)),
+        Teacher("planted-qwen3-10-82", "held-out", (2, 3, 3, 0, 0)),
     )
 }
 BENCHMARK = [name for name, teacher in TEACHERS.items() if teacher.split != "held-out"]  # the tables' teachers
