@@ -22,10 +22,10 @@ def pair():
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        ("zero-shot", {"layers": []}, r"layers=\[\] are no layers to score; pass one or more of 0\.\.3, or leave"),
-        ("zero-shot", {"layers": [1, 4]}, r"layers=\[4\] are no layers to score"),
-        ("zero-shot", {"layers": [1.5]}, r"layers=\[1.5\] are no layers to score"),
-        ("zero-shot", {"layers": [True]}, r"layers=\[True\] are no layers to score"),
+        ("zero-shot", {"layers": []}, r"layers=\[\] leaves nothing to score; pass one or more"),
+        ("zero-shot", {"layers": [1, 4]}, r"layers=\[4\] are outside 0\.\.3; the model has 4 layers"),
+        ("zero-shot", {"layers": [1.5]}, r"layers=\[1.5\] are outside 0\.\.3"),
+        ("zero-shot", {"layers": [True]}, r"layers=\[True\] are outside 0\.\.3"),
         ("zero-shot-greedy", {"k": 2.0}, r"k=2.0 layers cannot be chosen from 4; pass an integer in 0\.\.4"),
         ("distilled-greedy", {"tokens_per_layer": 0}, "tokens_per_layer=0 trains on nothing; pass at least 1"),
         ("uniform", {"layers": [0, 1]}, "method='uniform' chooses among all layers; leave out layers="),

@@ -233,11 +233,10 @@ def _check_layers(method: str, layers: Iterable[int] | None, k: int | None, num_
     """The layers to score, ascending. Those of a job that scores a part of the model may be fewer than `k`."""
     wanted = sorted(set(range(num_layers) if layers is None else layers))
     outside = [layer for layer in wanted if not _is_count(layer) or not 0 <= layer < num_layers]
-    if outside or not wanted:
-        raise ValueError(
-            f"layers={outside or wanted} are no layers to score; pass one or more of 0..{num_layers - 1}, or leave "
-            "layers out for all."
-        )
+    if outside:
+        raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
+    if not wanted:
+        raise ValueError("layers=[] leaves nothing to score; pass one or more, or leave layers out for all.")
     if len(wanted) < num_layers and method in AMONG_ALL:
         raise ValueError(f"method={method!r} chooses among all layers; leave out layers=.")
     most = len(wanted) if method in NEEDS_K else num_layers
