@@ -14,6 +14,7 @@ from hf_hybrid.trainers import held_out_kl
 from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches
 from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
+from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
@@ -127,23 +128,21 @@ def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
     check_logit_function(model)
     logits = logit_function(model)
     chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for batch in batches(rows, batch_size, model.device):
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        predicted = counts[:, 1:] & counts[:, :-1]
-        if "position_ids" in batch:
-            predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
-        # The library keeps packed documents apart only where there is no mask.
-        inputs = {**batch, "attention_mask": None if bool(counts.all()) else mask}
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][predicted]
-        targets = ids[:, 1:][predicted].long()
-        for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            total += torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="sum").item()
-        count += int(predicted.sum())
-    model.train(training)
+    with evaluating(model):
+        for batch in batches(rows, batch_size, model.device):
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            predicted = counts[:, 1:] & counts[:, :-1]
+            if "position_ids" in batch:
+                predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
+            # The library keeps packed documents apart only where there is no mask.
+            inputs = {**batch, "attention_mask": None if bool(counts.all()) else mask}
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][predicted]
+            targets = ids[:, 1:][predicted].long()
+            for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+                total += torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="sum").item()
+            count += int(predicted.sum())
     if count == 0:
         raise ValueError("no token of the rows has one before it in its document; pass longer rows.")
     return math.exp(total / count)
@@ -165,10 +164,8 @@ def layer_cache_bytes(model: PreTrainedModel, context: int) -> list[int]:
     length = 8
     ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
     cache = DynamicCache(config=model.config)
-    training = model.training
-    model.eval()
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    model.train(training)
+    with evaluating(model):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
     sizes = []
     for layer in cache.layers:
         size = sum(state.nbytes for state in _states(layer))

@@ -1,6 +1,5 @@
 """Held-out measurements on fixed batches: the same rows, in the same order, for every model that is compared."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from .distillation import final_hidden_states, kl_of_batch
 from .losses import masked_mean
+from .modes import evaluating
 from .processes import gathered, num_processes, share_of
 from .teacher_trainer import call_through, model_inputs
 
@@ -143,19 +143,6 @@ class HeldOut:
             self._reference[index] = hidden.cpu()
             self._kept_bytes += hidden.nbytes
         return hidden
-
-
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Puts `models` in eval mode, and each of their modules back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def row_means(values: torch.Tensor, mask: torch.Tensor | None) -> list[float]:

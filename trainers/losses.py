@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..modeling.linear_attention import widen
+from .modes import evaluating
 
 
 # Logits of one chunk of tokens, of one model: 64 MiB in fp32.
@@ -209,12 +210,9 @@ def logit_function(model: PreTrainedModel) -> LogitFunction:
 def check_logit_function(model: PreTrainedModel) -> None:
     """Raises a `ValueError` where [`logit_function`] does not give `model`'s own logits."""
     inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=model.device)[None] % model.config.vocab_size}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    expected = model(**inputs, use_cache=False).logits
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(model):
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        expected = model(**inputs, use_cache=False).logits
     given = logit_function(model)(hidden)
     error = (given.float() - expected.float()).abs().max().item()
     if not error <= 1e-2 * max(1.0, expected.float().abs().max().item()):

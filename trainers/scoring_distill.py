@@ -14,8 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling.modeling_hybrid import decoder_layers
 from .alignment import mixer_outputs
-from .held_out import evaluating, standard_error
+from .held_out import standard_error
 from .losses import alignment_loss
+from .modes import evaluating
 from .processes import on_main
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job, tokens_per_step

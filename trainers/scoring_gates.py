@@ -10,8 +10,8 @@ from torch import nn
 
 from .both_attentions import BothAttentions
 from .distillation import DistillationTrainer, kl_of_batch
-from .held_out import evaluating
 from .losses import masked_mean
+from .modes import evaluating
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job
 

@@ -28,6 +28,7 @@ from .checkpoints import newest_checkpoint, seal
 from .distillation import DistillationConfig, DistillationTrainer
 from .durable import PARTIAL, read_json, settle, write_json
 from .held_out import HeldOut
+from .modes import modes_kept
 from .processes import on_main
 from .scores import LayerScore, LayerScores, without_nan
 
@@ -243,20 +244,18 @@ class Job:
         aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.student.state_dict().items()}
         given = self.student
         self.mixers = [layer.self_attn for layer in decoder_layers(given)]
-        modes = [(module, module.training) for module in given.modules()]
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             # What FSDP2 shards stays sharded, so a copy is trained, and the student waits in host memory.
             self.whole = given.to("cpu")
             self.student = copy.deepcopy(given)
-        try:
-            yield aligned
-        finally:
-            if self.whole is None:
-                self.reset(aligned)
-            else:
-                self.student, self.whole = given.to(self.teacher.device), None
-            for module, mode in modes:
-                module.training = mode
+        with modes_kept(given):
+            try:
+                yield aligned
+            finally:
+                if self.whole is None:
+                    self.reset(aligned)
+                else:
+                    self.student, self.whole = given.to(self.teacher.device), None
 
     def reset(self, aligned: dict[str, torch.Tensor]) -> None:
         """Makes the student what it was: with its own mixers in every layer, and the weights `aligned`."""

@@ -9,8 +9,9 @@ import torch
 
 from ..modeling.modeling_hybrid import decoder_layers
 from .distillation import final_hidden_states, kl_of_batch
-from .held_out import HeldOut, evaluating, row_means
+from .held_out import HeldOut, row_means
 from .losses import LogitFunction, logit_function, tokens_per_chunk, widen
+from .modes import evaluating
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job
 from .teacher_trainer import model_inputs

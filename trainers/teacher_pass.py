@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from .distillation import final_hidden_states
 from .durable import PARTIAL, read_json, settle, write_json
-from .held_out import evaluating
 from .losses import check_logit_function, logit_function, tokens_per_chunk, topk_of_logits
+from .modes import evaluating
 from .processes import on_main, share_of
 from .sharding import is_sharded
 from .teacher_topk import ABOUT, check_length, checksum_of, counted_tokens, digest_of_rows, shard_path
