@@ -15,13 +15,15 @@ from hf_hybrid.trainers.losses import (
     kl_per_token,
     logit_function,
     masked_mean,
+    topk_kl_per_token,
+    topk_of_logits,
 )
 
 
 def kl_by_hand(teacher_logits, student_logits):
-    """Plain Python, one token."""
+    """Plain Python, one token; what the teacher never says does not count, and what the student cannot is infinite."""
     p, q = ([math.exp(x) for x in row.double().log_softmax(-1).tolist()] for row in (teacher_logits, student_logits))
-    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+    return sum(a * (math.log(a) - (math.log(b) if b else -math.inf)) for a, b in zip(p, q, strict=True) if a)
 
 
 class TestKL:
@@ -68,6 +70,74 @@ class TestKL:
         hidden = torch.randn(100, 8, requires_grad=True)
         chunked_kl_per_token(hidden.detach(), hidden, logits, logits, 30, chunk_tokens=16).sum().backward()
         assert max(seen) == 16
+
+
+class TestMaskedVocabulary:
+    """Logits of -inf: 0 and 1 in both models, 2 in the teacher alone, 3 in the student alone."""
+
+    BOTH, TEACHER, STUDENT = [0, 1], [2], [3]
+
+    def logits(self, student_too):
+        teacher, student = torch.randn(7, 9).double() * 3, torch.randn(7, 9).double() * 3
+        teacher[:, self.BOTH + self.TEACHER] = -torch.inf
+        student[:, self.BOTH + (self.STUDENT if student_too else [])] = -torch.inf
+        return teacher, student.requires_grad_()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("student_too", [False, True])
+    def test_against_a_loop(self, dtype, student_too):
+        teacher, student = (logits.to(dtype) for logits in self.logits(student_too))
+        got = kl_per_token(teacher, student)
+        for i in range(7):
+            wanted = kl_by_hand(teacher[i], student[i])
+            assert got[i].item() == pytest.approx(wanted, rel=1e-5) and math.isinf(wanted) == student_too
+
+    @pytest.mark.parametrize("student_too", [False, True])
+    def test_gradients_are_finite_and_those_of_the_tokens_that_are_there(self, student_too):
+        teacher, student = self.logits(student_too)
+        teacher.requires_grad_()
+        found = torch.autograd.grad(kl_per_token(teacher, student).sum(), (teacher, student))
+        assert found[1].isfinite().all() and found[1][:, self.BOTH].eq(0).all()
+        if not student_too:
+            there = [i for i in range(9) if i not in self.BOTH]
+            rest = [i for i in there if i not in self.TEACHER]
+            # The same without the columns that are -inf in both; the teacher's third, which it never says, is its own.
+            own = kl_per_token(teacher[:, rest], student[:, rest]).sum()
+            mass = student[:, there].logsumexp(-1) - student[:, rest].logsumexp(-1)
+            wanted = torch.autograd.grad(own + mass.sum(), (teacher, student))
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("k", [2, 6, 7, 9])
+    @pytest.mark.parametrize("student_too", [False, True])
+    def test_the_teachers_top_k(self, k, student_too):
+        """With k above the 6 tokens that the teacher says, its top has -inf in it, and nothing is left."""
+        teacher, student = self.logits(student_too)
+        logprobs, ids, tail = topk_of_logits(teacher, k)
+        kl = topk_kl_per_token(logprobs, ids, tail, student)
+        p, q = teacher.softmax(-1), student.softmax(-1)
+        for i in range(7):
+            kept = ids[i].tolist()
+            others = [j for j in range(9) if j not in kept]
+            outcomes = [(p[i, j].item(), q[i, j].item()) for j in kept] + [
+                (p[i, others].sum().item(), q[i, others].sum().item())
+            ]
+            wanted = sum(a * (math.log(a) - (math.log(b) if b else -math.inf)) for a, b in outcomes if a)
+            assert kl[i].item() == pytest.approx(wanted, abs=1e-12)
+        assert torch.autograd.grad(kl.sum(), student)[0].isfinite().all()
+
+    def test_of_models(self):
+        """A head whose bias masks the padding of the vocabulary, in the teacher and in what is made of it."""
+        teacher, ids = tiny_teacher("llama"), tokens(2, 20)
+        bias = torch.zeros(teacher.config.vocab_size)
+        bias[-5:] = -torch.inf
+        teacher.lm_head.bias = torch.nn.Parameter(bias)
+        check_logit_function(teacher)
+        assert teacher(ids % 90).logits[..., -5:].isneginf().all()
+        student = hh.convert(tiny_teacher("llama"), [1])
+        student.lm_head.bias = torch.nn.Parameter(bias.clone())
+        kl = kl_of_batch(student, teacher, {"input_ids": ids % 90}, chunk_tokens=7)
+        assert kl.isfinite().all() and (kl > 0).all()
 
 
 class TestModels:

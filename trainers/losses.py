@@ -25,7 +25,9 @@ def kl_per_token(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> 
     `KL(teacher || student)` of each token, in nats: `sum_v p_T (log p_T - log p_S)`, 0 where the models agree.
 
     Args:
-        teacher_logits, student_logits: `[..., V]`. Half precision is raised to fp32 first.
+        teacher_logits, student_logits: `[..., V]`. Half precision is raised to fp32 first. Entries of the vocabulary
+            may be masked with `-inf`: what the teacher never says contributes nothing, whatever the student makes of
+            it, and what it does say and the student cannot makes the KL infinite.
 
     Returns:
         `[...]`.
@@ -35,9 +37,14 @@ def kl_per_token(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> 
             f"teacher logits have shape {tuple(teacher_logits.shape)}, student logits {tuple(student_logits.shape)}; "
             "both models must share one vocabulary and see the same tokens."
         )
-    log_teacher = widen(teacher_logits).log_softmax(-1)
-    log_student = widen(student_logits).log_softmax(-1)
-    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    return _kl(widen(teacher_logits).log_softmax(-1), widen(student_logits).log_softmax(-1))
+
+
+def _kl(log_teacher: torch.Tensor, log_student: torch.Tensor) -> torch.Tensor:
+    """`sum_v p_T (log p_T - log p_S)` of log-probabilities, `0 log 0` being 0, and its gradient too."""
+    mass = log_teacher.exp()
+    # Before the product: -inf - -inf is nan, in the gradient as well.
+    return (mass * (log_teacher - log_student).masked_fill(mass == 0, 0)).sum(-1)
 
 
 def tokens_per_chunk(vocab_size: int) -> int:
@@ -105,7 +112,14 @@ def topk_of_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     """
     logprobs = widen(logits).log_softmax(-1)
     top, ids = logprobs.topk(k, -1)
-    return top, ids, logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    return top, ids, _log_rest(logprobs, ids)
+
+
+def _log_rest(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the mass of all tokens but `ids`, `[...]`; `-inf`, without a gradient, where they have none."""
+    rest = logprobs.scatter(-1, ids, -torch.inf)
+    none = rest.isneginf().all(-1)  # the gradient of `logsumexp` at nothing but -inf is nan
+    return rest.masked_fill(none[..., None], 0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
 def topk_kl_per_token(
@@ -120,7 +134,7 @@ def topk_kl_per_token(
     Args:
         teacher_logprobs, ids, tail: `[..., k]`, `[..., k]` and `[...]`, as [`topk_of_logits`] gives them. They are
             scaled to a sum of 1, which rounding to half precision misses.
-        student_logits: `[..., V]`. Half precision is raised to fp32 first.
+        student_logits: `[..., V]`, with `-inf` as in [`kl_per_token`]. Half precision is raised to fp32 first.
 
     Returns:
         `[...]`.
@@ -128,10 +142,9 @@ def topk_kl_per_token(
     logprobs, ids = widen(student_logits).log_softmax(-1), ids.long()
     theirs, ours = widen(teacher_logprobs), logprobs.gather(-1, ids)
     if ids.shape[-1] < logprobs.shape[-1]:  # else there is no other, and its logarithm is no number to compute with
-        rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        rest = _log_rest(logprobs, ids)[..., None]
         theirs, ours = torch.cat([theirs, tail[..., None].to(theirs.dtype)], -1), torch.cat([ours, rest], -1)
-    theirs = theirs.log_softmax(-1)
-    return (theirs.exp() * (theirs - ours)).sum(-1)
+    return _kl(theirs.log_softmax(-1), ours)
 
 
 def chunked_topk_kl_per_token(
@@ -213,9 +226,10 @@ def check_logit_function(model: PreTrainedModel) -> None:
     with evaluating(model):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         expected = model(**inputs, use_cache=False).logits
-    given = logit_function(model)(hidden)
-    error = (given.float() - expected.float()).abs().max().item()
-    if not error <= 1e-2 * max(1.0, expected.float().abs().max().item()):
+    given, expected = logit_function(model)(hidden).float(), expected.float()
+    same = given == expected  # masked entries of the vocabulary are -inf in both
+    error = (given - expected).masked_fill(same, 0).abs().max().item()
+    if not error <= 1e-2 * max(1.0, expected.masked_fill(expected.isinf(), 0).abs().max().item()):
         raise ValueError(
             f"{type(model).__name__} does more to its logits than its config says (they differ by {error:.3g}); its "
             "KL cannot be computed in chunks. Please report the model family."
