@@ -1,7 +1,11 @@
 """Which implementation of a recurrence runs: fla's kernels on CUDA tensors, our torch forms everywhere else.
 
-The choice is made per call from the tensors' device. That fla can be imported says nothing: without triton it imports
-empty, and with triton but no GPU every op raises.
+The choice is made per call from the tensors' device, dtype and widths. That fla can be imported says nothing: without
+triton it imports empty, and with triton but no GPU every op raises.
+
+Whatever comes in, both implementations get the same operands: q, k and beta in v's dtype, the log decay g and the
+state in fp32 (fp64 for an fp64 v). Under autocast rotary embeddings and norms give q and k in fp32 beside a bf16 v,
+and Triton multiplies nothing but one dtype. The output has v's dtype.
 """
 
 import functools
@@ -9,15 +13,25 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
-from .delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from .delta_rule import check_inputs, chunk_gated_delta_rule, recurrent_gated_delta_rule
 from .gla import chunk_gla, recurrent_gla
 from .kda import chunk_kda, recurrent_kda
 
 
+logger = logging.get_logger(__name__)
+
+KERNELS = ("auto", "torch", "fla")
+# What fla 0.6.0 can do. Its products need 16 channels at least, and more than 256 key channels are refused by
+# the delta rules (fla/ops/common/chunk_delta_h.py, fla/ops/kda/chunk.py), not by gated linear attention. It says of
+# odd widths that Triton miscompiles them in 16 bits (fla/ops/common/chunk_o.py).
+_FLA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NARROWEST = 16
+_WIDEST_KEY = {"gated_delta_rule": 256, "gla": None, "kda": 256}
 # Hopper computes wrong key, value and decay gradients with these Triton versions (fla issue 640, fixed in 3.7.1).
 _BROKEN_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
 # Below this many tokens without gradients the recurrent kernel is quicker than the chunked one.
@@ -45,17 +59,18 @@ def gated_delta_rule(
         beta: `[B, T, H]`, write strength.
         initial_state: `[B, H, D, V]`, the state before the first token.
         seq_idx: `[B, T]`, document index of each token of a packed row; the state restarts where it changes.
-        kernel: `"auto"`, `"torch"` or `"fla"`.
+            `initial_state` belongs to a row's first document, the returned state to its last.
+        kernel: `"auto"` takes fla where it can run, `"torch"` never; `"fla"` raises where it cannot.
 
     Returns:
         The output `[B, T, H, V]` in v's dtype, and the state after the last token `[B, H, D, V]` in fp32 (fp64 for
         fp64 inputs).
     """
-    if use_fla(q.device, kernel):
-        inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta.to(v.dtype)}
-        return _fla("gated_delta_rule", inputs, initial_state, seq_idx)
+    inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g, "beta": beta}, initial_state)
+    if _runs_on_fla("gated_delta_rule", inputs, kernel):
+        return _fla("gated_delta_rule", inputs, state, seq_idx)
     form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
-    return form(q, k, v, g=g, beta=beta, initial_state=initial_state, seq_idx=seq_idx)
+    return form(**inputs, initial_state=state, seq_idx=seq_idx)
 
 
 def gated_linear_attention(
@@ -74,10 +89,11 @@ def gated_linear_attention(
     Takes and returns what [`gated_delta_rule`] does, but for: no `beta`, q and k of any length, and `g`
     `[B, T, H, D]`, a log decay for each key channel.
     """
-    if use_fla(q.device, kernel):
-        return _fla("gla", {"q": q, "k": k, "v": v, "g": g}, initial_state, seq_idx)
+    inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g}, initial_state)
+    if _runs_on_fla("gla", inputs, kernel):
+        return _fla("gla", inputs, state, seq_idx)
     form = recurrent_gla if q.shape[1] == 1 else chunk_gla
-    return form(q, k, v, g=g, initial_state=initial_state, seq_idx=seq_idx)
+    return form(**inputs, initial_state=state, seq_idx=seq_idx)
 
 
 def kimi_delta_attention(
@@ -96,11 +112,69 @@ def kimi_delta_attention(
 
     Takes and returns what [`gated_delta_rule`] does, but for `g` `[B, T, H, D]`, a log decay for each key channel.
     """
-    if use_fla(q.device, kernel):
-        inputs = {"q": q, "k": k, "v": v, "g": g, "beta": beta.to(v.dtype)}
-        return _fla("kda", inputs, initial_state, seq_idx)
+    inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g, "beta": beta}, initial_state)
+    if _runs_on_fla("kda", inputs, kernel):
+        return _fla("kda", inputs, state, seq_idx)
     form = recurrent_kda if q.shape[1] == 1 else chunk_kda
-    return form(q, k, v, g=g, beta=beta, initial_state=initial_state, seq_idx=seq_idx)
+    return form(**inputs, initial_state=state, seq_idx=seq_idx)
+
+
+def to_one_dtype(
+    inputs: dict[str, torch.Tensor], initial_state: torch.Tensor | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """
+    The operands as every implementation gets them: q, k and beta in v's dtype, `g` and the state in fp32, or fp64 for
+    an fp64 v. Raises a `ValueError` for what is no floating-point number or on another device than v.
+    """
+    v = inputs["v"]
+    for name, x in {**inputs, "initial_state": initial_state}.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}, expected a floating-point dtype: convert it first.")
+        if x is not None and x.device != v.device:
+            raise ValueError(f"{name} is on {str(x.device)!r} and v on {str(v.device)!r}: move them to one device.")
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    operands = {name: x.to(wide if name == "g" else v.dtype) for name, x in inputs.items()}
+    return operands, None if initial_state is None else initial_state.to(wide)
+
+
+def why_unfit(family: str, dtype: torch.dtype, key_width: int, value_width: int) -> str | None:
+    """The reason why fla's operators of `family` cannot take operands of this dtype and these widths, or None."""
+    if dtype not in _FLA_DTYPES:
+        return f"fla computes in fp32, bf16 and fp16, and the operands are {str(dtype).removeprefix('torch.')}"
+    widths = f"heads have {key_width} key and {value_width} value channels"
+    if min(key_width, value_width) < _NARROWEST:
+        return f"fla needs {_NARROWEST} channels or more, and {widths}"
+    widest = _WIDEST_KEY[family]
+    if widest is not None and key_width > widest:
+        return f"fla's {family} takes {widest} key channels at most, and {widths}"
+    if dtype != torch.float32 and (key_width % 2 or value_width % 2):
+        return f"fla needs even widths in 16 bits, and {widths}"
+    return None
+
+
+def _runs_on_fla(family: str, inputs: dict[str, torch.Tensor], kernel: str) -> bool:
+    """Whether fla takes this call; raises where `kernel="fla"` and it cannot."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is unknown; choose one of {', '.join(map(repr, KERNELS))}.")
+    q, v = inputs["q"], inputs["v"]
+    unfit = why_unfit(family, v.dtype, q.shape[-1], v.shape[-1])
+    if kernel == "fla" and unfit is not None:  # before the device is looked at: a CPU refuses what a GPU would
+        raise ValueError(f"kernel='fla' cannot run: {unfit}. Use kernel='auto' or 'torch'.")
+    if not use_fla(v.device, kernel):
+        if kernel == "auto" and v.device.type == "cuda":
+            _warn(why_not_fla())
+        return False
+    if unfit is not None:
+        _warn(unfit)
+    return unfit is None
+
+
+def _warn(reason: str | None) -> None:
+    if not torch.compiler.is_compiling():  # a compiled graph has no place for it, and was warned when run without
+        logger.warning_once(
+            f"fla's kernels do not run here: {reason}. The torch form of the recurrence runs instead, several times "
+            "slower on a GPU; kernel='torch' asks for it without this warning."
+        )
 
 
 def use_fla(device: torch.device, kernel: str = "auto") -> bool:
@@ -149,35 +223,79 @@ def _triton_version() -> tuple[int, ...] | None:
     return None
 
 
+class FlaCall(NamedTuple):
+    """What goes to fla: the operator's name, its keyword arguments, and of packed rows each row's last document."""
+
+    operator: str
+    arguments: dict[str, Any]
+    last_document: torch.Tensor | None
+
+
+def prepare_fla(
+    family: str,
+    inputs: dict[str, torch.Tensor],
+    initial_state: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+) -> FlaCall:
+    """
+    What fla is called with, on any device.
+
+    Arguments go by keyword: their order differs between the operators of a family.
+
+    Args:
+        family: the folder of the operators, `fla.ops.<family>`.
+        inputs: q, k, v, g and, but for "gla", beta, `[B, T, ...]`, from [`to_one_dtype`].
+        initial_state: `[B, H, D, V]`.
+        seq_idx: `[B, T]`. fla wants packed rows as one row with cumulative lengths of its documents.
+    """
+    q = inputs["q"]
+    check_inputs(
+        q,
+        inputs["k"],
+        inputs["v"],
+        inputs["g"],
+        inputs.get("beta"),
+        initial_state,
+        seq_idx,
+        decay_per_channel=family != "gated_delta_rule",
+    )
+    batch, length = q.shape[:2]
+    tensors = list(inputs.values()) + ([] if initial_state is None else [initial_state])
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    # The recurrent kernels have no backward, and some say so only by leaving the gradient out.
+    short = not needs_grad and length <= _SHORT
+    operator = f"fused_recurrent_{family}" if short else f"chunk_{family}"
+    if family == "gla" and short:
+        inputs = {"gk" if key == "g" else key: x for key, x in inputs.items()}
+    arguments: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "output_final_state": True}
+    last = None
+    if seq_idx is not None:
+        inputs = {key: x.reshape(1, batch * length, *x.shape[2:]) for key, x in inputs.items()}
+        starts = seq_idx != torch.nn.functional.pad(seq_idx[:, :-1], (1, 0))
+        starts[:, 0] = True
+        offsets = torch.nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length)
+        arguments["cu_seqlens"] = offsets.to(torch.int64)
+        documents = starts.sum(dim=1)
+        last = documents.cumsum(0) - 1
+        if initial_state is not None:  # a row's belongs to its first document
+            empty = initial_state.new_zeros(len(offsets) - 1, *initial_state.shape[1:])
+            initial_state = empty.index_put((last + 1 - documents,), initial_state)
+    # The kernels step through memory as if every tensor were contiguous.
+    arguments |= {key: x.contiguous() for key, x in inputs.items()}
+    arguments["initial_state"] = None if initial_state is None else initial_state.contiguous()
+    return FlaCall(operator, arguments, last)
+
+
 def _fla(
-    name: str,
+    family: str,
     inputs: dict[str, torch.Tensor],
     initial_state: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Runs fla's operators in `fla.ops.<name>` on `inputs` `[B, T, ...]`, which go by keyword: the order of arguments
-    differs between the operators of a family.
-    """
-    ops = importlib.import_module(f"fla.ops.{name}")
-    tensors = list(inputs.values()) + ([] if initial_state is None else [initial_state])
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    batch, length = inputs["q"].shape[:2]
-    # The recurrent kernels have no backward, and some say so only by leaving the gradient out.
-    short = not needs_grad and length <= _SHORT
-    op = getattr(ops, f"fused_recurrent_{name}" if short else f"chunk_{name}")
-    if name == "gla" and short:
-        inputs = {"gk" if key == "g" else key: x for key, x in inputs.items()}
-    options: dict[str, Any] = {"scale": inputs["q"].shape[-1] ** -0.5, "output_final_state": True}
-    if seq_idx is None:
-        state = None if initial_state is None else initial_state.float()
-        return op(**inputs, initial_state=state, **options)
-    if initial_state is not None:
-        raise ValueError("packed rows (seq_idx) start from no state; got an initial_state. Unpack them to continue.")
-    flat = {key: x.reshape(1, batch * length, *x.shape[2:]) for key, x in inputs.items()}
-    starts = seq_idx != torch.nn.functional.pad(seq_idx[:, :-1], (1, 0), value=-1)
-    starts[:, 0] = True
-    offsets = torch.nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length)
-    output, states = op(**flat, cu_seqlens=offsets.to(torch.int64), **options)
-    last_document = starts.sum(dim=1).cumsum(0) - 1
-    return output.reshape(batch, length, *output.shape[2:]), states[last_document]
+    """Runs fla's operator on what [`to_one_dtype`] gives; returns what the torch forms do."""
+    call = prepare_fla(family, inputs, initial_state, seq_idx)
+    operator = getattr(importlib.import_module(f"fla.ops.{family}"), call.operator)
+    output, state = operator(**call.arguments)
+    if call.last_document is not None:
+        state = state[call.last_document]
+    return output.reshape(inputs["v"].shape).to(inputs["v"].dtype), state

@@ -1,4 +1,7 @@
-"""What reaches fla: the right operator by name, arguments by keyword, packed rows as cumulative lengths."""
+"""
+What reaches fla: the right operator by name, arguments by keyword, operands of one dtype, packed rows as cumulative
+lengths. And what does not: dtypes and widths that its kernels cannot do.
+"""
 
 import importlib
 import types
@@ -39,13 +42,20 @@ def called(monkeypatch):
             names.append(name)
             assert set(inputs) <= set(ARGUMENTS[name]) and output_final_state
             assert initial_state is None or initial_state.dtype == torch.float32
+            # "tl.dot: Both operands must be same dtype", and what the kernels were made for.
+            assert len({x.dtype for n, x in inputs.items() if n not in ("g", "gk")}) == 1
+            assert inputs["v"].dtype in (torch.float32, torch.bfloat16, torch.float16)
+            assert inputs.get("g", inputs.get("gk")).dtype == torch.float32
+            assert all(x.is_contiguous() for x in (*inputs.values(), initial_state) if x is not None)
             if "gk" in inputs:
                 inputs["g"] = inputs.pop("gk")
             if cu_seqlens is None:
                 return form(**inputs, scale=scale, initial_state=initial_state)
-            assert inputs["q"].shape[0] == 1 and cu_seqlens.dtype == torch.int64 and initial_state is None
+            assert inputs["q"].shape[0] == 1 and cu_seqlens.dtype == torch.int64
+            assert initial_state is None or len(initial_state) == len(cu_seqlens) - 1
             parts = [{n: x[:, a:b] for n, x in inputs.items()} for a, b in cu_seqlens.unfold(0, 2, 1).tolist()]
-            results = [form(**part, scale=scale) for part in parts]
+            states = [None] * len(parts) if initial_state is None else initial_state.split(1)
+            results = [form(**part, scale=scale, initial_state=s) for part, s in zip(parts, states, strict=True)]
             return torch.cat([o for o, _ in results], 1), torch.cat([state for _, state in results])
 
         return call
@@ -61,10 +71,13 @@ def called(monkeypatch):
     return names
 
 
-def make_inputs(kind, tokens):
+WIDTH = 16
+
+
+def make_inputs(kind, tokens, width=WIDTH):
     torch.manual_seed(0)
-    inputs = {name: torch.randn(2, tokens, 3, 8) / 3 for name in "qkv"}
-    inputs["g"] = -torch.rand(2, tokens, 3) if kind == "gated_delta_rule" else -torch.rand(2, tokens, 3, 8)
+    inputs = {name: torch.randn(2, tokens, 3, width) / 3 for name in "qkv"}
+    inputs["g"] = -torch.rand(2, tokens, 3) if kind == "gated_delta_rule" else -torch.rand(2, tokens, 3, width)
     return inputs if kind == "gla" else inputs | {"beta": torch.rand(2, tokens, 3)}
 
 
@@ -75,7 +88,7 @@ def both(entry, **inputs):
 @pytest.mark.parametrize("kind", ENTRIES)
 class TestFla:
     def test_arguments_and_choice_of_operator(self, called, kind):
-        entry, state = ENTRIES[kind][0], torch.randn(2, 3, 8, 8)
+        entry, state = ENTRIES[kind][0], torch.randn(2, 3, WIDTH, WIDTH)
         for tokens, grad in ((1, False), (70, False), (1, True), (20, True)):
             inputs = make_inputs(kind, tokens) | {"initial_state": state}
             inputs["v"].requires_grad_(grad)
@@ -87,14 +100,81 @@ class TestFla:
     def test_packed_rows(self, called, kind):
         seq_idx = torch.stack([seq_idx_of([3, 60, 7]), seq_idx_of([70])])
         assert_close(*both(ENTRIES[kind][0], **make_inputs(kind, 70), seq_idx=seq_idx), 1e-5)
-        with pytest.raises(ValueError, match="start from no state"):
-            ENTRIES[kind][0](
-                **make_inputs(kind, 70), seq_idx=seq_idx, initial_state=torch.zeros(2, 3, 8, 8), kernel="fla"
-            )
+        state = torch.randn(2, 3, WIDTH, WIDTH)
+        assert_close(*both(ENTRIES[kind][0], **make_inputs(kind, 70), seq_idx=seq_idx, initial_state=state), 1e-5)
 
     def test_half_precision_state_is_widened(self, called, kind):
-        inputs = make_inputs(kind, 70) | {"initial_state": torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)}
+        inputs = make_inputs(kind, 70) | {"initial_state": torch.zeros(2, 3, WIDTH, WIDTH, dtype=torch.bfloat16)}
         assert_close(*both(ENTRIES[kind][0], **inputs), 1e-5)
+
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("tokens", [5, 70])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_mixed_dtypes_become_those_of_v(self, called, kind, half, tokens, packed):
+        """What rotary embeddings and norms give under autocast: q and k in fp32, v in half precision."""
+        inputs = make_inputs(kind, tokens)
+        inputs["v"] = inputs["v"].to(half)
+        if packed:
+            inputs["seq_idx"] = torch.stack([seq_idx_of([2, tokens - 2]), seq_idx_of([tokens])])
+        for grad in (False, True):
+            for name in ("q", "k", "g"):
+                inputs[name].requires_grad_(grad)
+            fla, plain = both(ENTRIES[kind][0], **inputs)
+            assert fla["o"].dtype == plain["o"].dtype == half
+            assert fla["s"].dtype == plain["s"].dtype == torch.float32
+            assert_close(fla, plain, torch.finfo(half).eps)
+        found = []
+        for result in (fla, plain):
+            leaves = [inputs[name] for name in ("q", "k", "g")]
+            found.append(torch.autograd.grad(result["o"].float().square().sum() + result["s"].sum(), leaves))
+        for x, y, leaf in zip(*found, leaves, strict=True):
+            assert x.dtype == leaf.dtype and x.abs().sum() > 0
+            torch.testing.assert_close(x, y, rtol=0, atol=4 * torch.finfo(half).eps * float(y.abs().max()))
+
+    def test_transposed_operands_are_made_contiguous(self, called, kind):
+        inputs = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in make_inputs(kind, 20).items()}
+        assert not inputs["q"].is_contiguous()
+        assert_close(*both(ENTRIES[kind][0], **inputs), 1e-5)
+
+    @pytest.mark.parametrize(
+        ("change", "width", "reason"),
+        [
+            (lambda x: x.double(), WIDTH, "the operands are float64"),
+            (lambda x: x, 8, "fla needs 16 channels or more, and heads have 8 key and 8 value channels"),
+            (lambda x: x.bfloat16(), 17, "even widths in 16 bits"),
+            (lambda x: x, 512, "takes 256 key channels at most, and heads have 512 key"),
+        ],
+        ids=["fp64", "narrow", "odd", "wide"],
+    )
+    def test_what_fla_cannot_do(self, called, monkeypatch, kind, change, width, reason):
+        """`auto` takes the torch form with a word to it, `fla` refuses, and both on the CPU as on a GPU."""
+        inputs = {name: change(x) for name, x in make_inputs(kind, 3, width).items()}
+        entry = ENTRIES[kind][0]
+        if kind == "gla" and width == 512:
+            entry(**inputs, kernel="fla")
+            assert called == ["fused_recurrent_gla"]
+            return
+        with pytest.raises(ValueError, match=reason):
+            entry(**inputs, kernel="fla")
+        warned = []
+        monkeypatch.setattr(kernels, "use_fla", lambda device, kernel: kernel == "auto")
+        monkeypatch.setattr(kernels.logger, "warning_once", warned.append)
+        o, state = entry(**inputs, kernel="auto")
+        assert not called and len(warned) == 1 and reason in warned[0]
+        assert o.dtype == inputs["v"].dtype
+        assert state.dtype == (torch.float64 if o.dtype == torch.float64 else torch.float32)
+
+    def test_wrong_operands_are_refused(self, called, kind):
+        entry, inputs = ENTRIES[kind][0], make_inputs(kind, 3)
+        for kernel in ("torch", "fla"):
+            with pytest.raises(ValueError, match="k has dtype torch.int64, expected a floating-point dtype"):
+                entry(**inputs | {"k": inputs["k"].long()}, kernel=kernel)
+            with pytest.raises(ValueError, match=r"k is on 'meta' and v on 'cpu'"):
+                entry(**inputs | {"k": inputs["k"].to("meta")}, kernel=kernel)
+            with pytest.raises(ValueError, match="g has shape"):
+                entry(**inputs | {"g": inputs["g"][:, :2]}, kernel=kernel)
+        with pytest.raises(ValueError, match="kernel='triton' is unknown; choose one of 'auto', 'torch', 'fla'"):
+            entry(**inputs, kernel="triton")
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
