@@ -4,16 +4,16 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_hybrid.adapters  # noqa: F401  tells PEFT the default targets of hybrids
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
+
+from .loading import load_teacher
 
 
 @dataclass
@@ -42,46 +42,6 @@ def _suffixes(names: Iterable[str]) -> str:
     """The distinct endings of per-layer names, e.g. ` (self_attn.A_log, self_attn.g_proj.weight)`."""
     endings = sorted({name.split(".self_attn.", 1)[1] if ".self_attn." in name else name for name in names})
     return f" ({', '.join(endings)})" if endings else ""
-
-
-def load_teacher(
-    teacher: str | os.PathLike,
-    *,
-    trust_remote_code: bool = False,
-    dtype: torch.dtype | str = "auto",
-    revision: str | None = None,
-) -> PreTrainedModel:
-    """
-    Loads a causal language model from the Hub or a folder, from safetensors files only: nothing is unpickled.
-
-    Code that comes with the model runs only where the caller says so.
-    """
-    model = AutoModelForCausalLM.from_pretrained(
-        teacher,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        use_safetensors=True,
-        revision=checked_revision(teacher, revision),
-    )
-    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), revision)
-    return model
-
-
-def checked_revision(name: str | os.PathLike, revision: str | None) -> str:
-    """The revision of the model `name` to load, the main branch by default; a `ValueError` where it has none."""
-    if revision is None:
-        return "main"
-    if not revision:
-        raise ValueError(f"the revision of {name} is empty; give a branch, tag or commit, or leave it out.")
-    if Path(name).is_dir():
-        raise ValueError(f"revision={revision!r} is one of the Hub's, but {name} is a folder here; leave it out.")
-    return revision
-
-
-def _commit_of(name: str, revision: str | None) -> str | None:
-    """The commit on the Hub that a model was just loaded from: the name of its folder in the cache."""
-    path = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def convert(
@@ -156,6 +116,11 @@ def convert(
 
 def check_teacher(teacher: PreTrainedModel) -> None:
     """Raises a `ValueError` that says why `teacher` cannot be converted, where it cannot."""
+    if teacher.config.model_type == HybridConfig.model_type:
+        raise ValueError(
+            "the teacher is a hybrid already; give the softmax model that it was made from, or change which layers "
+            "keep softmax with set_full_attention_layers()."
+        )
     if teacher.config.get_text_config() is not teacher.config:
         raise ValueError(
             f"{type(teacher).__name__} is a composite model ({type(teacher.config).__name__}); pass its language "

@@ -1,18 +1,34 @@
-"""Loading of teachers, tokenizers and finished models, with errors that say what to do."""
+"""
+Loading of teachers, tokenizers and finished models. What does not load, or does not fill its config exactly, is a
+`ValueError` of one sentence that names it and says what to do.
+"""
 
+import contextlib
+import logging
 import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_hybrid.modeling  # noqa: F401  registers the hybrid with the Auto classes
 
-from .conversion import checked_revision, load_teacher
 from .embedded import embedded_teacher, embedded_tokenizer
 from .recipe import check_dtype
+
+
+# Endings that no name on the Hub has: whoever writes one means a file.
+_FILES = re.compile(
+    r"\.(bin|ckpt|gguf|gz|h5|json|md|msgpack|onnx|pt|pth|py|safetensors|tar|txt|ya?ml|zip)", re.IGNORECASE
+)
 
 
 def load_pair(
@@ -30,17 +46,30 @@ def load_pair(
             raise ValueError(f"revision={revision!r}, but the embedded teacher ships with the package; leave it out.")
         model = embedded_teacher()
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))), embedded_tokenizer()
-    model = _explained(
-        teacher, lambda: load_teacher(teacher, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
-    )
+    model = load_teacher(teacher, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     commit = model.config._commit_hash or revision
-    return model.eval(), load_tokenizer(teacher, trust_remote_code=trust_remote_code, revision=commit)
+    return model, load_tokenizer(teacher, trust_remote_code=trust_remote_code, revision=commit)
 
 
-def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """Returns the tokenizer of a model in a folder or, by its main branch or `revision`, on the Hub."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(name, revision)}
-    return _explained(name, lambda: AutoTokenizer.from_pretrained(name, **options))
+def load_teacher(
+    teacher: str | os.PathLike,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """
+    Returns a causal language model from the Hub or a folder, in eval mode, with weights that fill its config exactly.
+
+    They come from safetensors files only: nothing is unpickled. Code that comes with the model runs only where the
+    caller says so.
+    """
+    model = load_model(teacher, trust_remote_code=trust_remote_code, dtype=dtype, revision=revision)
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None:
+        raise ValueError(f"{teacher} is quantised ({_method(quantised)}); give the model that was quantised.")
+    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), revision)
+    return model
 
 
 def load_model(
@@ -50,37 +79,179 @@ def load_model(
     Returns a causal language model in eval mode, from safetensors files only.
 
     `revision` is a branch, tag or commit of a model on the Hub, by default its main branch. A checkpoint that lacks
-    some of its tensors is an error.
+    some of the tensors that its config asks for, has more of them, or has them in another shape, is an error: the
+    library would fill the gaps with random numbers.
     """
-
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+    check_name(path)
+    check_folder(path)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(path, revision)}
+    with _explained(path), _without_report():
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            revision=checked_revision(path, revision),
             use_safetensors=True,
+            # Otherwise an error that names none of them.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
-
-    model, info = _explained(path, load)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"the checkpoint {path} lacks {len(missing)} tensors, such as {missing[0]}; make it again.")
+    _check_filled(path, info)
+    _check_finite(path, model)
     return model.eval()
 
 
-def _explained(name: str | os.PathLike, load: Any) -> Any:
-    """The result of `load`, or a `ValueError` that says in one sentence why `name` does not load."""
+def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Returns the tokenizer of a model in a folder or, by its main branch or `revision`, on the Hub."""
+    check_name(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(name, revision)}
+    with _explained(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    # Where there are no files, some classes of the library make a tokenizer without a vocabulary.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(f"{name} has no tokenizer; save the model's in that folder: tokenizer.save_pretrained(...).")
+    return tokenizer
+
+
+def checked_revision(name: str | os.PathLike, revision: str | None) -> str:
+    """The revision of the model `name` to load, the main branch by default; a `ValueError` where it has none."""
+    if revision is None:
+        return "main"
+    if not revision:
+        raise ValueError(f"the revision of {name} is empty; give a branch, tag or commit, or leave it out.")
+    if Path(name).is_dir():
+        raise ValueError(f"revision={revision!r} is one of the Hub's, but {name} is a folder here; leave it out.")
+    return revision
+
+
+def check_name(name: Any) -> None:
+    """
+    Raises a `ValueError` where `name` is no folder and cannot be a model on the Hub either.
+
+    What has the form of a path is one: the Hub is not asked for it, which would take half a minute without a network.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"a model is given by its Hub id or its folder, not by a {type(name).__name__}.")
+    text = os.fspath(name)
+    if not text.strip():
+        raise ValueError("the model's name is empty; give a Hub id or a folder.")
+    path = Path(name)
+    if os.path.isdir(path):
+        return
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{text} is a GGUF file, which is not read here; give the folder or Hub id of the model with safetensors "
+            "weights."
+        )
+    if os.path.exists(path):
+        raise ValueError(f"{text} is a file; give the folder that holds the model, with its config.json.")
+    is_path = isinstance(name, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    if is_path or _FILES.fullmatch(path.suffix):
+        hint = " (~ is not expanded here: write the path in full)" if text.startswith("~") else ""
+        raise ValueError(f"there is no folder {text}{hint}; check the path, or give a Hub id such as Qwen/Qwen3-0.6B.")
     try:
-        return load()
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{text!r} is neither a folder here nor a possible name on the Hub: {_line(error)}"
+        ) from error
+
+
+def check_folder(name: str | os.PathLike) -> None:
+    """Raises a `ValueError` where `name` is a folder that holds no model."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    try:
+        there = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be read ({error.strerror}); change its permissions.") from error
+    if "config.json" in there or "adapter_config.json" in there:
+        return
+    if any(file.endswith(".gguf") for file in there):
+        raise ValueError(
+            f"the folder {folder} holds a GGUF file, which is not read here; give the model with safetensors weights."
+        )
+    inside = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
+    found = f"it holds {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else "it is empty"
+    advice = f"did you mean {inside}?" if inside else "give the folder that save_pretrained() wrote, or a Hub id."
+    raise ValueError(f"the folder {folder} has no config.json ({found}); {advice}")
+
+
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """The commit on the Hub that a model was just loaded from: the name of its folder in the cache."""
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _method(quantisation: Any) -> str:
+    """The name of a `quantization_config`, which is a dict where the library does not know it."""
+    method = quantisation["quant_method"] if isinstance(quantisation, dict) else quantisation.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _check_filled(name: str | os.PathLike, info: dict[str, Any]) -> None:
+    """Raises a `ValueError` where the library had to make up, drop or resize a tensor of the model `name`."""
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    reshaped = {key: (list(there), list(wanted)) for key, there, wanted in info["mismatched_keys"]}
+    problems = []
+    if missing - reshaped.keys():
+        problems.append(f"{_listed(missing - reshaped.keys())} missing")
+    if unexpected:
+        problems.append(f"{_listed(unexpected)} left over")
+    if reshaped:
+        key, (there, wanted) = min(reshaped.items())
+        problems.append(f"{_listed(reshaped)} of another shape (the first is {there}, the config wants {wanted})")
+    if problems:
+        raise ValueError(
+            f"the weights in {name} do not fill its config.json: {'; '.join(problems)}. Give a folder whose config "
+            "and weights were saved together."
+        )
+
+
+def _check_finite(name: str | os.PathLike, model: PreTrainedModel) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} cannot be used: {key} holds values that are not finite in {kind}. Give a sound copy, or "
+                "another dtype where they are only too large for this one."
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """`1 tensor (a) is`, or `5 tensors (a, b, c, ...) are`."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
+    return f"{len(ordered)} tensor{'s' * (len(ordered) > 1)} ({shown}) {'is' if len(ordered) == 1 else 'are'}"
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps the library from printing its table of tensors that do not fit, which here becomes one sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _explained(name: str | os.PathLike, what: str = "model") -> Iterator[None]:
+    """
+    Makes whatever the library raises about the model or tokenizer `name` a `ValueError` that says so in one sentence.
+
+    Any exception: a config that was edited by hand shows in the library's code as whatever the value leads to there.
+    """
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(
-            f"the weights in {name} are damaged ({error}); delete that folder and make it again."
+            f"the weights in {name} are damaged ({error}); delete that folder and make it again, or download it again."
         ) from error
     except ImportError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} needs a package that is not installed: {first}") from error
+        raise ValueError(f"{name} needs a package that is not installed: {_line(error)}") from error
     except OSError as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         # The second is what the library says of a model on the Hub.
@@ -90,19 +261,45 @@ def _explained(name: str | os.PathLike, load: Any) -> Any:
                 "opened here. Where you trust it, load it with transformers once and save_pretrained() it."
             ) from error
         if Path(name).is_dir():
-            raise ValueError(f"the folder {name} holds no complete model or tokenizer: {first}") from error
+            raise ValueError(f"the folder {name} holds no complete {what}: {first}") from error
         if "is not a valid git identifier" in first:
             raise ValueError(f"{name} has no such revision on the Hub: {first}") from error
         raise ValueError(
             f"{str(name)!r} was found neither as a folder nor as a model on the Hub; check the spelling, the network, "
             "and, for a private or gated model, that you are logged in."
         ) from error
-    except ValueError as error:
-        if "Unrecognized model" in str(error):
-            raise ValueError(f"{name} holds no model that transformers knows; check its config.json.") from error
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
+    except Exception as error:
+        raise ValueError(_reason(name, what, error)) from error
+
+
+def _reason(name: str | os.PathLike, what: str, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
             f"{name} needs code of its own to load; read that code, and if you trust it pass --trust-remote-code "
             "(trust_remote_code=True in Python)."
-        ) from error
+        )
+    if "Unrecognized model" in text:
+        return f"{name} holds no model that transformers knows; check the model_type in its config.json."
+    if "does not recognize this architecture" in text:
+        kind = re.search(r"model type `([^`]*)`", text)
+        return (
+            f"{name} is of the type {kind[1] if kind else 'that it names'!r}, which transformers "
+            f"{transformers.__version__} does not know; check the model_type in its config.json, or install a newer "
+            "transformers."
+        )
+    if "Unrecognized configuration class" in text and what == "model":
+        config = re.search(r"(\w+)'>", text)
+        return (
+            f"{name} holds a model of {config[1] if config else 'a class'} that is no causal language model; give a "
+            "decoder such as Llama, Qwen or Mistral."
+        )
+    if what == "tokenizer":
+        return f"{name} has no tokenizer that loads; save the model's in that folder again ({_line(error)})"
+    return f"{name} does not load; check its config.json and its weights ({type(error).__name__}: {_line(error)})"
+
+
+def _line(error: BaseException) -> str:
+    """The message of an error in one line, cut where it goes on for long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -223,7 +223,7 @@ def test_mistakes_in_arguments(sources: tuple[Path, Path], tmp_path: Path, capsy
         (["evaluate", teacher, "--teacher-revision", "v2"], "--teacher-revision 'v2' needs --teacher"),
         (
             ["convert", str(tmp_path), "--full-attention-layers", "1", "--output", output],
-            "holds no model that transformers",
+            "has no config.json (it holds file, other_vocabulary, recipe.yaml, ...); did you mean",
         ),
         (["run", "demmo", "--output", output], "there is no recipe 'demmo'"),
         (["run", recipe, "--output", str(tmp_path / "file")], "file: not a directory"),

@@ -254,11 +254,9 @@ def test_a_teacher_of_pickles_is_refused(name: str, tmp_path: Path) -> None:
     torch.save({"lm_head.weight": Canary(canary)}, teacher / name)
     if name != "pytorch_model.bin":
         (teacher / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    for load in (load_pair, load_model):
+    for load in (load_pair, load_model, lambda folder: hh.convert(folder, [1])):
         with pytest.raises(ValueError, match="has no safetensors weights; a pytorch_model.bin is a pickle, which can"):
             load(str(teacher))
-    with pytest.raises(OSError, match="no file named model.safetensors"):
-        hh.convert(teacher, [1])
     assert not canary.exists()
     with open(teacher / "own.pkl", "wb") as stream:  # the canary sings where it is let
         pickle.dump(Canary(canary), stream)
