@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_hybrid.modeling.library import cache_argument
 from hf_hybrid.trainers import held_out_kl
 from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches
@@ -165,7 +166,7 @@ def layer_cache_bytes(model: PreTrainedModel, context: int) -> list[int]:
     ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
     cache = DynamicCache(config=model.config)
     with evaluating(model):
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **{cache_argument(type(model)): cache})
     sizes = []
     for layer in cache.layers:
         size = sum(state.nbytes for state in _states(layer))

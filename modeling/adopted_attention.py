@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from .configuration_hybrid import attention_view
+from .library import CACHE_NAMES, take_cache
 
 
 INTERFACE = "hf_hybrid_linear"
@@ -210,7 +211,6 @@ class AdoptedAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         *args: Any,
-        past_key_values: Cache | None = None,
         padding_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
@@ -218,10 +218,10 @@ class AdoptedAttention(nn.Module):
         """
         Args:
             hidden_states: `[B, T, hidden]`.
-            past_key_values: the library's cache, which the teacher's code does not get to see.
             padding_mask: `[B, T]`, 1 for tokens and 0 for padding; None when nothing is padding.
             seq_idx: `[B, T]`, the document each token of a packed row belongs to; None when rows are not packed.
-            args, kwargs: what else the teacher's attention takes.
+            args, kwargs: what else the teacher's attention takes, among it the library's cache, which the teacher's
+                code does not get to see.
 
         Returns:
             What the teacher's attention returns: the output `[B, T, hidden]` first, None for the attention weights.
@@ -231,7 +231,7 @@ class AdoptedAttention(nn.Module):
         seq_idx = row.get("seq_idx") if seq_idx is None else seq_idx
         if padding_mask is not None:
             padding_mask = padding_mask.to(hidden_states.dtype)
-        call = AttentionCall(hidden_states, past_key_values, padding_mask, seq_idx)
+        call = AttentionCall(hidden_states, take_cache(kwargs), padding_mask, seq_idx)
         return self._teacher_forward(call, *args, **kwargs)
 
     def project(
@@ -252,7 +252,7 @@ class AdoptedAttention(nn.Module):
     def _teacher_forward(self, call: AttentionCall, *args: Any, **kwargs: Any) -> Any:
         names = positional_names(self.teacher_class)
         kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
-        kwargs["past_key_values"] = None  # keys and values are not cached
+        kwargs |= {name: None for name in CACHE_NAMES if name in names}  # keys and values are not cached
         if "attention_mask" in names:
             kwargs.setdefault("attention_mask", None)
         output = self.teacher_class.forward(self, call.hidden_states, attention_call=call, **kwargs)

@@ -264,6 +264,6 @@ def check_cache(cache: Cache, linear_layers: list[int]) -> None:
         if i >= len(cache.layers) or not isinstance(cache.layers[i], LinearAttentionCacheLayerMixin):
             found = type(cache.layers[i]).__name__ if i < len(cache.layers) else "nothing"
             raise ValueError(
-                f"past_key_values has {found} for layer {i}, which is a linear-attention layer; make the cache from "
-                "the model's config: DynamicCache(config=model.config)."
+                f"the cache has {found} for layer {i}, which is a linear-attention layer; make the cache from the "
+                "model's config: DynamicCache(config=model.config)."
             )

@@ -20,6 +20,7 @@ from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view,
 from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
+from .library import cache_argument, take_cache
 from .linear_attention import LinearAttention, check_cache, count_tokens_in
 from .model_card import PushedWithCard
 from .packing import document_positions, packed_documents, padding_mask_of
@@ -182,8 +183,9 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
     ) -> None:
         base: Any = super()
         base._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if isinstance(model_kwargs.get("past_key_values"), Cache):
-            count_tokens_in(model_kwargs["past_key_values"])
+        cache = take_cache(dict(model_kwargs))
+        if isinstance(cache, Cache):
+            count_tokens_in(cache)
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused where a layer is linear: the library pages keys and values, and has no pages for states."""
@@ -199,16 +201,16 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
     def create_masks_for_generate(
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | None:
         """
         Leaves the 2-D mask to the backbone: only it knows whether it wants one mask or one for each layer type. For a
         step with a static cache it is as wide as the cache, or a compiled step would be compiled for every new width.
         """
-        if attention_mask is None or inputs_embeds is None or inputs_embeds.shape[1] != 1 or past_key_values is None:
+        cache = take_cache(kwargs)
+        if attention_mask is None or inputs_embeds is None or inputs_embeds.shape[1] != 1 or cache is None:
             return attention_mask
-        unused = past_key_values.get_max_length() - attention_mask.shape[1]
+        unused = cache.get_max_length() - attention_mask.shape[1]
         if unused <= 0:
             return attention_mask
         # Linear layers look at the last column. Softmax layers look at none that is to come, whatever it says.
@@ -323,7 +325,9 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
         return (), kwargs  # the backbone raises its own error
     config = backbone.config._hybrid.text_config
     linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    cache_name = cache_argument(backbone_class)
+    mask, cache = kwargs.get("attention_mask"), take_cache(kwargs)
+    kwargs[cache_name] = cache
     if not linear and not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
         return (), kwargs  # softmax layers alone: the teacher's backbone knows what to do with it
     padding_mask = padding_mask_of(config, inputs, mask, cache)
@@ -335,12 +339,15 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
     if seq_idx is not None:
         # The library looks for packed rows only where there is neither a mask nor a cache; rows that are packed
         # are never continued, and a mask of ones says nothing.
-        kwargs |= {"attention_mask": None, "past_key_values": None, "use_cache": False}
+        kwargs |= {"attention_mask": None, cache_name: None, "use_cache": False}
         kwargs["seq_idx"] = seq_idx.expand(inputs.shape[0], -1)
         return (), kwargs
     use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-    if use_cache and cache is None and not (backbone.training and getattr(backbone, "gradient_checkpointing", False)):
-        kwargs["past_key_values"] = cache = DynamicCache(config=config)
+    if use_cache and cache is None:
+        if backbone.training and getattr(backbone, "gradient_checkpointing", False):
+            kwargs["use_cache"] = False  # or a backbone that would have one without gradients makes it itself
+        else:
+            kwargs[cache_name] = cache = DynamicCache(config=config)
     if isinstance(cache, Cache):
         check_cache(cache, linear)
         count_tokens_in(cache)

@@ -19,7 +19,7 @@ def padding_mask_of(config: Any, inputs: torch.Tensor, mask: Any, cache: Cache |
         config: the nested config.
         inputs: ids `[B, T]` or embeddings `[B, T, hidden]`.
         mask: `attention_mask` as it came: `[B, past + T]`, None, or what linear attention has no use for.
-        cache: `past_key_values` as it came.
+        cache: as it came.
     """
     if mask is None:
         return None
@@ -62,7 +62,7 @@ def packed_documents(
     if cached:
         raise ValueError(
             "position_ids restart inside a row (packed documents) that is put into a cache, which holds one state for "
-            "each row. Pass no past_key_values with packed rows."
+            "each row. Pass no cache with packed rows."
         )
     raise ValueError(
         "position_ids restart inside a row (packed documents) while attention_mask has padding, which the teacher's "

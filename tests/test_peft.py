@@ -242,7 +242,7 @@ def test_prefix_tuning_is_refused():
     """Its keys and values are no state of a recurrence; the embeddings of prompt tuning are tokens like others."""
     options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
     prefixed = get_peft_model(hybrid(), PrefixTuningConfig(**options))
-    with pytest.raises(ValueError, match="past_key_values has DynamicLayer for layer 0"):
+    with pytest.raises(ValueError, match="the cache has DynamicLayer for layer 0"):
         prefixed(ids())
     prompted = get_peft_model(hybrid(), PromptTuningConfig(**options))
     prompted(ids(), labels=ids()).loss.backward()

@@ -11,6 +11,7 @@ from accelerate import DistributedType
 from torch.utils.checkpoint import checkpoint
 
 from ..modeling.adopted_attention import positional_names
+from ..modeling.library import take_cache
 from ..modeling.modeling_hybrid import decoder_layers, packed_documents
 from .distillation import final_hidden_states
 from .hybrid_trainer import mixer_parameters
@@ -98,7 +99,8 @@ def _attention_of(
         def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
             kind: Any = type(module)
             given = dict(zip(positional_names(kind), args, strict=False)) | kwargs
-            seen[i] = ({**given, "past_key_values": None}, output[0])
+            take_cache(given)
+            seen[i] = (given, output[0])
 
         return hook
 
