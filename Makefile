@@ -5,16 +5,21 @@
 #   PYTEST_ARGS     more arguments to pytest, such as "-k cache"
 #   WORKERS         processes that run the tests
 #   OUTPUT          folder that the demo writes
+#   GPU_PYTHON      for gpu-check: an interpreter that has all it needs, in place of an environment made for it
+#   GPU_CHECK_ARGS  more arguments to gpu-check, such as "--output gpu_check.json"
 PYTHON ?= python3
 PIP_TORCH_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
 OUTPUT ?= demo_output
+GPU_PYTHON ?=
+GPU_CHECK_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
 FLA_BIN := .venv-fla/bin
 FLA_READY := .venv-fla/.ready
+GPU_READY := .venv-gpu/.ready
 
 .DEFAULT_GOAL := help
 
@@ -52,6 +57,17 @@ test-slow: $(READY) ## run the slow tests: kills by the dozen, two processes, ev
 .PHONY: test-fla
 test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(FLA_BIN)/python -m pytest tests_fla $(PYTEST_ARGS)
+
+# What is installed here is what an ordinary installation brings today, not what constraints.txt names.
+$(GPU_READY): setup.py
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install $(PIP_TORCH_ARGS) torch
+	.venv-gpu/bin/python -m pip install -e ".[gpu]" deepspeed
+	@touch $@
+
+.PHONY: gpu-check
+gpu-check: $(if $(GPU_PYTHON),,$(GPU_READY)) ## on a machine with a GPU: kernels, mixers, recipes, a kill, several processes
+	$(or $(GPU_PYTHON),.venv-gpu/bin/python) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 .PHONY: families
 families: $(READY) ## convert a tiny model of every type in transformers, write docs/supported_models.md
