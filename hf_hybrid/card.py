@@ -182,7 +182,7 @@ def _scores(config: Any, scores: "LayerScores") -> str:
     if scores.order:
         text += f" Layers were chosen together, in the order {scores.order}."
     rows = [
-        f"| {s.layer} | {_plain(s.value, '.4f')} | {_plain(s.sem, '.4f')} | {'yes' if s.layer in kept else ''} |"
+        f"| {s.layer} | {s} | {_plain(s.sem, '.4f')} | {'yes' if s.layer in kept else ''} |"
         for s in sorted(scores.scores, key=lambda score: score.layer)
     ]
     lines = [

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from hf_hybrid.trainers.digests import tensor_digest
 from hf_hybrid.trainers.durable import read_json, write_json
-from hf_hybrid.trainers.teacher_pass import tensor_digest
 
 from . import __version__
 from .folder import has_work

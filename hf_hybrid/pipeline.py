@@ -301,7 +301,11 @@ class Pipeline:
     def _report(self) -> None:
         r, scores = self.recipe, self.scores
         found = [] if scores is None else scores.scores
-        listed = [{"layer": s.layer, "kl": s.kl, "value": s.value, "sem": s.sem} for s in found]
+        listed = [
+            {"layer": s.layer, "kl": s.kl, "value": s.value, "sem": s.sem}
+            | ({"diverged": s.diverged} if s.diverged else {})
+            for s in found
+        ]
         report = {
             "teacher": r.teacher,
             "num_layers": self.teacher.config.num_hidden_layers,

@@ -26,12 +26,15 @@ def plot_scores(scores: "LayerScores", selected: Iterable[int], path: str | os.P
     axes = figure.add_subplot()
     axes.bar(
         [score.layer for score in rows],
-        [score.value for score in rows],
+        [0.0 if score.diverged else score.value for score in rows],
         yerr=[score.sem for score in rows],
         color=[_CHOSEN if score.layer in chosen else _OTHER for score in rows],
         ecolor="#444444",
         capsize=3,
     )
+    for layer in scores.diverged:
+        # Beside the axis, at whichever height the others are.
+        axes.text(layer, 0.03, "diverged", rotation=90, ha="center", transform=axes.get_xaxis_transform())
     axes.set_xticks([score.layer for score in rows])
     better = "higher" if scores.higher_is_better else "lower"
     axes.set_xlabel("layer (index)")

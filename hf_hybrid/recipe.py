@@ -117,8 +117,8 @@ class DistillStage(StageConfig):
 @dataclass(kw_only=True)
 class ScoreStage(StageConfig):
     """
-    [`StageConfig`] of the short distillations that score layers, with the rates of the distillation. `checkpoints` has
-    no effect here: docs/runs.md says what a kill costs.
+    [`StageConfig`] of the short distillations that score layers, with the rates of the distillation. `checkpoints` are
+    those of each of them.
 
     Args:
         tokens_per_layer (`int`): tokens of one such run: `ga-s2` makes one for each layer, others one in all or none.

@@ -146,7 +146,7 @@ def score_stage(
         options["task"] = recall_task(teacher, tokenizer, recipe.data.held_out_rows, recipe.seed)
 
     def report(score: Any) -> None:
-        text = f"layer {score.layer}: {score.value:.4f}"
+        text = f"layer {score.layer}: {score}"
         listener(Event("score", "step", score.layer + 1, num_layers, text))
 
     def steps(done: int, total: int, text: str) -> None:
@@ -164,6 +164,7 @@ def score_stage(
         options=options,
         k=count_for(recipe, teacher, student),
         output_dir=folder,
+        checkpoints=stage.checkpoints,
         progress=report,
         # Layer after layer, each reports itself; rounds over all of them report at the end.
         steps=None if stage.method == "ga-s2" and not compares_rounds(stage.options) else steps,

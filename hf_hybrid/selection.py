@@ -75,7 +75,7 @@ def layers_within(
     extra, free = _room(softmax_bytes, linear_bytes, limit)
     # Softmax attention over a short context takes less than a state.
     always = [layer for layer in range(count) if extra[layer] <= 0]
-    rest = [layer for layer in scores.ranking if extra[layer] > 0]
+    rest = [layer for layer in scores.ranking if extra[layer] > 0 and layer not in scores.diverged]
     if scores.order:
         return sorted([*always, *_in_order(scores, extra, free)])
     gains, spare = _gains(scores)
@@ -125,7 +125,7 @@ def _in_order(scores: LayerScores, extra: list[int], free: int) -> list[int]:
             f"its top({scores.k}), or scores of a method that goes by size."
         )
     chosen = []
-    for layer in (layer for layer in scores.ranking if extra[layer] > 0):
+    for layer in (layer for layer in scores.ranking if extra[layer] > 0 and layer not in scores.diverged):
         if extra[layer] <= free:
             if layer not in scores.order:
                 raise ValueError(
@@ -143,8 +143,9 @@ def _gains(scores: LayerScores) -> tuple[dict[int, float], int | None]:
         return {score.layer: score.value for score in scores.scores}, None
     if not scores.tokens and not math.isnan(scores.baseline):
         return {score.layer: scores.baseline - score.value for score in scores.scores}, None
-    worst = max(scores.scores, key=lambda score: (score.value, score.layer))
-    return {score.layer: worst.value - score.value for score in scores.scores}, worst.layer
+    known = [score for score in scores.scores if not score.diverged]
+    worst = max(known, key=lambda score: (score.value, score.layer))
+    return {score.layer: worst.value - score.value for score in known}, worst.layer
 
 
 def _undominated(entries: list[tuple[int, float, tuple[int, ...]]]) -> list[tuple[int, float, tuple[int, ...]]]:

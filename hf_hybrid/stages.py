@@ -5,14 +5,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hf_hybrid.trainers import (
     AlignmentConfig,
@@ -23,7 +21,7 @@ from hf_hybrid.trainers import (
     HybridTrainingArguments,
     write_teacher_topk,
 )
-from hf_hybrid.trainers.checkpoints import checkpoints_in, damage, newest_checkpoint, seal
+from hf_hybrid.trainers.checkpoints import CheckedSteps, checkpoints_in, damage, newest_checkpoint
 from hf_hybrid.trainers.processes import num_processes, on_main
 from hf_hybrid.trainers.scoring import check_placement
 from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
@@ -247,7 +245,7 @@ def train(
     return trainer
 
 
-class _Steps(TrainerCallback):
+class _Steps(CheckedSteps):
     """Reports steps, stops at a loss that is not finite before it reaches a checkpoint, and seals checkpoints."""
 
     def __init__(self, name: str, listener: Listener) -> None:
@@ -256,38 +254,23 @@ class _Steps(TrainerCallback):
         self.text = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs, **kwargs)
         if logs and "loss" in logs:
-            # With fp16, gradients that overflow are skipped and the scale lowered: no error.
-            watched = ("loss",) if args.fp16 else ("loss", "grad_norm")
-            for what in watched:
-                if not math.isfinite(float(logs.get(what, 0.0))):
-                    raise ValueError(self._diverged(what, logs[what], args, state))
             self.text = f"loss {float(logs['loss']):.4f}"
             self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
 
-    def _diverged(self, what: str, value: float, args: Any, state: Any) -> str:
+    def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:
         whole = [path for path in checkpoints_in(Path(args.output_dir)) if damage(path) is None]
         kept = f"{whole[0].name}, from before it, is kept" if whole else "there is no checkpoint from before it"
-        return (
+        raise ValueError(
             f"{self.name}: the {what} is {value} at step {state.global_step} of {state.max_steps}; nothing is saved "
             f"of it, and {kept}. Try a lower {self.name}.learning_rate, more {self.name}.warmup_steps, or another "
             "precision; where it is so from the first step, look for nan in the teacher's weights."
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        last = state.global_step >= state.max_steps
-        # A mean of losses that spans a checkpoint would be another one after a resume; and no checkpoint is written
-        # of weights whose loss was not looked at.
-        control.should_log = control.should_log or control.should_save or last
-        if last:
-            # The artefact follows at once. And resumed from its last step, the Trainer would train one step more.
-            control.should_save = False
+        super().on_step_end(args, state, control, **kwargs)
         self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def check_finite(folder: Path) -> None:

@@ -138,11 +138,17 @@ def test_a_loss_of_nan_between_two_logs(case: Case, monkeypatch: pytest.MonkeyPa
     assert not (case.folder / "distilled").exists() and (case.folder / "distill_checkpoints" / "checkpoint-2").exists()
 
 
-def test_a_score_of_nan_is_not_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, DistillationTrainer, 2)
+def test_scores_that_are_all_nan(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of one layer is said with the others; nothing but nan is no scores."""
     case.at("score")
-    assert "softmax in layers [0] has a held-out KL of nan" in case.fails()
-    assert [path.name for path in (case.folder / "scores").iterdir()] == ["settings.json"]
+    with monkeypatch.context() as patch:
+        poisoned(patch, DistillationTrainer, 2)
+        line = case.fails()
+    assert "all 4 layers diverged, which ranks nothing: layer 0: the loss is nan at step 2 of 2" in line
+    assert case.fails() == line  # it is known, and not tried again by itself
+    for path in (case.folder / "scores").glob("layer_*.json"):
+        path.unlink()
+    case.ends("--stop-after", "score")
 
 
 def test_weights_of_nan_after_the_last_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

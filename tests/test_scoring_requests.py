@@ -1,6 +1,7 @@
 """What may be asked of scores, and what of it a folder with scores remembers."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -111,6 +112,6 @@ def test_nothing_that_is_not_finite_is_kept_or_ranks(pair, tmp_path):
     for found in ([[0.5, float("nan")]], {"1": [float("inf")]}):
         with pytest.raises(ValueError, match="influence: a measurement is (nan|inf), which ranks nothing"):
             job.once("influence", lambda found=found: found)
-    with pytest.raises(ValueError, match="layer 3: a measurement is nan"):
-        job.score(3, lambda: LayerScore.of_rows(3, [0.1, float("nan")], is_kl=False))
     assert not (tmp_path / "kept").exists()
+    found = job.score(3, lambda: LayerScore.of_rows(3, [0.1, float("nan")], is_kl=False))
+    assert found.diverged == "layer 3: a measurement is nan, which ranks nothing" and math.isnan(found.value)

@@ -1,18 +1,54 @@
 """The Trainer's checkpoints on disk, and folders that tell whether they are complete."""
 
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .durable import read_json, sync_tree, write_json
 
 
 _LIST = "files.json"
+
+
+class CheckedSteps(TrainerCallback):
+    """
+    Lets a checkpoint be written only of weights whose loss was looked at, and seals it; the last of all callbacks. A
+    loss or norm of the gradients that is not finite goes to [`CheckedSteps.not_finite`].
+    """
+
+    def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:
+        """Raises what says that `what`, the loss or the norm, is `value`."""
+        raise NotImplementedError
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.global_step >= state.max_steps
+        # A mean of losses that spans a checkpoint would be another one after a resume.
+        control.should_log = control.should_log or control.should_save or last
+        if last:
+            # What is made of the weights follows at once. And resumed from its last step, the Trainer would train one
+            # step more.
+            control.should_save = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            # With fp16, gradients that overflow are skipped and the scale lowered: no error.
+            for what in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+                if not math.isfinite(float(logs.get(what, 0.0))):
+                    self.not_finite(what, logs[what], args, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 
 Record = TypeVar("Record")
@@ -34,26 +34,39 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 @contextlib.contextmanager
 def _alone_with(partial: Path) -> Iterator[None]:
     """Waits until no other process has `partial`, which is then there; another one's kill ends its hold."""
+    mine = False
+    while not mine:
+        with open(partial, "ab") as stream:
+            _lock(stream, wait=True)
+            # Whoever had it before may have given it the file's name: this is then that file.
+            with contextlib.suppress(FileNotFoundError):
+                mine = os.path.samestat(os.fstat(stream.fileno()), os.stat(partial))
+            if mine:
+                yield
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Whether no other process holds the file `path`, which this one then does until the end, however it ends."""
+    with open(path, "ab") as stream:
+        yield _lock(stream, wait=False)
+
+
+def _lock(stream: IO[bytes], *, wait: bool) -> bool:
+    """Locks an open file against other processes; False where one of them has it. Where there are no locks, True."""
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
-    mine = False
-    while True:
-        with open(partial, "ab") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX)
-            except OSError as error:
-                # Some network file systems have no locks.
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                    raise
-            # Whoever had it before may have given it the file's name: this is then that file.
-            with contextlib.suppress(FileNotFoundError):
-                mine = os.path.samestat(os.fstat(held.fileno()), os.stat(partial))
-            if mine:
-                yield
-                return
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some network file systems have none.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    return True
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:

@@ -28,6 +28,7 @@ class LayerScore:
         per_sequence (`list[float]`): `value` of each held-out row, for paired comparisons between layers.
         value (`float`): the score, in the unit and direction that [`LayerScores`] names. By default `kl`.
         curve (`list[list[float]]`): `[tokens, value, standard error]` on the way, where it was measured.
+        diverged (`str`): what was not finite, where the layer has no value for that.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class LayerScore:
     per_sequence: list[float] = field(default_factory=list, repr=False)
     value: float = math.nan
     curve: list[list[float]] = field(default_factory=list, repr=False)
+    diverged: str = ""
 
     def __post_init__(self) -> None:
         self.kl, self.value = number(self.kl), number(self.value)
@@ -50,6 +52,14 @@ class LayerScore:
         value = sum(rows) / len(rows)
         kl = value if is_kl else math.nan
         return cls(layer, kl, standard_error(rows), 0, 0.0, per_sequence=rows, value=value)
+
+    @classmethod
+    def of_diverged(cls, layer: int, reason: str) -> "LayerScore":
+        """The score of a layer whose loss or measurement was not finite, as `reason` says."""
+        return cls(layer, math.nan, 0.0, 0, 0.0, diverged=reason)
+
+    def __str__(self) -> str:
+        return "diverged" if self.diverged else f"{self.value:.4f}"
 
 
 @dataclass
@@ -119,10 +129,19 @@ class LayerScores:
 
     @property
     def ranking(self) -> list[int]:
-        """Layers from the most to the least worth keeping as softmax: `order`, then the others by value."""
+        """
+        Layers from the most to the least worth keeping as softmax: `order`, then the others by value, and last those
+        that diverged.
+        """
         sign = -1 if self.higher_is_better else 1
-        by_value = sorted(self.scores, key=lambda score: (sign * score.value, score.layer))
+        known = sorted((s for s in self.scores if not s.diverged), key=lambda s: (sign * s.value, s.layer))
+        by_value = [*known, *(score for score in self.scores if score.diverged)]
         return [*self.order, *(score.layer for score in by_value if score.layer not in self.order)]
+
+    @property
+    def diverged(self) -> list[int]:
+        """The layers whose loss or measurement was not finite: of what they are worth, nothing is known."""
+        return [score.layer for score in self.scores if score.diverged]
 
     def top(self, k: int) -> list[int]:
         """The `k` best layers, ascending: what to pass as `full_attention_layers`."""
@@ -139,7 +158,14 @@ class LayerScores:
                 f"{self.method} chose {len(self.order)} layers one after the other, and none after those; score with "
                 f"k={k}."
             )
-        return sorted(self.ranking[:k])
+        chosen = sorted(self.ranking[:k])
+        lost = [layer for layer in chosen if layer in self.diverged]
+        if lost and k < len(self.scores):
+            raise ValueError(
+                f"layers {lost} of {self.method} diverged and come last, and the best {k} would have them; score them "
+                f"again with lower learning rates, or keep at most {k - len(lost)}."
+            )
+        return chosen
 
     def gap(self, better: int, worse: int) -> tuple[float, float]:
         """
@@ -153,6 +179,8 @@ class LayerScores:
         for layer in (better, worse):
             if layer not in rows:
                 raise ValueError(f"layer {layer} was not scored; choose from {sorted(rows)}.")
+        if lost := [layer for layer in (better, worse) if layer in self.diverged]:
+            raise ValueError(f"layers {lost} diverged, so there is no gap; choose from the others.")
         if not rows[better] or not rows[worse]:
             raise ValueError(
                 f"{self.method} has no values of single rows, so no gap; use a method that measures them."
@@ -183,7 +211,7 @@ class LayerScores:
         for column in (
             "rank",
             "layer",
-            "value" if math.isnan(self.scores[0].kl) else "KL",
+            "value" if all(math.isnan(score.kl) for score in self.scores) else "KL",
             "s.e.",
             "tokens",
             "seconds",
@@ -193,7 +221,7 @@ class LayerScores:
         for rank, layer in enumerate(self.ranking, start=1):
             score = by_layer[layer]
             chosen = f"{rank}*" if layer in self.order else str(rank)
-            cells = (f"{score.value:.4f}", f"{score.sem:.4f}", f"{score.tokens:,}", f"{score.seconds:.1f}")
+            cells = (str(score), f"{score.sem:.4f}", f"{score.tokens:,}", f"{score.seconds:.1f}")
             table.add_row(chosen, str(layer), *cells)
         text = io.StringIO()
         text.write(f"{self.method}: {self.measure} ({self.unit}; {direction} is worth more)\n")

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from ..modeling.modeling_hybrid import decoder_layers
+from .digests import rows_digest, weights_digest
 from .distillation import DistillationConfig
 from .held_out import HeldOut
 from .losses import check_logit_function
+from .processes import on_main
 from .scores import LayerScore, LayerScores
 from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
 from .scoring_gates import gates, path_gradient
@@ -99,6 +101,7 @@ def score_layers(
     k: int | None = None,
     options: dict[str, Any] | None = None,
     output_dir: Any = None,
+    checkpoints: int = 10,
     progress: Callable[[LayerScore], None] | None = None,
     steps: Steps | None = None,
 ) -> LayerScores:
@@ -128,7 +131,9 @@ def score_layers(
         k (`int`, *optional*): how many layers are wanted, for the methods in `NEEDS_K`, which choose them together.
         options (`dict`, *optional*): keyword arguments of the method's function.
         output_dir (`str`, *optional*): keeps each result as soon as it is there; a second call with the same folder
-            goes on with what is missing.
+            goes on with what is missing. A result is taken only where it came from the same settings, rows and models.
+        checkpoints (`int`, *optional*, defaults to 10): parts of each training run, between which `output_dir` has a
+            checkpoint: a kill loses one of them at most.
         progress (`Callable`, *optional*): called with each [`LayerScore`].
         steps (`Callable`, *optional*): called with `(done, total, text)` as work goes on between those.
 
@@ -137,7 +142,7 @@ def score_layers(
     """
     options, args = options or {}, args or DistillationConfig(output_dir=str(output_dir or "scores"))
     check_request(method, options, k)
-    _check_given(method, student, train_dataset, tokens_per_layer)
+    _check_given(method, student, train_dataset, tokens_per_layer, checkpoints)
     wanted = _check_layers(method, layers, k, num_layers := len(decoder_layers(teacher)))
     _prepare_models(student, teacher, args, method)
     job = Job(
@@ -151,10 +156,11 @@ def score_layers(
         tokens_per_layer=tokens_per_layer,
         k=k,
         folder=None if output_dir is None else Path(output_dir),
+        checkpoints=checkpoints,
         progress=progress,
         steps=steps,
     )
-    _claim(job, method, options)
+    _claim(job, method, options, eval_dataset)
     return METHODS[method](job, **options)
 
 
@@ -170,7 +176,7 @@ def _prepare_models(student: Any, teacher: Any, args: DistillationConfig, method
             check_logit_function(model)
 
 
-def _claim(job: Job, method: str, options: dict[str, Any]) -> None:
+def _claim(job: Job, method: str, options: dict[str, Any], eval_dataset: Any) -> None:
     """Measures where the models start, and marks the folder as holding scores made from there."""
     if job.student is not None:
         known, what = job.held_out.kl(job.student), "the aligned student"
@@ -185,7 +191,13 @@ def _claim(job: Job, method: str, options: dict[str, Any]) -> None:
         settings["train_rows"] = _digest(job.train_dataset)
     if follows_k(method, options):
         settings["k"] = job.k
-    job.claim(settings | {"options": _described(options)})
+    settings |= {"options": _described(options), "held_out": on_main(lambda: rows_digest(eval_dataset))}
+    if method not in NO_TRAINING:
+        settings["train"] = on_main(lambda: rows_digest(job.train_dataset))
+    settings["teacher"] = weights_digest(job.teacher)
+    if job.student is not None:
+        settings["student"] = weights_digest(job.student)
+    job.claim(settings)
 
 
 def check_request(method: str, options: dict[str, Any], k: int | None) -> None:
@@ -196,8 +208,12 @@ def check_request(method: str, options: dict[str, Any], k: int | None) -> None:
     check_k(method, options, k)
 
 
-def _check_given(method: str, student: Any, train_dataset: Any, tokens_per_layer: int | None) -> None:
+def _check_given(
+    method: str, student: Any, train_dataset: Any, tokens_per_layer: int | None, checkpoints: int
+) -> None:
     """Raises a `ValueError` where the method lacks student, rows or tokens, or the student has softmax attention."""
+    if checkpoints < 1:
+        raise ValueError(f"checkpoints={checkpoints} is too small; pass at least 1.")
     if tokens_per_layer is not None and tokens_per_layer < 1:
         raise ValueError(f"tokens_per_layer={tokens_per_layer} trains on nothing; pass at least 1.")
     if method not in NO_TRAINING and train_dataset is None:
@@ -250,7 +266,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | None) -> dict[str, Any]:
-    """What decides a score; the KL before any training stands for the weights and the held-out rows."""
+    """What of the arguments decides a score."""
     names: tuple[str, ...] = ("seed", "learning_rate", "mixer_learning_rate", "max_steps", "num_train_epochs")
     names += ("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16", "final_learning_rate", "decay_window")
     names += ("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "train_sampling_strategy")
@@ -262,7 +278,7 @@ def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | Non
 
 
 def _digest(dataset: Any) -> str:
-    """How many rows there are, with a digest of the first and the last: other rows are told apart at no cost."""
+    """How many rows there are, with a digest of the first and the last: what earlier versions wrote down."""
     if len(dataset) == 0:
         raise ValueError("the training dataset is empty; pass rows of input_ids.")
     rows = [list(map(int, dataset[i]["input_ids"])) for i in (0, len(dataset) - 1)]

@@ -19,7 +19,7 @@ from .losses import alignment_loss
 from .modes import evaluating
 from .processes import on_main
 from .scores import LayerScore, LayerScores
-from .scoring_job import Job, tokens_per_step
+from .scoring_job import Job, NotFinite, tokens_per_step
 
 
 def ga_s2(
@@ -73,7 +73,7 @@ def _each(job: Job, prepare: Callable[[int], None], prefix: str, rounds: int = 1
             def work(layer: int = layer) -> LayerScore:
                 prepare(layer)
                 measured = _Measure(job, points)
-                job.distil(callbacks=[measured])
+                job.distil(f"{prefix}_{layer:03d}", callbacks=[measured])
                 score = LayerScore.of_rows(layer, measured.rows or job.kl())
                 score.curve = measured.curve
                 return score
@@ -82,23 +82,31 @@ def _each(job: Job, prepare: Callable[[int], None], prefix: str, rounds: int = 1
                 scores.append(job.score(layer, work, prefix))
             finally:
                 job.reset(aligned)
-            job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1].value:.4f}")
+            job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1]}")
     return scores
 
 
 class _Measure(TrainerCallback):
-    """Measures the held-out KL after the steps `points`; `rows` are those of the last one."""
+    """
+    Measures the held-out KL after the steps `points`; `rows` are those of the last one. What was measured before a
+    checkpoint goes with it, in the log of the Trainer's state.
+    """
 
     def __init__(self, job: Job, points: list[int]) -> None:
         self.job, self.points = job, points
         self.rows: list[float] = []
         self.curve: list[list[float]] = []
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.curve = [entry["held_out"] for entry in state.log_history if "held_out" in entry]
+        self.job.tokens_forward += len(self.curve) * self.job.held_out.tokens
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.points:
             self.rows = self.job.kl()
             tokens = state.global_step * tokens_per_step(self.job.train_dataset, args)
             self.curve.append([tokens, sum(self.rows) / len(self.rows), standard_error(self.rows)])
+            state.log_history.append({"step": state.global_step, "held_out": self.curve[-1]})
 
 
 def gr_s2(job: Job) -> LayerScores:
@@ -126,10 +134,13 @@ def avg_s2(job: Job) -> LayerScores:
     added, removed = _each_restored(job, "added"), _each_linearised(job, "removed")
     ranks = []
     for scores, sign in ((added, 1), (removed, -1)):
-        ordered = sorted(scores, key=lambda score: (sign * score.kl, score.layer))
+        ordered = sorted((s for s in scores if not s.diverged), key=lambda score: (sign * score.kl, score.layer))
         ranks.append({score.layer: rank for rank, score in enumerate(ordered, start=1)})
     averaged = []
     for a, b in zip(added, removed, strict=True):
+        if a.diverged or b.diverged:
+            averaged.append(LayerScore.of_diverged(a.layer, a.diverged or b.diverged))
+            continue
         mean = (ranks[0][a.layer] + ranks[1][a.layer]) / 2
         averaged.append(LayerScore(a.layer, float("nan"), 0.0, a.tokens + b.tokens, a.seconds + b.seconds, value=mean))
     return job.finish("avg-s2", averaged, measure="mean rank in ga-s2 and gr-s2", unit="rank")
@@ -173,16 +184,19 @@ def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
     """GA-S2 with all layers a round at a time, their training states on disk in between, until a rule ends it."""
     k = job.wanted
     points = job.step_points(options["rounds"])
-    alive, dropped = list(job.layers), list[list[int]]()
+    alive, dropped, failed = list(job.layers), list[list[int]](), list[int]()
     scores: dict[int, LayerScore] = {}
     tops: list[set[int]] = []
     with job.restored_afterwards() as aligned, _states(job) as states:
         for number in range(len(points)):
             for layer in alive:
                 _advance(job, scores, layer, points, number, states, aligned)
+            failed += [layer for layer in alive if scores[layer].diverged]
+            alive = [layer for layer in alive if not scores[layer].diverged]
             alive.sort(key=lambda layer: (scores[layer].value, layer))
             tops.append(set(alive[:k]))
-            if number + 1 == len(points) or _stable(tops, options["stability_window"], options["stability"]):
+            stable = _stable(tops, options["stability_window"], options["stability"])
+            if not alive or stable or number + 1 == len(points):
                 break
             if options["halving"]:
                 losers = _losers([scores[layer] for layer in alive], k, options["noise"])
@@ -193,7 +207,7 @@ def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
     for layer in job.layers:
         job.report(scores[layer])
     # What was stopped earlier was trained on fewer tokens: its value does not compare, its place does.
-    order = [*alive, *(layer for losers in dropped for layer in losers)] if any(dropped) else []
+    order = [*alive, *(layer for losers in dropped for layer in losers), *failed] if any(dropped) else []
     return job.finish("ga-s2", list(scores.values()), order=order, options=options)
 
 
@@ -201,9 +215,10 @@ def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
 def _states(job: Job) -> Iterator[Path]:
     """A folder for the layers' training states: in the job's folder, or for the time being."""
     if job.folder is not None:
-        yield job.folder / "rounds"
+        states = job.folder / f"rounds_{job.origin}"
+        yield states
         if PartialState().is_main_process:
-            shutil.rmtree(job.folder / "rounds", ignore_errors=True)
+            shutil.rmtree(states, ignore_errors=True)
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(on_main(lambda: scratch))
@@ -219,41 +234,46 @@ def _advance(
     aligned: dict[str, torch.Tensor],
 ) -> None:
     """Trains layer `layer`'s student through round `number`, measures it, and adds that to its score."""
-    folder = states / f"layer_{layer:03d}"
-    before = None if number == 0 else folder / f"{PREFIX_CHECKPOINT_DIR}-{points[number - 1]}"
+    folder, start, stop = states / f"layer_{layer:03d}", 0 if number == 0 else points[number - 1], points[number]
+    name = f"round_{number:03d}_layer_{layer:03d}"
 
-    def work() -> list[float]:
+    def work() -> list[float] | str:
         job.student.set_full_attention_layers([layer], job.teacher)
-        settings: dict[str, Any] = {"output_dir": str(folder), "save_total_limit": 2, "save_only_model": False}
-        stop = _StopAt(points[number], save=number + 1 < len(points))
         try:
-            job.distil(callbacks=[stop], resume_from_checkpoint=None if before is None else str(before), **settings)
+            # A kill came after this checkpoint, which the Trainer would train a step beyond, and before the result.
+            on_main(lambda: shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{stop}", ignore_errors=True))
+            job.distil(name, callbacks=[_StopAt(stop)], folder=folder, start=start)
             return job.kl()
+        except NotFinite as error:
+            return error.reason
         finally:
             job.reset(aligned)
 
-    rows = job.once(f"round_{number:03d}_layer_{layer:03d}", work)
-    if before is not None and PartialState().is_main_process:
-        shutil.rmtree(before, ignore_errors=True)
+    rows = job.once(name, work)
     spent, old = job.spent[-1], scores.get(layer)
-    new = LayerScore.of_rows(layer, rows)
+    if isinstance(rows, str):
+        new = LayerScore.of_diverged(layer, rows)
+        job.note_diverged(f"layer {layer}", rows, name)
+    else:
+        new = LayerScore.of_rows(layer, rows)
     new.tokens = spent["tokens_forward_backward"] + (0 if old is None else old.tokens)
     new.seconds = spent["seconds"] + (0.0 if old is None else old.seconds)
-    new.curve = [*([] if old is None else old.curve), [new.tokens, new.value, new.sem]]
+    new.curve = list([] if old is None else old.curve)
+    if not new.diverged:
+        new.curve.append([new.tokens, new.value, new.sem])
     scores[layer] = new
-    job.say(number + 1, len(points), f"layer {layer}: KL {new.value:.4f}")
+    job.say(number + 1, len(points), f"layer {layer}: KL {new}")
 
 
 class _StopAt(TrainerCallback):
     """Ends the training after a step, with a checkpoint to go on from."""
 
-    def __init__(self, step: int, save: bool) -> None:
-        self.step, self.save = step, save
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self.step:
-            control.should_save = self.save
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
 def _losers(ranked: list[LayerScore], k: int, noise: float) -> list[int]:

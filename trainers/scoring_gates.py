@@ -110,11 +110,10 @@ def gates(job: Job, *, learning_rate: float = 0.05, penalty: float = 1.0, ramp: 
             trainer.budget, trainer.weight, trainer.ramp = k, weight, ramp
             return trainer
 
-        checkpoints = None if job.folder is None else job.folder / "gates_checkpoints"
         frozen = [p for p in job.student.parameters() if p.requires_grad and p is not values]
         try:
             with _frozen(frozen), gated(both, lambda: torch.sigmoid(job.student.softmax_gates)):
-                job.distil(kind=kind, checkpoints=checkpoints, **trained)
+                job.distil("gates", kind=kind, **trained)
         finally:
             del job.student.softmax_gates
         return torch.sigmoid(values).tolist()
@@ -123,7 +122,6 @@ def gates(job: Job, *, learning_rate: float = 0.05, penalty: float = 1.0, ramp: 
         for attention in both.softmax:
             attention.requires_grad_(False)
         found = job.once("gates", work)
-        job.discard("gates_checkpoints")
     scores = [LayerScore(layer, float("nan"), 0.0, 0, 0.0, value=found[layer]) for layer in job.layers]
     for score in scores:
         job.report(score)

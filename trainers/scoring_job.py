@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import resource
@@ -12,21 +14,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling.modeling_hybrid import decoder_layers
-from .checkpoints import newest_checkpoint, seal
+from .checkpoints import CheckedSteps, newest_checkpoint
 from .distillation import DistillationConfig, DistillationTrainer
-from .durable import PARTIAL, read_json, settle, write_json
+from .durable import PARTIAL, held, read_json, settle, write_json
 from .held_out import HeldOut
 from .modes import modes_kept
 from .processes import on_main
@@ -34,6 +35,18 @@ from .scores import LayerScore, LayerScores, without_nan
 
 
 Steps = Callable[[int, int, str], None]
+_CLAIM = "settings"
+
+
+class NotFinite(ValueError):
+    """A loss or a measurement is not finite; `reason` says which, where and when."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}, and nothing is kept of it; lower the learning rates of the scores, score in a wider dtype, or "
+            "look for nan in the weights that they start from."
+        )
+        self.reason = reason
 
 
 @dataclass
@@ -41,7 +54,9 @@ class Job:
     """
     One call of [`score_layers`]: what the methods need, and the record of what they spent.
 
-    Work goes through [`Job.once`], which keeps each result in `folder` and takes it from there in a later call.
+    Work goes through [`Job.once`], which keeps each result in `folder` and takes it from there in a later call. Each
+    file says by `origin`, a digest, from which settings, rows and models it came, and is taken only where these are
+    the call's: a job that began before the folder was given to other scores may still write into it.
     """
 
     student: Any
@@ -56,7 +71,10 @@ class Job:
     folder: Path | None = None
     progress: Callable[[LayerScore], None] | None = None
     steps: Steps | None = None
+    checkpoints: int = 10
     baseline: float = math.nan
+    origin: str = ""
+    notes: list[str] = field(default_factory=list)
     tokens_forward: int = 0
     tokens_forward_backward: int = 0
     spent: list[dict[str, Any]] = field(default_factory=list)
@@ -88,7 +106,10 @@ class Job:
             self.steps(done, total, text)
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of `work`, plain data: from an earlier call that used the same folder, or made now and kept."""
+        """
+        The result of `work`, plain data: from an earlier call that used the same folder, or made now and kept. What
+        [`Job.distil`] left under the same name to go on from is then removed.
+        """
         kept = self._read(name)
         if kept is None:
             start, forward, trained = time.perf_counter(), self.tokens_forward, self.tokens_forward_backward
@@ -103,54 +124,77 @@ class Job:
                 "peak_memory_bytes": memory.peak(),
             }
             self.write(name, kept)
+        self._discard_checkpoints(name)
         self.spent.append({key: value for key, value in kept.items() if key != "result"})
         return kept["result"]
 
-    def trained_once(self, name: str, work: Callable[[Path | None], None]) -> None:
-        """
-        As [`Job.once`], for work that trains the student: in a later call its weights come from the folder. `work` is
-        given the folder to keep checkpoints in, which is there only until it is done.
-        """
-        checkpoints = None if self.folder is None else self.folder / f"{name}_checkpoints"
+    def trained_once(self, name: str, work: Callable[[], None]) -> None:
+        """As [`Job.once`], for work that trains the student: in a later call its weights come from the folder."""
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
         made = []
 
         def train() -> None:
-            work(checkpoints)
+            work()
             made.append(name)
             if path is not None and PartialState().is_main_process:
-                save_model(self.student, str(path) + PARTIAL)
+                self.check_claim(path.name)
+                save_model(self.student, str(path) + PARTIAL, metadata={"origin": self.origin})
                 settle(Path(str(path) + PARTIAL), path)
 
         self.once(name, train)
-        self.discard(f"{name}_checkpoints")
-        if not made:
-            try:
-                load_model(self.student, str(path), device=str(self.student.device))
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}); delete it and {name}.json, and the same call makes them again."
-                ) from error
+        if made or path is None:
+            return
+        try:
+            with safe_open(path, "pt") as tensors:
+                origin = (tensors.metadata() or {}).get("origin", self.origin)  # an earlier version did not write it
+            load_model(self.student, str(path), device=str(self.student.device))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it and {name}.json, and the same call makes them again."
+            ) from error
+        if origin != self.origin:
+            raise ValueError(
+                f"{path} came from other settings, rows or models than {name}.json; delete both, and the same call "
+                "makes them again."
+            )
 
-    def discard(self, name: str) -> None:
-        """Removes a subfolder whose work is done."""
-        if self.folder is not None and PartialState().is_main_process:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+    def _checkpoints_of(self, name: str) -> Path | None:
+        """Where the run that makes `name` keeps its checkpoints: for other settings, rows or models elsewhere."""
+        return None if self.folder is None else self.folder / f"{name}_checkpoints_{self.origin}"
+
+    def _discard_checkpoints(self, name: str) -> None:
+        path = self._checkpoints_of(name)
+        if path is not None and path.exists() and PartialState().is_main_process:
+            shutil.rmtree(path, ignore_errors=True)
 
     def score(self, layer: int, work: Callable[[], LayerScore], prefix: str = "layer") -> LayerScore:
-        """The score of one layer, as [`Job.once`]; `work` leaves its tokens and seconds to this."""
+        """
+        The score of one layer, as [`Job.once`]; `work` leaves its tokens and seconds to this. A layer whose loss or
+        measurement is not finite has that for its score, and the others go on.
+        """
+        name = f"{prefix}_{layer:03d}"
 
         def measured() -> dict[str, Any]:
-            found = work()
-            check_numbers(f"{prefix} {layer}", [found.value, found.per_sequence])
+            try:
+                found = work()
+                check_numbers(f"{prefix} {layer}", [found.value, found.per_sequence])
+            except NotFinite as error:
+                found = LayerScore.of_diverged(layer, error.reason)
             return without_nan(dataclasses.asdict(found))
 
-        found = self.once(f"{prefix}_{layer:03d}", measured)
+        found = self.once(name, measured)
         spent = self.spent[-1]
         cost = {"tokens": spent["tokens_forward_backward"], "seconds": spent["seconds"]}
         score = LayerScore(**{**found, **cost})
+        if score.diverged:
+            self.note_diverged(f"layer {layer}", score.diverged, name)
         self.report(score)
         return score
+
+    def note_diverged(self, what: str, reason: str, name: str) -> None:
+        """Says with the scores that `what` diverged, and how it is tried again."""
+        again = "" if self.folder is None else f"; to try it again, delete {self.folder / name}.json"
+        self.notes.append(f"{what} diverged and comes last: {reason}{again}")
 
     def report(self, score: LayerScore) -> None:
         """Hands one layer's score to whoever listens."""
@@ -158,7 +202,15 @@ class Job:
             self.progress(score)
 
     def finish(self, method: str, scores: list[LayerScore], **fields: Any) -> LayerScores:
-        """The scores with everything that was spent on them."""
+        """The scores with everything that was spent on them; a `ValueError` where all layers diverged."""
+        if scores and all(score.diverged for score in scores):
+            kept = "" if self.folder is None else f" Delete the layers' files in {self.folder} to try it again."
+            raise ValueError(
+                f"all {len(scores)} layers diverged, which ranks nothing: layer {scores[0].layer}: "
+                f"{scores[0].diverged}; lower the learning rates of the scores, or look for nan in the weights that "
+                f"they start from.{kept}"
+            )
+        fields["notes"] = [*self.notes, *fields.get("notes", [])]
         return LayerScores(
             scores=sorted(scores, key=lambda score: score.layer),
             method=method,
@@ -184,9 +236,7 @@ class Job:
 
     def step_points(self, rounds: int) -> list[int]:
         """The steps at the ends of `rounds` equal parts of a training run."""
-        total = self.args.max_steps
-        if self.tokens_per_layer is not None:
-            total = steps_for(self.tokens_per_layer, self.train_dataset, self.args)
+        total = self.length.get("max_steps", self.args.max_steps)
         if total < rounds:
             raise ValueError(
                 f"a run of {max(total, 0)} steps has no {rounds} rounds; pass more tokens_per_layer, or fewer rounds."
@@ -195,38 +245,43 @@ class Job:
 
     def distil(
         self,
+        name: str,
         *,
         kind: Callable[..., DistillationTrainer] = DistillationTrainer,
-        checkpoints: Path | None = None,
-        resume_from_checkpoint: str | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        folder: Path | None = None,
+        start: int = 0,
         **changes: Any,
     ) -> None:
         """
         Distils the student as it is now on `tokens_per_layer` tokens, rounded up to whole steps (or for as long as
         `args` says), from the seed on: the same batches in the same order each time.
 
+        Where there is a folder, `checkpoints` are kept on the way; training goes on from the newest.
+
         Args:
+            name (`str`): of the result that the run is for, see [`Job.once`].
             kind (`Callable`): makes the trainer.
-            checkpoints (`Path`, *optional*): where to keep ten on the way; training goes on from the newest there.
-            resume_from_checkpoint (`str`, *optional*): the one to go on from.
+            folder (`Path`, *optional*): for the checkpoints, in the place of one that goes when the result is kept.
+            start (`int`): the step at which this piece of the training begins: the tokens from there on count.
             callbacks (`Sequence`, *optional*), changes: for the trainer, and of its arguments.
         """
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
             settings: dict[str, Any] = {"output_dir": scratch, "save_strategy": "no", "eval_strategy": "no"}
-            settings |= {"logging_strategy": "no", "disable_tqdm": True, "load_best_model_at_end": False}
-            if self.tokens_per_layer is not None:
-                settings["max_steps"] = steps_for(self.tokens_per_layer, self.train_dataset, self.args)
-            newest = None
-            if checkpoints is not None:
-                settings |= {"output_dir": str(checkpoints), "save_strategy": "steps", "save_steps": 0.1}
+            settings |= {"disable_tqdm": True, "load_best_model_at_end": False}
+            # A loss that is not finite ends the run at the next of these steps.
+            share = self._share_of_steps()
+            settings |= {"logging_strategy": "steps", "logging_steps": share, "logging_nan_inf_filter": False}
+            if folder is None:
+                folder = on_main(lambda: self._own_checkpoints(name, stack))
+            if folder is not None:
+                settings |= {"output_dir": str(folder), "save_strategy": "steps", "save_steps": share}
                 settings |= {"save_total_limit": 2, "save_only_model": False}
-                newest = on_main(lambda: newest_checkpoint(checkpoints, lambda text: self.say(0, 0, text)))
-            args = dataclasses.replace(self.args, **settings | changes)
+            newest = None if folder is None else on_main(partial(newest_checkpoint, folder, partial(self.say, 0, 0)))
+            args = dataclasses.replace(self.args, **self.length | settings | changes)
             if newest is not None:
-                done = int(newest.name.split("-")[-1])
+                done = int(newest.name.split("-")[-1]) - start
                 self.tokens_forward_backward += done * tokens_per_step(self.train_dataset, args)
-                resume_from_checkpoint = str(newest)
             set_seed(args.seed)
             trainer = kind(
                 model=self.student,
@@ -236,7 +291,27 @@ class Job:
                 callbacks=[*callbacks, _Count(self)],
             )
             trainer.remove_callback(PrinterCallback)  # L runs would print L summaries; `progress` reports instead
-            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+    @property
+    def length(self) -> dict[str, int]:
+        """What of a trainer's arguments says how long a run is."""
+        if self.tokens_per_layer is None:
+            return {}  # as `args` says
+        return {"max_steps": steps_for(self.tokens_per_layer, self.train_dataset, self.args)}
+
+    def _share_of_steps(self) -> float:
+        """The steps between two checkpoints; a share of all of them where `args` counts epochs."""
+        total = self.length.get("max_steps", self.args.max_steps)
+        return -(-total // self.checkpoints) if total > 0 else 1 / (self.checkpoints + 1)
+
+    def _own_checkpoints(self, name: str, stack: contextlib.ExitStack) -> Path | None:
+        """The folder for the checkpoints of `name`; None without one, or where another job trains the same there."""
+        path = self._checkpoints_of(name)
+        if path is None:
+            return None
+        path.mkdir(parents=True, exist_ok=True)
+        return path if stack.enter_context(held(path / ".lock")) else None
 
     @contextlib.contextmanager
     def restored_afterwards(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -270,12 +345,24 @@ class Job:
         self.student.zero_grad(set_to_none=True)
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Marks the folder, if there is one, as holding scores of `settings`; a `ValueError` where it holds others."""
-        found = self._read("settings")
+        """
+        Marks the folder, if there is one, as holding scores of `settings`, which are all that decides them; a
+        `ValueError` where it holds others.
+        """
+        settings = without_nan(settings)
+        # The baseline is a measurement, which comes out a little otherwise on another machine.
+        decides = json.dumps({name: value for name, value in settings.items() if name != "baseline"}, sort_keys=True)
+        self.origin = hashlib.sha256(decides.encode()).hexdigest()[:16]
+        if self.folder is not None:
+            on_main(lambda: self._claim(settings))
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        folder = cast(Path, self.folder)
+        found = read_json(folder / f"{_CLAIM}.json")
         if found is None:
-            self.write("settings", without_nan(settings))
+            write_json(folder / f"{_CLAIM}.json", settings | {"origins": [self.origin], "unmarked": []})
             return
-        for name, here in without_nan(settings).items():
+        for name, here in settings.items():
             there = found.get(name, here)  # a version that did not write it down
             near = name == "baseline" and None not in (here, there)
             if not (math.isclose(there, here, rel_tol=1e-3) if near else there == here):
@@ -283,46 +370,75 @@ class Job:
                     f"{self.folder} has scores made with {name}={there}, this call has {here}; choose another "
                     "output_dir."
                 )
+        if self.origin in found.get("origins", []):
+            return
+        # Of a version that wrote down less: what it kept until now is taken, for as far as one can tell it fits.
+        if "origins" not in found:
+            found["unmarked"] = [path.stem for path in sorted(folder.glob("*.json")) if path.stem != _CLAIM]
+        origins = [*found.get("origins", []), self.origin]
+        write_json(folder / f"{_CLAIM}.json", settings | found | {"origins": origins})
+
+    def check_claim(self, name: str) -> None:
+        """Raises a `ValueError` where the folder is no longer that of this call's scores."""
+        if self.folder is None or not self.origin:
+            return
+        found = read_json(self.folder / f"{_CLAIM}.json") or {}
+        if self.origin not in found.get("origins", []):
+            raise ValueError(
+                f"{self.folder} was set aside, or has other scores, since this call began; its {name} is not kept "
+                "there. Start it again if it is still wanted."
+            )
 
     def _read(self, name: str) -> Any:
         """What the main process finds under `name`, on every process: a file may appear while others look."""
         if self.folder is None:
             return None
-        path, state = self.folder / f"{name}.json", PartialState()
-        found = [read_json(path) if state.is_main_process else None]
-        if state.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is not None and "layer" in found[0]:  # written by a version that kept the score alone
-            old = found[0]
-            cost = {"tokens_forward": 0, "tokens_forward_backward": old["tokens"], "peak_memory_bytes": 0}
-            found = [{"result": old, "seconds": old["seconds"], **cost}]
-        if found[0] is not None and name != "settings" and "result" not in found[0]:
+        found, note = on_main(lambda: self._fitting(cast(Path, self.folder) / f"{name}.json"))
+        if note is not None and note not in self.notes:
+            self.notes.append(note)
+        return found
+
+    def _fitting(self, path: Path) -> tuple[Any, str | None]:
+        """What `path` holds, if it came from what this call works with; else None. And what is to be said of it."""
+        found = read_json(path)
+        if found is None:
+            return None, None
+        if "layer" in found:  # written by a version that kept the score alone
+            cost = {"tokens_forward": 0, "tokens_forward_backward": found["tokens"], "peak_memory_bytes": 0}
+            found = {"result": found, "seconds": found["seconds"], **cost}
+        if "result" not in found:
             raise ValueError(f"{path} holds no result; delete it, and the same call makes it again.")
-        return found[0]
+        claim = read_json(path.with_name(f"{_CLAIM}.json")) or {}
+        origin = found.pop("origin", None)
+        if origin in claim.get("origins", [None]):
+            return found, None
+        if origin is None and path.stem in claim.get("unmarked", []):
+            return found, (
+                "results of an earlier version, which do not say from which rows and weights they came, were taken, "
+                f"as the settings in {path.parent} fit"
+            )
+        return None, f"{path} came from other settings, rows or models, and was made again"
 
-    def write(self, name: str, data: Any) -> None:
-        """Keeps `data` under `name`, on the main process, where there is a folder."""
+    def write(self, name: str, data: dict[str, Any]) -> None:
+        """Keeps `data` under `name`, on the main process, where there is a folder that is still this call's."""
         if self.folder is not None and PartialState().is_main_process:
-            write_json(self.folder / f"{name}.json", data)
+            self.check_claim(name)
+            write_json(self.folder / f"{name}.json", {**data, "origin": self.origin})
 
 
-class _Count(TrainerCallback):
-    """Counts the tokens of every optimizer step, says how far a training run is, and seals its checkpoints."""
+class _Count(CheckedSteps):
+    """Counts the tokens of every optimizer step, says how far a training run is, and looks after its checkpoints."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.job.tokens_forward_backward += tokens_per_step(self.job.train_dataset, args)
-        if state.global_step >= state.max_steps:
-            # What is made of the weights follows at once; and resumed from here, the Trainer would train a step more.
-            control.should_save = False
+        super().on_step_end(args, state, control, **kwargs)
         self.job.say(state.global_step, state.max_steps, "training")
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+    def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:
+        raise NotFinite(f"the {what} is {value} at step {state.global_step} of {state.max_steps}")
 
 
 class _Memory:
@@ -349,25 +465,20 @@ class _Memory:
 
 
 def check_finite(what: str, rows: list[float]) -> None:
-    """Raises a `ValueError` where a measurement is not finite."""
+    """Raises [`NotFinite`] where a measurement is not finite."""
     kl = sum(rows) / len(rows)
     if not math.isfinite(kl):
-        raise ValueError(
-            f"{what} has a held-out KL of {kl}, which ranks nothing, and is not kept; lower the learning rates of the "
-            "scores, or look for nan in the weights that they start from."
-        )
+        why = ": the teacher says tokens that it cannot, as where its vocabulary is masked" if kl == math.inf else ""
+        raise NotFinite(f"{what} has a held-out KL of {kl}, which ranks nothing{why}")
 
 
 def check_numbers(name: str, found: Any) -> None:
-    """Raises a `ValueError` where a number in `found`, plain data, is not finite."""
+    """Raises [`NotFinite`] where a number in `found`, plain data, is not finite."""
     parts = found.values() if isinstance(found, dict) else found if isinstance(found, list | tuple) else ()
     for part in parts:
         check_numbers(name, part)
     if isinstance(found, float) and not math.isfinite(found):
-        raise ValueError(
-            f"{name}: a measurement is {found}, which ranks nothing, and is not kept; look for nan in the weights, "
-            "score in a wider dtype, or lower the learning rates."
-        )
+        raise NotFinite(f"{name}: a measurement is {found}, which ranks nothing")
 
 
 def tokens_per_step(dataset: Any, args: Any) -> int:

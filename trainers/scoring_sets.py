@@ -33,7 +33,7 @@ def single_layers(job: Job, both: BothAttentions, linear: bool = False) -> list[
     for layer in job.layers:
         both.keep(set(job.all_layers) - {layer} if linear else [layer])
         scores.append(job.score(layer, partial(_by_kl, job, layer)))
-        job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1].value:.4f}")
+        job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1]}")
     return scores
 
 
@@ -77,7 +77,7 @@ def distilled_greedy(job: Job, *, swaps: int = 0) -> LayerScores:
 
 def once_distilled(job: Job) -> None:
     """Distils the student as it is; in a later call with the same folder, loads what it became."""
-    job.trained_once("distilled", lambda folder: job.distil(checkpoints=folder))
+    job.trained_once("distilled", partial(job.distil, "distilled"))
 
 
 def shared(
@@ -115,7 +115,7 @@ def shared(
             attention.requires_grad_(train_softmax)
         draw = _RandomSubset(both, job.layers, None if subset == "single" else largest)
         many: dict[str, Any] = {"callbacks": [draw], "ddp_find_unused_parameters": True}
-        job.trained_once("shared", lambda folder: job.distil(checkpoints=folder, **many))
+        job.trained_once("shared", partial(job.distil, "shared", **many))
         both.register(False)
         if select == "single":
             return job.finish("shared", single_layers(job, both), options=options)

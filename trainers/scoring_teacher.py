@@ -128,7 +128,7 @@ def _ablate(job: Job, method: str, of_batch: Any, about: dict[str, Any], relativ
             return LayerScore.of_rows(layer, [a - b for a, b in zip(rows, whole, strict=True)], is_kl=False)
 
         scores.append(job.score(layer, work))
-        job.say(len(scores), len(job.layers), f"layer {layer}: {scores[-1].value:.4f}")
+        job.say(len(scores), len(job.layers), f"layer {layer}: {scores[-1]}")
     return job.finish(method, scores, higher_is_better=True, **about)
 
 

@@ -1,6 +1,7 @@
 """Several ways to look at a set of layers, and a short distillation where they disagree."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ from .both_attentions import BothAttentions
 from .held_out import standard_error
 from .scores import LayerScore, LayerScores
 from .scoring_distill import alignment_distances
-from .scoring_job import Job
+from .scoring_job import Job, NotFinite
 from .scoring_sets import LINEAR_MEASURE, single_layers
 
 
@@ -62,7 +63,10 @@ def _largest(scores: list[LayerScore], k: int) -> list[int]:
 def _note(chosen: list[int], verdicts: list[dict[str, Any]]) -> str:
     if not verdicts:
         return f"all proposals are {chosen}, so nothing was distilled"
+    verdicts = [verdict for verdict in verdicts if "diverged" not in verdict]
     lines = [f"{v['layers']} ({', '.join(v['by'])}) {v['kl']:.4f} ± {v['sem']:.4f}" for v in verdicts]
+    if len(lines) == 1:
+        return f"KL of the only proposal that did not diverge, distilled: {lines[0]}"
     ahead = [b - a for a, b in zip(*(v["per_sequence"] for v in verdicts[:2]), strict=True)]
     lead = f"the first leads the second by {sum(ahead) / len(ahead):.4f} ± {standard_error(ahead):.4f} row by row"
     return f"KL of the proposals, distilled: {'; '.join(lines)}; {lead}"
@@ -99,18 +103,28 @@ def _distilled(job: Job, by_set: dict[tuple[int, ...], list[str]]) -> list[dict[
     verdicts: list[dict[str, Any]] = []
     with job.restored_afterwards() as aligned:
         for layers, names in by_set.items():
+            name = f"distilled_{len(verdicts)}"
 
-            def work(layers: tuple[int, ...] = layers) -> list[float]:
+            def work(layers: tuple[int, ...] = layers, name: str = name) -> list[float] | str:
                 job.student.set_full_attention_layers(list(layers), job.teacher)
-                job.distil()
-                return job.kl()
+                try:
+                    job.distil(name)
+                    return job.kl()
+                except NotFinite as error:
+                    return error.reason
 
             try:
-                rows = job.once(f"distilled_{len(verdicts)}", work)
+                rows = job.once(name, work)
             finally:
                 job.reset(aligned)
-            kl = sum(rows) / len(rows)
-            about = {"kl": kl, "sem": standard_error(rows), "per_sequence": rows}
+            if isinstance(rows, str):
+                job.note_diverged(f"the set {list(layers)} ({', '.join(names)})", rows, name)
+                about: dict[str, Any] = {"kl": math.nan, "diverged": rows}
+            else:
+                about = {"kl": sum(rows) / len(rows), "sem": standard_error(rows), "per_sequence": rows}
             verdicts.append({"by": names, "layers": list(layers), **about})
-            job.say(len(verdicts), len(by_set), f"softmax in {list(layers)}, distilled: KL {kl:.4f}")
-    return sorted(verdicts, key=lambda verdict: verdict["kl"])
+            shown = about.get("diverged", f"KL {about['kl']:.4f}")
+            job.say(len(verdicts), len(by_set), f"softmax in {list(layers)}, distilled: {shown}")
+    if all("diverged" in verdict for verdict in verdicts):
+        raise ValueError(f"all sets that were proposed diverged, which decides nothing. {' '.join(job.notes)}")
+    return sorted(verdicts, key=lambda verdict: math.inf if "diverged" in verdict else verdict["kl"])

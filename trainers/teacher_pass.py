@@ -1,6 +1,5 @@
 """The teacher's one pass over a dataset: its k most likely tokens at every position, in files that outlive a kill."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from .digests import weights_digest
 from .distillation import final_hidden_states
 from .durable import PARTIAL, read_json, settle, write_json
 from .losses import check_logit_function, logit_function, tokens_per_chunk, topk_of_logits
@@ -21,7 +21,6 @@ from .teacher_topk import ABOUT, check_length, checksum_of, counted_tokens, dige
 
 _SHARD_BYTES = 2**26
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SAMPLE = 64  # elements in a tensor's digest
 
 
 def write_teacher_topk(
@@ -69,7 +68,7 @@ def write_teacher_topk(
     if rows_per_shard is None:
         rows_per_shard = max(1, _SHARD_BYTES // ((8 * k + 4) * len(dataset[0]["input_ids"])))
     about = {"k": k, "dtype": dtype, "vocab_size": vocabulary, "rows_per_shard": rows_per_shard}
-    about |= {"rows": len(dataset), "dataset": digest_of_rows(dataset), "teacher": _digest_of_weights(teacher)}
+    about |= {"rows": len(dataset), "dataset": digest_of_rows(dataset), "teacher": weights_digest(teacher)}
     on_main(lambda: _claim(folder, about))
     shards = -(-len(dataset) // rows_per_shard)
     for number in share_of(shards):
@@ -139,23 +138,3 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
             raise ValueError(
                 f"{folder} was begun with {name}={there.get(name)}, this call has {here}; choose another folder."
             )
-
-
-def _digest_of_weights(teacher: PreTrainedModel) -> str:
-    """Of evenly spaced elements of every tensor."""
-    hashed = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        hashed.update(f"{name} {tensor_digest(tensor)} ".encode())
-    return hashed.hexdigest()[:16]
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """
-    A digest of shape, dtype and 64 evenly spaced elements: enough to tell a fine-tuned copy, at no cost for large
-    models, and no proof against a change of single elements.
-    """
-    flat = tensor.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu().contiguous()
-    hashed = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    hashed.update(sample.view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]
