@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import hf_hybrid as hh
 from hf_hybrid.conversion import check_teacher
+from hf_hybrid.loading import load_teacher
 from hf_hybrid.modeling.linear_attention import LinearAttention
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
@@ -233,6 +234,38 @@ def saving(subject: Subject) -> None:
         raise AssertionError(f"the loaded model differs by {error:.1e}")
 
 
+def half_precision(subject: Subject) -> str:
+    """Loaded in bfloat16 or float16, a softmax-only copy is the teacher, also from disk, in the teacher's dtypes."""
+    kept = set()
+    for dtype in (torch.bfloat16, torch.float16):
+        with tempfile.TemporaryDirectory() as folder:
+            subject.teacher.save_pretrained(folder)
+            teacher = load_teacher(folder, dtype=dtype)
+        kept |= {name.split(".")[-2] for name, tensor in teacher.state_dict().items() if tensor.dtype != dtype}
+        for layers in (range(LAYERS), SOFTMAX_LAYERS):
+            check_half(teacher, hh.convert(teacher, layers), dtype)
+    return f"kept in float32: {', '.join(sorted(kept))}" if kept else ""
+
+
+@torch.no_grad()
+def check_half(teacher: PreTrainedModel, copy: PreTrainedModel, dtype: torch.dtype) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy.save_pretrained(folder)
+        loaded = hh.HybridForCausalLM.from_pretrained(folder)
+    ids, wanted = tokens(2, 24), {name: tensor.dtype for name, tensor in teacher.state_dict().items()}
+    logits = copy(ids).logits
+    if not torch.isfinite(logits).all():
+        raise AssertionError(f"{dtype}: not finite")
+    if not copy.linear_attention_layers and not torch.equal(logits, teacher(ids).logits):
+        raise AssertionError(f"{dtype}: a softmax-only copy differs")
+    if not torch.equal(logits, loaded(ids).logits):
+        raise AssertionError(f"{dtype}: the loaded model differs")
+    for model in (copy, loaded):
+        wrong = [name for name, tensor in model.state_dict().items() if tensor.dtype != wanted.get(name, tensor.dtype)]
+        if wrong:
+            raise AssertionError(f"{dtype}: {wrong[0]} has another dtype than the teacher's")
+
+
 CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "softmax copy": softmax_copy,
     "tensors": tensors,
@@ -244,6 +277,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "packed": packed,
     "checkpointing": checkpointing,
     "saving": saving,
+    "half precision": half_precision,
 }
 
 

@@ -1,8 +1,10 @@
-"""From a softmax teacher to a hybrid that starts with all of the teacher's weights."""
+"""From a softmax teacher to a hybrid that starts with all of the teacher's weights, and the proof that it does."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +18,29 @@ from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 from .loading import load_teacher
 
 
+_PROBE_TOKENS = 16
+# A teacher that does not repeat itself (atomic additions on a GPU) may differ from its copy by this many times what
+# it differs from itself.
+_TIMES_ITS_OWN_NOISE = 10
+# Why a tensor of the teacher's attention has no place in a linear layer, by the first part of its name.
+_SOFTMAX_ALONE = {"sinks": "a share of the softmax", "indexer": "picks the tokens of a sparse softmax"}
+
+
 @dataclass
 class ConversionReport:
-    """What a conversion did with every tensor, by its name in the state dict, with its number of parameters."""
+    """
+    What a conversion did with every tensor, by its name in the state dict, with its number of parameters.
+
+    Args:
+        teacher (`str`): its name.
+        full_attention_layers, linear_attention_layers (`list[int]`): the layers of each kind.
+        copied (`dict[str, int]`): tensors that are the teacher's, bit for bit and in its dtype.
+        created (`dict[str, int]`): tensors of the mixers that the teacher does not have.
+        not_carried (`dict[str, int]`): tensors that have a meaning for softmax alone, in layers that are linear.
+        logit_difference (`float`): the largest difference between the teacher's logits and the hybrid's with softmax
+            attention in every layer, on a few tokens. It is 0, but for teachers that do not repeat themselves.
+        notes (`list[str]`): what was done to the teacher before, such as that its adapter was merged.
+    """
 
     teacher: str
     full_attention_layers: list[int]
@@ -26,16 +48,34 @@ class ConversionReport:
     copied: dict[str, int] = field(default_factory=dict)
     created: dict[str, int] = field(default_factory=dict)
     not_carried: dict[str, int] = field(default_factory=dict)
+    logit_difference: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
             f"{self.teacher}: softmax attention kept in layers {self.full_attention_layers}, linear in "
             f"{self.linear_attention_layers}",
+            *(f"  {note}" for note in self.notes),
             f"  copied from the teacher: {len(self.copied)} tensors, {sum(self.copied.values()):,} parameters",
             f"  new: {len(self.created)} tensors, {sum(self.created.values()):,} parameters" + _suffixes(self.created),
             f"  not carried over: {len(self.not_carried)} tensors" + _suffixes(self.not_carried),
+            *(
+                f"    {part}: {_SOFTMAX_ALONE[part]}"
+                for part in sorted({_place(name)[1] for name in self.not_carried})
+            ),
         ]
+        if self.logit_difference is not None:
+            lines.append(
+                f"  with softmax attention in every layer, its logits on {_PROBE_TOKENS} tokens differ from the "
+                f"teacher's by {self.logit_difference:.3g}"
+            )
         return "\n".join(lines)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The attention that a tensor belongs to and what of it, e.g. `("model.layers.0.self_attn", "q_proj")`."""
+    layer, attention, rest = name.partition(".self_attn.")
+    return layer + attention.rstrip("."), rest.split(".")[0]
 
 
 def _suffixes(names: Iterable[str]) -> str:
@@ -56,7 +96,10 @@ def convert(
     model_class: type[HybridForCausalLM] = HybridForCausalLM,
 ) -> HybridForCausalLM:
     """
-    Returns a hybrid with all of the teacher's weights, in the teacher's dtype and on its device.
+    Returns a hybrid with all of the teacher's weights, each in the teacher's dtype and on its device.
+
+    It is proved before it is returned: every tensor that is copied equals its source, and with the teacher's softmax
+    around them in every layer the hybrid gives the teacher's logits. A `ValueError` says where it does not.
 
     The new tensors of linear layers (gates, decay, norm) are drawn from torch's global generator; call
     `transformers.set_seed` before for the same ones again. The teacher is not changed.
@@ -106,9 +149,17 @@ def convert(
         mixer_options=mixer_options,
         kernel=kernel,
     )
+    attention = decoder_layers(teacher)[0].self_attn
+    dtype = next(parameter.dtype for child in attention.children() for parameter in child.parameters())
     with torch.device(teacher.device):
-        student = model_class._from_config(config, dtype=teacher.dtype)
+        student = model_class._from_config(config, dtype=dtype)
     student.conversion_report = _copy_weights(teacher, student)
+    student.conversion_report.logit_difference = logit_difference(teacher, student)
+    other = _other_buffers(teacher, student)
+    if other:
+        student.conversion_report.notes.append(
+            f"not the teacher's: {', '.join(other)}, which are in no checkpoint; they are as the config has them"
+        )
     if teacher.generation_config is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
@@ -138,24 +189,173 @@ def check_teacher(teacher: PreTrainedModel) -> None:
 @torch.no_grad()
 def _copy_weights(teacher: PreTrainedModel, student: HybridForCausalLM) -> ConversionReport:
     source, target = teacher.state_dict(), student.state_dict()
-    copied = [name for name in source if name in target]
-    mismatched = [name for name in copied if source[name].shape != target[name].shape]
-    if mismatched:
-        raise ValueError(
-            f"{mismatched[0]} has shape {tuple(source[mismatched[0]].shape)} in the teacher and "
-            f"{tuple(target[mismatched[0]].shape)} in the hybrid; the teacher's weights do not fit its own config."
-        )
-    for name in copied:
-        target[name].copy_(source[name])
-    student.tie_weights()
-    return ConversionReport(
+    report = ConversionReport(
         teacher=teacher.config._name_or_path or type(teacher).__name__,
         full_attention_layers=student.full_attention_layers,
         linear_attention_layers=student.linear_attention_layers,
-        copied=_sizes(source, copied),
         created=_sizes(target, [name for name in target if name not in source]),
         not_carried=_sizes(source, [name for name in source if name not in target]),
     )
+    _check_accounts(report, student)
+    copied = [name for name in source if name in target]
+    for name in copied:
+        if source[name].shape != target[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(source[name].shape)} in the teacher and {tuple(target[name].shape)} in the "
+                "hybrid; the teacher's weights do not fit its own config."
+            )
+        _give(student, name, source[name])
+    student.tie_weights()
+    target = student.state_dict()
+    for name in copied:
+        if target[name].dtype != source[name].dtype or not torch.equal(target[name], source[name].to(target[name])):
+            reason = "it holds NaN" if source[name].isnan().any() else "it is tied or changed on its way"
+            raise ValueError(f"{name} cannot be copied from the teacher: {reason}; load the teacher afresh.")
+    report.copied = _sizes(source, copied)
+    return report
+
+
+def _give(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
+    """Makes the tensor `name` of the model a copy of `tensor`, in its dtype: models keep a few tensors in another."""
+    module, _, leaf = name.rpartition(".")
+    own: torch.Tensor = getattr(model.get_submodule(module), leaf)
+    if own.shape == tensor.shape and own.dtype == tensor.dtype:
+        own.copy_(tensor)
+    else:
+        own.data = tensor.to(own.device, copy=True)
+
+
+def _check_accounts(report: ConversionReport, student: HybridForCausalLM) -> None:
+    """Raises a `ValueError` where a new tensor is no mixer's, or one is left out that belongs to more than softmax."""
+    layers, names = decoder_layers(student), {module: name for name, module in student.named_modules()}
+    mixers = {names[layers[i].self_attn]: layers[i].self_attn for i in student.linear_attention_layers}
+    for name in report.created:
+        owner, part = _place(name)
+        if owner not in mixers or part in mixers[owner].adopted:
+            raise ValueError(
+                f"{name} is in the hybrid, but not in the teacher, and belongs to no mixer, so it would stay random; "
+                "the teacher's weights do not fit its own config."
+            )
+    for name in report.not_carried:
+        owner, part = _place(name)
+        if owner not in mixers or part not in _SOFTMAX_ALONE:
+            raise ValueError(
+                f"{name} is in the teacher and has no place in the hybrid; the teacher's weights do not fit its own "
+                "config."
+            )
+
+
+@torch.no_grad()
+def logit_difference(teacher: PreTrainedModel, student: HybridForCausalLM) -> float:
+    """
+    Returns the largest difference between the logits of `teacher` and those of `student` with the teacher's softmax
+    attention in every layer, around the student's own tensors.
+
+    Raises a `ValueError` where it is not 0, or, for a teacher whose logits differ from call to call, not of that size.
+    """
+    wanted, autocast = _teacher_logits(teacher)
+    with _softmax_everywhere(student, teacher):
+        difference = (_probe(student, autocast) - wanted).abs().max().item()
+    if difference == 0:
+        return difference
+    noise = (_probe(teacher, autocast) - wanted).abs().max().item()
+    if not difference <= _TIMES_ITS_OWN_NOISE * noise:
+        raise ValueError(
+            f"the copy is not the teacher: with softmax in every layer its logits differ by {difference:.1e} (the "
+            f"teacher's from call to call by {noise:.1e}). Something of the teacher is in none of its tensors, as a "
+            "replaced kernel, a hook or a patched module is; load it afresh with AutoModelForCausalLM."
+        )
+    return difference
+
+
+def _teacher_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, bool]:
+    """The teacher's logits, and whether autocast is needed for them, as it is for layers of several dtypes."""
+    autocast = False
+    try:
+        try:
+            logits = _probe(teacher, autocast)
+        except RuntimeError:
+            autocast = True
+            logits = _probe(teacher, autocast)
+    except Exception as error:  # whatever its code makes of a config that cannot be
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the teacher does not run on {_PROBE_TOKENS} tokens ({type(error).__name__}: {reason}); check its config."
+        ) from error
+    if not torch.isfinite(logits).all():
+        raise ValueError("the teacher's logits are not finite; give a sound teacher, or another dtype.")
+    return logits, autocast
+
+
+def _probe(model: Any, autocast: bool) -> torch.Tensor:
+    """Logits in fp32 `[1, tokens, vocabulary]` over a few tokens from all over the vocabulary."""
+    length = min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS)
+    ids = torch.arange(length, device=model.device) * (model.config.vocab_size // length)
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+            return model(ids[None], use_cache=False).logits.float()
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _softmax_everywhere(student: HybridForCausalLM, teacher: PreTrainedModel) -> Iterator[None]:
+    """
+    Puts the teacher's attention into the linear layers of `student`, around the mixers' tensors, and gives it the
+    teacher's buffers where they are in no checkpoint.
+    """
+    layers, text_config = decoder_layers(student), student.config.text_config
+    mixers = {i: layers[i].self_attn for i in student.linear_attention_layers}
+    kinds = text_config.layer_types
+    buffers = {name: student.get_buffer(name) for name in _other_buffers(teacher, student)}
+    values = {name: buffer.data for name, buffer in buffers.items()}
+    for i, attention in enumerate(layer.self_attn for layer in decoder_layers(teacher)):
+        if i in mixers:
+            layers[i].self_attn = _around(attention, mixers[i])
+    for name, buffer in buffers.items():
+        buffer.data = teacher.get_buffer(name).to(buffer.device)
+    text_config.layer_types = list(student.config.softmax_layer_types)
+    try:
+        yield
+    finally:
+        for i, mixer in mixers.items():
+            layers[i].self_attn = mixer
+        for name, buffer in buffers.items():
+            buffer.data = values[name]
+        text_config.layer_types = kinds
+
+
+def _other_buffers(teacher: PreTrainedModel, student: HybridForCausalLM) -> list[str]:
+    """
+    Names of the buffers that no checkpoint has and that differ: `teacher.to(torch.bfloat16)` rounds its rotary angles,
+    and those of the hybrid, like those of any model that is loaded, are not rounded.
+    """
+    stored, theirs = student.state_dict().keys(), dict(teacher.named_buffers())
+    return [
+        name
+        for name, own in student.named_buffers()
+        if name in theirs
+        and name not in stored
+        and (own.dtype != theirs[name].dtype or not torch.equal(own, theirs[name].to(own.device)))
+    ]
+
+
+def _around(attention: torch.nn.Module, mixer: torch.nn.Module) -> torch.nn.Module:
+    """The teacher's `attention` with what `mixer` has of its parameters and modules in the place of its own."""
+    shell = copy.copy(attention)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        own = getattr(mixer, kind)
+        # A module for softmax alone is replaced by an empty one of another class.
+        shell.__dict__[kind] = {
+            name: own[name] if type(own.get(name)) is type(value) else value
+            for name, value in getattr(attention, kind).items()
+        }
+    # Someone else's: hooks that record, a forward that moves tensors between devices.
+    shell.__dict__ |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    shell.__dict__.pop("forward", None)
+    return shell
 
 
 def _sizes(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, int]:

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from family_models import tiny_model
 from teachers import CONFIGS, tiny_teacher, tokens
 
 import hf_hybrid as hh
+from hf_hybrid import conversion
+from hf_hybrid.loading import load_teacher
+from hf_hybrid.modeling.modeling_hybrid import HybridForCausalLM
 
 
 def attention_calls(teacher, ids):
@@ -152,3 +156,139 @@ class TestReport:
         assert config.teacher_name_or_path == name
         config.save_pretrained(tmp_path)
         assert hh.HybridConfig.from_pretrained(tmp_path).teacher_name_or_path == saved
+
+
+class TestProof:
+    """A conversion shows that what it calls the teacher's is the teacher's, or fails."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_the_difference_is_measured(self, dtype):
+        report = hh.convert(tiny_teacher("qwen2", dtype), [1]).conversion_report
+        assert report.logit_difference == 0
+        assert "its logits on 16 tokens differ from the teacher's by 0" in str(report)
+
+    def test_it_reaches_every_tensor_of_the_teacher(self):
+        """After the proof, a change of any one tensor of the hybrid that came from the teacher shows in it."""
+        teacher = tiny_teacher("qwen3")
+        student = hh.convert(teacher, [1])
+        own = student.state_dict()
+        for name in student.conversion_report.copied:
+            before = own[name].clone()
+            own[name].mul_(1.5)
+            with pytest.raises(ValueError, match="the copy is not the teacher: .* differ by"):
+                conversion.logit_difference(teacher, student)
+            own[name].copy_(before)
+        assert conversion.logit_difference(teacher, student) == 0
+
+    def test_student_and_teacher_are_left_as_they_were(self):
+        teacher = tiny_teacher("mistral").train()
+        seen = []
+        teacher.base_model.layers[0].self_attn.register_forward_hook(lambda *args: seen.append(args))
+        student = hh.convert(teacher, [1], mixer=["sliding_window", None, "kimi_delta_attention", "gated_deltanet"])
+        assert teacher.training and len(seen) == 1  # the teacher's own pass
+        assert student.config.layer_types == ["linear_attention", "sliding_attention", *["linear_attention"] * 2]
+        assert all(layer.self_attn.__class__.__name__ != "MistralAttention" for layer in student.base_model.layers[2:])
+        assert student(tokens(1, 9)).logits.isfinite().all()
+
+    def test_a_teacher_that_is_more_than_its_tensors_is_refused(self):
+        teacher = tiny_teacher("qwen3")
+        teacher.base_model.layers[2].mlp.register_forward_hook(lambda module, args, output: output * 1.01)
+        with pytest.raises(ValueError, match="the copy is not the teacher: .*hook or a patched module"):
+            hh.convert(teacher, [1])
+
+    def test_a_teacher_that_does_not_repeat_itself_may_differ_as_much(self):
+        teacher, size = tiny_teacher("qwen3"), 1e-3
+
+        def noise(module, args, output):
+            return output + size * torch.randn_like(output)
+
+        teacher.lm_head.register_forward_hook(noise)
+        assert 0 < hh.convert(teacher, [1]).conversion_report.logit_difference < 1e-2
+        teacher.lm_head.weight.data.copy_(teacher.lm_head.weight)
+        teacher.base_model.norm.register_forward_hook(lambda module, args, output: output * 1.1)
+        with pytest.raises(ValueError, match="the copy is not the teacher"):
+            hh.convert(teacher, [1])
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_teacher_that_is_not_finite_is_refused(self, value):
+        teacher = tiny_teacher("qwen3")
+        teacher.base_model.layers[0].mlp.up_proj.weight.data[3] = value
+        with pytest.raises(ValueError, match="layers.0.mlp.up_proj.weight cannot .*NaN|logits are not finite"):
+            hh.convert(teacher, [1])
+
+    def test_a_teacher_that_does_not_run_is_refused(self):
+        teacher = tiny_model("qwen3_moe")
+        for layer in teacher.base_model.layers:
+            layer.mlp.gate.top_k = 9
+        with pytest.raises(ValueError, match="the teacher does not run on 16 tokens .*; check its config"):
+            hh.convert(teacher, [1])
+
+    def test_a_tensor_that_is_no_mixers_is_named(self):
+        """A student that has more than teacher and mixers would keep it at random."""
+
+        class More(HybridForCausalLM):
+            def __init__(self, config):
+                super().__init__(config)
+                self.extra = torch.nn.Linear(2, 2)
+
+        with pytest.raises(
+            ValueError, match="extra.weight is in the hybrid, but not in the teacher, and belongs to no"
+        ):
+            hh.convert(tiny_teacher("qwen3"), [1], model_class=More)
+
+    def test_a_tensor_without_a_place_is_named(self):
+        teacher = tiny_teacher("qwen3")
+        teacher.base_model.layers[0].mlp.register_buffer("scale", torch.ones(1))
+        with pytest.raises(ValueError, match="layers.0.mlp.scale is in the teacher and has no place in the hybrid"):
+            hh.convert(teacher, [1])
+
+
+class TestDtypes:
+    """Each tensor keeps the dtype that it has in the teacher."""
+
+    @pytest.mark.parametrize(
+        ("model_type", "dtype", "kept"),
+        [
+            ("hy_v3", torch.bfloat16, "e_score_correction_bias"),
+            ("deepseek_v3", torch.bfloat16, "e_score_correction_bias"),
+            ("gpt_oss", torch.float16, "input_layernorm.weight"),
+            ("afmoe", torch.float16, "post_mlp_layernorm.weight"),
+        ],
+    )
+    def test_what_the_teacher_keeps_in_fp32(self, model_type, dtype, kept, tmp_path):
+        tiny_model(model_type).save_pretrained(tmp_path / "teacher")
+        teacher = load_teacher(tmp_path / "teacher", dtype=dtype)
+        student = hh.convert(teacher, [1])
+        student.save_pretrained(tmp_path / "student")
+        loaded = HybridForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+        wanted = {name: tensor.dtype for name, tensor in teacher.state_dict().items()}
+        for model in (student, loaded):
+            own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+            assert {name: kind for name, kind in own.items() if name in wanted} == {
+                name: kind for name, kind in wanted.items() if name in own
+            }
+            assert {own[name] for name in own if name.endswith(kept)} == {torch.float32}
+            assert own["model.layers.0.self_attn.o_proj.weight"] == dtype
+        assert conversion.logit_difference(teacher, loaded) == 0
+
+    def test_a_head_in_fp32_on_a_teacher_in_bf16(self, tmp_path):
+        tiny_teacher("qwen3").save_pretrained(tmp_path)
+        teacher = load_teacher(tmp_path, dtype=torch.bfloat16)
+        teacher.lm_head.float()
+        teacher.lm_head.weight.data += 1e-6
+        student = hh.convert(teacher, range(4))
+        assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+        assert student.lm_head.weight.dtype == torch.float32
+        ids = tokens(1, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(student(ids).logits, teacher(ids).logits)
+
+    def test_rotary_angles_of_a_teacher_that_was_cast(self):
+        """`teacher.to(bfloat16)` rounds buffers that are in no checkpoint; the hybrid's are as after loading it."""
+        teacher = tiny_teacher("qwen3", torch.bfloat16)
+        assert teacher.base_model.rotary_emb.inv_freq.dtype == torch.bfloat16
+        student = hh.convert(teacher, [1])
+        assert student.conversion_report.logit_difference == 0
+        assert student.base_model.rotary_emb.inv_freq.dtype == torch.float32
+        assert "not the teacher's: model.rotary_emb.inv_freq" in str(student.conversion_report)
+        assert not hh.convert(tiny_teacher("qwen3"), [1]).conversion_report.notes
