@@ -289,12 +289,17 @@ def _training(config: Any, made: Provenance) -> str:
         text_files=[Path(name).name for name in recipe.data.text_files],
         dataset=recipe.data.dataset and _public(recipe.data.dataset),
     )
-    training = {
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for name, value in recipe.training.items()
-        if name != "hub_token"
-    }
-    public = dataclasses.replace(recipe, data=data, teacher=_public(recipe.teacher), training=training)
+    training, execution = (
+        {
+            name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+            for name, value in given.items()
+            if name != "hub_token"
+        }
+        for given in (recipe.training, recipe.execution)
+    )
+    public = dataclasses.replace(
+        recipe, data=data, teacher=_public(recipe.teacher), training=training, execution=execution
+    )
     shown = yaml.safe_dump(public.to_dict(), sort_keys=False)
     versions = f"Made with hf_hybrid{' ' + made.version if made.version else ''} and this recipe"
     if config.teacher_revision:

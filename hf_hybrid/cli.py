@@ -14,6 +14,7 @@ from typing import Any
 from . import __version__
 from .cli_evaluate import add_evaluate_options, evaluation_of, print_evaluation
 from .cli_score import add_score_options
+from .cli_text import SEEDS, check_numbers
 
 
 _EXAMPLES = """\
@@ -152,6 +153,7 @@ def _print_json(data: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    check_numbers(options, seed=SEEDS)
     _quiet()
     from rich.console import Console
 
@@ -252,9 +254,10 @@ def _convert(options: argparse.Namespace) -> None:
     _quiet()
     from .card import save_model
     from .conversion import convert
-    from .folder import publish
+    from .folder import check_place, publish
     from .loading import load_pair
 
+    check_place(folder, options.teacher)
     teacher, tokenizer = load_pair(
         options.teacher,
         trust_remote_code=options.trust_remote_code,

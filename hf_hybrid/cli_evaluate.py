@@ -1,9 +1,10 @@
 """The command `evaluate`: its options, the measurement, and its table."""
 
 import argparse
+import math
 from typing import Any
 
-from .cli_text import TEXT_FIELDS, add_text_options, text_of
+from .cli_text import TEXT_FIELDS, add_text_options, check_numbers, text_of
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +25,7 @@ def evaluation_of(options: argparse.Namespace) -> Any:
         raise ValueError(f"--{option} was given without a text to measure on; add --data-files or --dataset.")
     if options.teacher_revision is not None and not options.teacher:
         raise ValueError(f"--teacher-revision {options.teacher_revision!r} needs --teacher, the model it is one of.")
-    for name, value in (("--rows", options.rows), ("--batch-size", options.batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value} is too small; pass at least 1.")
+    check_numbers(options, batch_size=(1, math.inf))
     import torch
 
     from .data import DataConfig, first_rows
@@ -43,8 +42,16 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     rows = None
     if text:
         config = DataConfig(**text)
+        check_positions(model, config.block_size)
         rows = first_rows(config, tokenizer, config.held_out_rows)
     return evaluate_model(model, teacher, tokenizer, rows, batch_size=options.batch_size)
+
+
+def check_positions(model: Any, block_size: int) -> None:
+    """Raises a `ValueError` where rows are longer than the model's positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise ValueError(f"--block-size {block_size} is more than the {positions} positions of the model; pass less.")
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:

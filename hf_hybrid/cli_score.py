@@ -1,10 +1,11 @@
 """The command `score`: its options, the recipe they make, and its charts."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-from .cli_text import TEXT_FIELDS, add_text_options, text_of
+from .cli_text import SEEDS, TEXT_FIELDS, add_text_options, check_numbers, text_of
 
 
 def add_score_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,9 @@ def recipe_of(options: argparse.Namespace) -> Any:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is set in the recipe; change it there.")
         return Recipe.load(find_recipe(options.recipe))
+    at_least_one = (1, math.inf)
+    check_numbers(options, k=(0, math.inf), fraction=(0, 1), cache_bytes=at_least_one, context=at_least_one)
+    check_numbers(options, tokens_per_layer=at_least_one, align_tokens=at_least_one, seed=SEEDS)
     method = options.method or "ga-s2"
     check_method(method)
     return scoring_recipe(

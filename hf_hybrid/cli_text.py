@@ -1,6 +1,7 @@
 """The options that name a text, of the commands that measure on one."""
 
 import argparse
+import math
 from typing import Any
 
 
@@ -16,6 +17,16 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="rows to measure on (default: 64)")
 
 
+def check_numbers(options: argparse.Namespace, **bounds: tuple[float, float]) -> None:
+    """Raises a `ValueError` that names the option where a number lies outside its bounds, ends included."""
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            fits = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; pass {fits}.")
+
+
+SEEDS = (0, 2**32 - 1)
 TEXT_FIELDS = {
     "data_files": "text_files",
     "dataset": "dataset",
@@ -30,6 +41,7 @@ TEXT_FIELDS = {
 
 def text_of(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a [`DataConfig`] that the options give."""
+    check_numbers(options, block_size=(2, math.inf), rows=(1, math.inf))
     if options.dataset and options.data_files:
         raise ValueError("--dataset and --data-files were both given; give one.")
     for name in ("subset", "split", "dataset_revision"):

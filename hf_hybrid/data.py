@@ -42,6 +42,7 @@ class SourceConfig:
         if bool(self.dataset) == bool(self.text_files):
             given = "both dataset and text_files" if self.dataset else "neither dataset nor text_files"
             raise ValueError(f"a source of data.sources gives {given}; give exactly one.")
+        _check_part(self, "a source of data.sources")
         if not 0 < self.weight < math.inf:
             raise ValueError(f"data.sources has weight={self.weight}; pass a number above 0, or leave the source out.")
 
@@ -98,11 +99,14 @@ class DataConfig:
             raise ValueError(f"data.source={self.source!r} is unknown; the only one is 'embedded-demo'.")
         if self.source and self.on_the_fly:
             raise ValueError(f"data.on_the_fly reads text, and data.source={self.source!r} has none; leave it out.")
+        _check_part(self, "data")
         if isinstance(self.text_files, str):
             self.text_files = [self.text_files]
         for name in ("block_size", "held_out_rows", "report_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} is too small; pass at least 1.")
+        if self.block_size == 1:
+            raise ValueError("data.block_size=1 makes rows of one token, in which nothing is predicted; pass more.")
 
     def all_sources(self) -> list[SourceConfig]:
         """The sources of text, each with its weight; one where there is only one."""
@@ -110,6 +114,20 @@ class DataConfig:
             return self.sources
         names = ("dataset", "subset", "split", "revision", "streaming", "text_files", "text_column")
         return [SourceConfig(**{name: getattr(self, name) for name in names})]
+
+
+def _check_part(config: DataConfig | SourceConfig, where: str) -> None:
+    """Raises a `ValueError` where a part of a dataset is named, and there is no dataset, or one without a name."""
+    for name, default in (("subset", None), ("split", "train"), ("revision", None)):
+        value = getattr(config, name)
+        if value is not None and not value.strip():
+            raise ValueError(f"{where} has {name}={value!r}; give a name, or leave it out.")
+        if not config.dataset and value != default:
+            raise ValueError(
+                f"{where} has {name}={value!r}, which is a part of a dataset, and no dataset; leave it out."
+            )
+    if not config.text_column.strip():
+        raise ValueError(f"{where} has text_column={config.text_column!r}; give the column with the text.")
 
 
 def build_rows(

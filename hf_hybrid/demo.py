@@ -16,7 +16,7 @@ from hf_hybrid.trainers.held_out import held_out_kl
 
 from .data import load_rows
 from .embedded import embedded_teacher, embedded_tokenizer
-from .folder import publish
+from .folder import check_place, publish
 from .loading import load_model
 from .recipe import Recipe, find_recipe
 from .run import run_recipe
@@ -55,6 +55,7 @@ def run_demo(output: str | os.PathLike, seed: int = 0, progress: Listener | None
     it goes on.
     """
     listener = progress or (lambda event: None)
+    check_place(output)
     folder = Path(output)
     finished = read_json(folder / "report.json")
     if finished is not None:

@@ -71,6 +71,23 @@ def check_whole(folder: Path, stage: str) -> None:
         )
 
 
+def check_place(folder: str | os.PathLike, teacher: str | None = None) -> None:
+    """Raises a `ValueError` where no folder can be made at `folder`, or it lies in that of the `teacher`."""
+    if not str(folder).strip():
+        raise ValueError("the output folder has no name; give one.")
+    folder = Path(folder)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        inside = "" if place == folder.absolute() else f", so {folder} cannot be made"
+        raise ValueError(f"{place} is a file{inside}; choose another output folder.")
+    if not _is_run(folder) and not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be made: {place} may not be written to; choose another output folder.")
+    if teacher is not None and Path(teacher).is_dir():
+        inner, outer = folder.resolve(), Path(teacher).resolve()
+        if outer == inner or outer in inner.parents:
+            raise ValueError(f"{folder} lies in the teacher's folder {teacher}; choose an output folder elsewhere.")
+
+
 def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[str]:
     """
     Makes `folder` the run of `recipe`, or raises a `ValueError` where it is something else.
@@ -106,9 +123,15 @@ def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[s
     return moved
 
 
+def keep_execution(folder: Path, recipe: Recipe) -> None:
+    """Writes down how the run in `folder`, which is one of `recipe`, is executed from now on."""
+    if Recipe.load(folder / "recipe.yaml").to_dict() != recipe.to_dict():
+        recipe.save(folder / "recipe.yaml", _HEADER)
+
+
 def _first_stage(there: Recipe, here: Recipe) -> str:
     """The first stage whose result depends on what differs between two recipes."""
-    ours, theirs = there.to_dict(), here.to_dict()
+    ours, theirs = there.identity(), here.identity()
     changed = [key for key in ours if ours[key] != theirs[key]]
     # What is no stage's own: rows depend on the seed and on the teacher's tokenizer.
     decides = {"mixer": "align", "mixer_options": "align", "training": "align"}

@@ -73,18 +73,26 @@ def load_teacher(
 
 
 def load_model(
-    path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False, revision: str | None = None
+    path: str | os.PathLike,
+    *,
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    kernel: str | None = None,
 ) -> Any:
     """
     Returns a causal language model in eval mode, from safetensors files only.
 
     `revision` is a branch, tag or commit of a model on the Hub, by default its main branch. A checkpoint that lacks
     some of the tensors that its config asks for, has more of them, or has them in another shape, is an error: the
-    library would fill the gaps with random numbers.
+    library would fill the gaps with random numbers. `kernel` is for a hybrid, see [`convert`]; by default that of its
+    config.
     """
     check_name(path)
     check_folder(path)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(path, revision)}
+    if kernel is not None:
+        options["kernel"] = kernel
     with _explained(path), _without_report():
         model, info = AutoModelForCausalLM.from_pretrained(
             path,

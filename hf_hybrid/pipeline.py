@@ -176,11 +176,11 @@ class Pipeline:
         """The student as `stage` left it, always from disk, so that a run that was killed ends like any other."""
         mixed = self.recipe.training.get("bf16") or self.recipe.training.get("fp16")
         dtype = torch.float32 if mixed else self.teacher.dtype
-        return self._load(stage, dtype)
+        return self._load(stage, dtype, self.recipe.kernel)
 
-    def _load(self, stage: str, dtype: torch.dtype) -> Any:
+    def _load(self, stage: str, dtype: torch.dtype, kernel: str) -> Any:
         check_whole(self.folder / ARTEFACTS[stage], stage)
-        return load_model(self.folder / ARTEFACTS[stage], dtype=dtype).to(self.device)
+        return load_model(self.folder / ARTEFACTS[stage], dtype=dtype, kernel=kernel).to(self.device)
 
     def _checkpoints(self, name: str) -> Path:
         return self.folder / f"{name}_checkpoints"
@@ -228,7 +228,7 @@ class Pipeline:
 
     def _align(self) -> None:
         r = self.recipe
-        student = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options)
+        student = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options, kernel=r.kernel)
         student.config.teacher_name_or_path = r.teacher  # not where this machine keeps it
         if r.training.get("bf16") or r.training.get("fp16"):
             student.float()
@@ -265,14 +265,14 @@ class Pipeline:
     def _finetune(self) -> None:
         self._train("finetune", self._student_of("distill"))
 
-    def _finished_student(self) -> Any:
+    def _finished_student(self, kernel: str) -> Any:
         last = "distill" if self.recipe.finetune is None else "finetune"
-        return self._load(last, self.teacher.dtype)
+        return self._load(last, self.teacher.dtype, kernel)
 
     def _evaluate(self) -> None:
         stage = self.recipe.distill
         evaluation = evaluate_model(
-            self._finished_student(),
+            self._finished_student(self.recipe.kernel),
             self.teacher,
             self.tokenizer,
             cut_for(self.recipe, "distill", self.rows["report"]),
@@ -287,7 +287,8 @@ class Pipeline:
         evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])
         with publish(self.folder / ARTEFACTS["model"]) as partial:
             card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe, "tokens": self._tokens()}
-            save_model(self._finished_student(), self.tokenizer, partial, **card)
+            # Which kernels ran here is no matter of the model's.
+            save_model(self._finished_student("auto"), self.tokenizer, partial, **card)
 
     def _tokens(self) -> dict[str, int]:
         """The tokens that each stage trained on."""

@@ -1,20 +1,29 @@
-"""A run's recipe: everything that decides its result, read strictly from YAML."""
+"""A run's recipe, read strictly from YAML: what decides its result, and how it is executed."""
 
 import dataclasses
+import difflib
+import functools
 import json
+import math
 import os
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 
+from hf_hybrid.trainers import AlignmentConfig, DistillationConfig
 from hf_hybrid.trainers.durable import write_text
 from hf_hybrid.trainers.scoring import METHODS
 
 from .data import DataConfig
-from .schema import parse
+from .schema import parse, read_yaml, typed, unknown_key
 from .selection import POSITIONAL, check_selector
 
 
@@ -33,6 +42,9 @@ _MANAGED = frozenset(
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
+        "auto_find_batch_size",
+        "dataloader_drop_last",
+        "average_tokens_across_devices",
         "save_strategy",
         "save_steps",
         "save_total_limit",
@@ -46,10 +58,62 @@ _MANAGED = frozenset(
         "teacher_topk",
     }
 )
-
-
+# Fields of TrainingArguments that change time, memory and what is told on the way, but not what is made.
+_OF_EXECUTION = frozenset(
+    {
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+        "torch_empty_cache_steps",
+        "chunk_tokens",
+        "shard_teacher",
+        "logging_strategy",
+        "logging_steps",
+        "logging_first_step",
+        "log_on_each_node",
+        "logging_nan_inf_filter",
+        "log_level",
+        "log_level_replica",
+        "include_num_input_tokens_seen",
+        "report_to",
+        "run_name",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+        "use_cpu",
+        "ddp_find_unused_parameters",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+        "ddp_backend",
+        "ddp_timeout",
+        "fsdp",
+        "fsdp_config",
+        "deepspeed",
+        "parallelism_config",
+        "save_on_each_node",
+        "enable_jit_checkpoint",
+        "skip_memory_metrics",
+        "debug",
+        "full_determinism",
+        "hub_token",
+        "local_rank",
+    }
+)
+KERNELS = ("auto", "torch", "fla")
+OUR_SCHEDULE = "stable-cosine-stable"
 # Schedules that end at final_learning_rate.
-_ENDING = frozenset({"cosine", "stable-cosine-stable"})
+_ENDING = frozenset({"cosine", OUR_SCHEDULE})
 
 
 @dataclass(kw_only=True)
@@ -60,7 +124,7 @@ class StageConfig:
     Args:
         batch_size (`int`): rows of one optimizer step.
         micro_batch_size (`int`, *optional*): rows that are on the device at once, a divisor of `batch_size`, which is
-            also the default. It changes memory and time, not the result.
+            also the default. It belongs to the execution, see [`Recipe`].
         block_size (`int`, *optional*): tokens of a row, a divisor of `data.block_size`, which is also the default.
         learning_rate (`float`): of all parameters that train, or all but the mixers.
         mixer_learning_rate (`float`, *optional*): of the linear-attention mixers; by default `learning_rate`.
@@ -70,7 +134,8 @@ class StageConfig:
         final_learning_rate (`float`, *optional*): where that schedule, or `"cosine"`, ends, for mixers and all else;
             by default 0.
         warmup_steps (`float`): steps, or below 1 the share of all steps.
-        checkpoints (`int`): checkpoints written on the way, evenly spaced; a killed run loses at most that share.
+        checkpoints (`int`): checkpoints written on the way, evenly spaced; a killed run loses at most that share. It
+            belongs to the execution, too.
     """
 
     batch_size: int = 8
@@ -171,6 +236,12 @@ class SelectStage:
             raise ValueError(
                 f"select gives {' and '.join(given) or 'no layers'}; give one of k, fraction, layers, cache_bytes."
             )
+        for name, least in (("k", 0), ("cache_bytes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"select.{name}={value} is too small; pass at least {least}.")
+        if self.layers is not None and (min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"select.layers={self.layers} names a layer twice or below 0; list each once, from 0.")
         if (self.cache_bytes is None) != (self.context is None):
             raise ValueError("select.cache_bytes and select.context go together: bytes, and at how many tokens.")
         if self.context is not None and self.context < 1:
@@ -195,7 +266,12 @@ class SelectStage:
 @dataclass
 class Recipe:
     """
-    Everything that decides what [`~hf_hybrid.run.run_recipe`] makes.
+    What [`~hf_hybrid.run.run_recipe`] makes, and how.
+
+    A recipe has two parts. What decides the result is the identity of a run. How it is executed changes time, memory
+    and what is told on the way, and the result by no more than rounding: it may be another one each time that a run
+    goes on. It is `execution`, and `trust_remote_code`, `data.streaming`, and each stage's `micro_batch_size` and
+    `checkpoints`; what stands in `training` of the fields that belong in `execution` counts as if it stood there.
 
     Args:
         teacher (`str`): Hub id or folder of the softmax model, or `"embedded"`.
@@ -205,10 +281,15 @@ class Recipe:
             stays with the commit that it was started with.
         dtype (`str`): of the teacher; the finished model has it too. With `bf16` or `fp16` in `training`, the student
             trains in fp32 under autocast.
-        trust_remote_code (`bool`): whether the teacher may run code of its own. No part of the recipe's identity.
+        trust_remote_code (`bool`): whether the teacher may run code of its own.
         mixer (`str`), mixer_options (`dict`): see [`convert`].
         seed (`int`): of everything random.
-        training (`dict`): more fields of [`~transformers.TrainingArguments`], the same for all stages.
+        training (`dict`): more fields of [`~transformers.TrainingArguments`] and of the trainers' own that decide the
+            result, such as precision and optimizer, the same for all stages.
+        execution (`dict`): `kernel` (`auto`, `torch` or `fla`, see [`convert`]), `micro_batch_size` (rows at once in
+            every stage, or a number for each stage by its name), and those fields of
+            [`~transformers.TrainingArguments`] that do not decide the result: `gradient_checkpointing`,
+            `torch_compile`, `logging_*`, `dataloader_*`, `use_cpu`, `ddp_*`, `fsdp*`, ...
     """
 
     teacher: str
@@ -225,21 +306,77 @@ class Recipe:
     mixer_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
+    execution: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.teacher.strip():
+            raise ValueError("teacher is empty; give a Hub id, a folder, or 'embedded'.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is no seed; pass a whole number from 0 to {2**32 - 1}.")
+        check_dtype(self.dtype)
         self._check_scores()
+        self._check_arguments()
+        self._share_micro_batch_size()
         for name, stage in self.stages().items():
             _check_stage(name, stage, self.data.block_size)
-        check_dtype(self.dtype)
-        if self.data.on_the_fly and self.training.get("dataloader_num_workers"):
-            raise ValueError("training.dataloader_num_workers is set, but data.on_the_fly reads in the main process.")
+            _check_schedule(name, stage, self.training.get("lr_scheduler_kwargs"))
+        if self.data.on_the_fly and self.arguments().get("dataloader_num_workers"):
+            raise ValueError("dataloader_num_workers is set, but data.on_the_fly reads in the main process.")
         if self.distill.teacher_topk is not None and self.data.on_the_fly:
             raise ValueError(
                 "distill.teacher_topk goes by the rows' indices, and rows made by data.on_the_fly have none."
             )
-        managed = sorted(_MANAGED & set(self.training))
-        if managed:
-            raise ValueError(f"training.{managed[0]} is set from the recipe's own stages; set it there.")
+
+    @property
+    def kernel(self) -> str:
+        """Which kernels the linear layers run: `auto`, `torch` or `fla`."""
+        return self.execution.get("kernel", "auto")
+
+    def arguments(self) -> dict[str, Any]:
+        """What `training` and `execution` say together, as fields of the trainers' arguments."""
+        return self.training | {name: value for name, value in self.execution.items() if name in _OF_EXECUTION}
+
+    def _check_arguments(self) -> None:
+        hints = _argument_hints()
+        self.training = {name: _argument("training", name, value, hints) for name, value in self.training.items()}
+        own: dict[str, Any] = {"kernel": str, "micro_batch_size": int | dict[str, int]}
+        of_execution = own | {name: hint for name, hint in hints.items() if name in _OF_EXECUTION}
+        for name in self.execution:
+            if name in hints and name not in of_execution and name not in _MANAGED:
+                raise ValueError(f"execution.{name} decides the result; set it in training.")
+            if name in self.training:
+                raise ValueError(f"training.{name} and execution.{name} are both set; keep the latter.")
+        self.execution = {
+            name: _argument("execution", name, value, of_execution) for name, value in self.execution.items()
+        }
+        if self.kernel not in KERNELS:
+            raise ValueError(f"execution.kernel={self.kernel!r} is unknown; choose one of {list(KERNELS)}.")
+        if self.training.get("bf16") and self.training.get("fp16"):
+            raise ValueError("training.bf16 and training.fp16 are both true; choose one.")
+
+    def _share_micro_batch_size(self) -> None:
+        """Gives each stage what `execution.micro_batch_size` says of it."""
+        given = self.execution.get("micro_batch_size")
+        if given is None:
+            return
+        stages = self.stages()
+        each = given if isinstance(given, dict) else dict.fromkeys(stages, given)
+        for name, rows in each.items():
+            where = f"execution.micro_batch_size.{name}" if isinstance(given, dict) else "execution.micro_batch_size"
+            if name not in stages:
+                raise ValueError(unknown_key(name, stages, "execution.micro_batch_size."))
+            if rows < 1:
+                raise ValueError(f"{where}={rows} is too small; pass at least 1.")
+            stage = stages[name]
+            if not isinstance(given, dict):  # for all stages alike: as near as each one's batch allows
+                most = range(1, min(rows, max(stage.batch_size, 1)) + 1)
+                rows = max(count for count in most if stage.batch_size % count == 0)
+            if stage.micro_batch_size not in (None, rows):
+                raise ValueError(
+                    f"{name}.micro_batch_size={stage.micro_batch_size} and {where}={rows} differ; keep the latter."
+                )
+            setattr(self, name, dataclasses.replace(stage, micro_batch_size=rows))
+        self.execution = {name: value for name, value in self.execution.items() if name != "micro_batch_size"}
 
     def _check_scores(self) -> None:
         method = None if self.score is None else self.score.method
@@ -261,13 +398,9 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Recipe":
-        """Reads a YAML file; unknown keys and values of a wrong type are errors."""
+        """Reads a YAML file; unknown keys, keys that stand twice and values of a wrong type are errors."""
         try:
-            data = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-        try:
-            return cls.from_dict(data)
+            return cls.from_dict(read_yaml(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -277,9 +410,22 @@ class Recipe:
         return parse(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as nested dictionaries, without what is no part of its identity."""
+        """The recipe as nested dictionaries, without the permission to run code, which is given anew each time."""
         data = dataclasses.asdict(self)
         del data["trust_remote_code"]
+        return data
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as nested dictionaries: all of the recipe but how it is executed."""
+        data = self.to_dict()
+        del data["execution"]
+        data["training"] = {name: value for name, value in self.training.items() if name not in _OF_EXECUTION}
+        for name in self.stages():
+            data[name] = {
+                key: value for key, value in data[name].items() if key not in ("micro_batch_size", "checkpoints")
+            }
+        for source in (data["data"], *data["data"]["sources"]):
+            del source["streaming"]
         return data
 
     def save(self, path: str | os.PathLike, header: str = "") -> None:
@@ -288,11 +434,11 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Canonical JSON of what decides the result: equal for equal recipes."""
-        return json.dumps(self.to_dict(), sort_keys=True)
+        return json.dumps(self.identity(), sort_keys=True)
 
     def difference(self, other: "Recipe") -> list[str]:
-        """What differs, one line a value: `align.tokens: 1000 here, 2000 there`."""
-        ours, theirs = self.to_dict(), other.to_dict()
+        """What differs in what decides the result, one line a value: `align.tokens: 1000 here, 2000 there`."""
+        ours, theirs = self.identity(), other.identity()
         # A stage that only one of them has is one line, not one for each of its values.
         words = ("none", "some")
         whole = [
@@ -327,6 +473,65 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16.")
 
 
+@functools.cache
+def _argument_hints() -> Mapping[str, Any]:
+    """The type of each field of the trainers' arguments."""
+    return typing.get_type_hints(AlignmentConfig) | typing.get_type_hints(DistillationConfig)
+
+
+def _argument(where: str, name: str, value: Any, hints: Mapping[str, Any]) -> Any:
+    """The value of one field of `training` or `execution`, or a `ValueError` that names it."""
+    if name in _MANAGED:
+        raise ValueError(f"{where}.{name} is set from the recipe's own stages; set it there.")
+    if name not in hints:
+        known = sorted(set(hints) - _MANAGED)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {where}.{near[0]}?" if near else f"{where} takes fields of TrainingArguments."
+        raise ValueError(f"unknown key {where}.{name}; {hint}")
+    value = typed(hints[name], value, f"{where}.{name}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    low, high = _BOUNDS.get(name, (0, math.inf))
+    if number and name != "local_rank" and not low <= value <= high:
+        to = "" if high == math.inf else f" to {high}"
+        raise ValueError(f"{where}.{name}={value} is out of range; pass a number from {low}{to}.")
+    return value
+
+
+# Where a number may lie, ends included; the others from 0.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "adam_beta1": (0, 0.99999),
+    "adam_beta2": (0, 0.9999999),
+    "label_smoothing_factor": (0, 1),
+    "logging_steps": (1e-6, math.inf),
+    "torch_empty_cache_steps": (1, math.inf),
+    "chunk_tokens": (1, math.inf),
+    "dataloader_prefetch_factor": (1, math.inf),
+    "ddp_timeout": (1, math.inf),
+}
+
+
+def _check_schedule(name: str, stage: StageConfig, kwargs: Any) -> None:
+    """Raises a `ValueError` where there is no such schedule, or it lacks what it needs."""
+    kind = stage.lr_scheduler_type
+    known = [OUR_SCHEDULE, *(member.value for member in SchedulerType if member.value not in _NEEDS_EVALUATION)]
+    if kind not in known:
+        raise ValueError(f"{name}.lr_scheduler_type={kind!r} is unknown; choose one of {known}.")
+    if kind == OUR_SCHEDULE:
+        return
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    try:
+        get_scheduler(kind, optimizer, 1, 10, kwargs if isinstance(kwargs, dict) else None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}.lr_scheduler_type={kind!r} needs more than it has ({error}); give that in "
+            "training.lr_scheduler_kwargs, or choose another."
+        ) from error
+
+
+# Schedules that follow a measurement, which no stage makes as it trains.
+_NEEDS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+
+
 def _check_stage(name: str, stage: StageConfig, block_size: int) -> None:
     tokens = "tokens_per_layer" if isinstance(stage, ScoreStage) else "tokens"
     for key in (tokens, "batch_size", "checkpoints", "micro_batch_size", "block_size", "teacher_topk"):
@@ -342,13 +547,16 @@ def _check_stage(name: str, stage: StageConfig, block_size: int) -> None:
             f"{name}.final_learning_rate is set, but lr_scheduler_type={stage.lr_scheduler_type!r} does not end "
             f"there; choose one of {sorted(_ENDING)}."
         )
-    if not stage.warmup_steps >= 0:
-        raise ValueError(f"{name}.warmup_steps={stage.warmup_steps} is negative; pass 0, a share below 1, or steps.")
+    warmup = stage.warmup_steps
+    if not 0 <= warmup < math.inf or (warmup > 1 and warmup != int(warmup)):
+        raise ValueError(f"{name}.warmup_steps={warmup} is no warm-up; pass 0, a share below 1, or whole steps.")
     if stage.micro_batch_size and stage.batch_size % stage.micro_batch_size:
         raise ValueError(
             f"{name}.micro_batch_size={stage.micro_batch_size} does not divide batch_size={stage.batch_size}; pass a "
             "divisor."
         )
+    if stage.block_size == 1:
+        raise ValueError(f"{name}.block_size=1 makes rows of one token, in which nothing is predicted; pass more.")
     if stage.block_size and block_size % stage.block_size:
         raise ValueError(
             f"{name}.block_size={stage.block_size} does not divide data.block_size={block_size}; rows are cut into "

@@ -12,11 +12,12 @@ from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.durable import read_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
 
-from .folder import ARTEFACTS, claim, explained, locked, remove_partials
+from .folder import ARTEFACTS, check_place, claim, explained, keep_execution, locked, remove_partials
 from .pipeline import Pipeline, scores_in, stages_of
 from .recipe import Recipe
 from .score import check_divisible, needs_alignment
-from .stages import Event, Listener, join
+from .stages import Event, Listener, check_arguments, join
+from .text import check_sources
 
 
 @dataclass
@@ -76,7 +77,9 @@ def run_recipe(
     for name, value in (("stop_after", stop_after), ("start_from", start_from)):
         if value is not None and value not in ARTEFACTS:
             raise ValueError(f"{name}={value!r} is no stage; choose one of {list(ARTEFACTS)}.")
+    check_place(output_dir, recipe.teacher)
     stages, folder = stages_of(recipe), Path(output_dir)
+    check_arguments(recipe, folder)
     if stop_after is not None and stop_after not in stages:
         raise ValueError(f"stop_after={stop_after!r}, but the recipe has no {stop_after} stage; its stages: {stages}.")
     join(recipe, folder)
@@ -89,6 +92,8 @@ def run_recipe(
         already_finished = {"model", "report"} <= there
         if not already_finished:
             on_main(lambda: _check_order(folder, stages))
+        if "data" not in there:
+            on_main(lambda: check_sources(recipe.data))
         done: dict[str, str] = {}
         for name in stages:
             done[name] = "found" if already_finished or name in there else "done"
@@ -139,6 +144,8 @@ def _enter(folder: Path, recipe: Recipe, start_from: str | None, stack: contextl
     stack.enter_context(locked(folder))
     moved = claim(folder, recipe, start_from)
     remove_partials(folder)
+    if not all((folder / ARTEFACTS[name]).exists() for name in ("model", "report")):
+        keep_execution(folder, recipe)
     return moved
 
 

@@ -172,7 +172,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
     else:
         kind = AlignmentConfig if name == "align" else DistillationConfig
     known = {field.name for field in fields(kind)}
-    general = {key: value for key, value in recipe.training.items() if key in known or key not in _OF_TEACHERS}
+    general = {key: value for key, value in recipe.arguments().items() if key in known or key not in _OF_TEACHERS}
     try:
         return kind(**(values | general))
     except TypeError as error:
@@ -181,13 +181,27 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         ) from error
 
 
-def check_training(recipe: Recipe, folder: Path, teacher: Any) -> None:
-    """Raises a `ValueError` where some stage's arguments do not hold, before anything is computed."""
+def check_arguments(recipe: Recipe, folder: Path) -> None:
+    """Raises a `ValueError` where some stage's arguments do not hold, before anything is loaded."""
     if recipe.score is not None:
-        check_placement(recipe.score.method, bool(recipe.training.get("shard_teacher")))
+        check_placement(recipe.score.method, bool(recipe.arguments().get("shard_teacher")))
     for name in recipe.stages():
         training_arguments(recipe, name, folder)
-    k, vocabulary = recipe.distill.teacher_topk, teacher.config.get_text_config().vocab_size
+
+
+def check_training(recipe: Recipe, folder: Path, teacher: Any) -> None:
+    """Raises a `ValueError` where some stage's arguments do not hold, or do not suit `teacher`."""
+    check_arguments(recipe, folder)
+    config = teacher.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    for name, stage in recipe.stages().items():
+        block, where = stage.block_size or recipe.data.block_size, name if stage.block_size else "data"
+        if positions is not None and block > positions:
+            raise ValueError(
+                f"{where}.block_size={block} makes rows for {name} that are longer than the {positions} positions of "
+                "the teacher; pass less."
+            )
+    k, vocabulary = recipe.distill.teacher_topk, config.vocab_size
     if k is not None and k > vocabulary:
         raise ValueError(f"distill.teacher_topk={k} is more than the teacher's vocabulary of {vocabulary}; pass less.")
 

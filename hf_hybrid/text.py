@@ -4,8 +4,9 @@ import glob
 import json
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
@@ -24,6 +25,46 @@ def open_text(config: "DataConfig", seed: int) -> "Mixture":
 
 def _open(source: "SourceConfig", seed: int) -> "FileTexts | DatasetTexts":
     return DatasetTexts(source) if source.dataset else FileTexts(source, seed)
+
+
+def check_sources(config: "DataConfig") -> None:
+    """Raises a `ValueError` where the local files of `config` are none, or no text, from the beginning of each."""
+    for source in config.all_sources():
+        if source.text_files:
+            files = find_files(source.text_files)
+            if not any([_begins_with_text(path, source.text_column) for path in files]):
+                raise ValueError(f"text_files {source.text_files} is empty; give files that have text.")
+
+
+def _begins_with_text(path: Path, text_column: str) -> bool:
+    """Whether there is text at the beginning of a file; a `ValueError` where there is something else."""
+    with _opened(path) as stream:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(islice(stream, 100), start=1):
+                if line.strip():
+                    text = _decoded(line, path)
+                    return bool(_text_of_line(text, f"{path}, line {number}", text_column).strip()) or number > 1
+            return False
+        start = stream.read(2**16)
+        end = len(start) if len(start) < 2**16 else max(start.rfind(b"\n"), start.rfind(b" ")) + 1
+        return bool(_decoded(start[:end], path).strip())
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); leave it out of text_files.") from error
+
+
+def _decoded(text: bytes, path: Path) -> str:
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); leave it out of text_files.") from error
+    if "\0" in decoded:
+        raise ValueError(f"{path} is not UTF-8 text (it holds zero bytes); leave it out of text_files.")
+    return decoded
 
 
 class Mixture:
@@ -92,13 +133,10 @@ class FileTexts:
         while self.file < len(self.files):
             path = self.files[self.file]
             if self.stream is None:
-                self.stream = open(path, "rb")  # noqa: SIM115  open from one piece to the next
+                self.stream = _opened(path)  # from one piece to the next
                 self.stream.seek(self.offset)
-            try:
-                piece = self._line(path) if path.suffix == ".jsonl" else self._lines()
-                self.offset = self.stream.tell()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text ({error.reason}); leave it out of text_files.") from error
+            piece = self._line(path) if path.suffix == ".jsonl" else self._lines(path)
+            self.offset = self.stream.tell()
             if piece is None or piece[1] and path.suffix != ".jsonl":
                 self.stream.close()
                 self.restore({"file": self.file + 1, "offset": 0, "line": 0})
@@ -110,12 +148,12 @@ class FileTexts:
         while line := self.stream.readline():
             self.line += 1
             if line.strip():
-                return _text_of_line(line.decode("utf-8"), f"{path}, line {self.line}", self.text_column), True
+                return _text_of_line(_decoded(line, path), f"{path}, line {self.line}", self.text_column), True
         return None
 
-    def _lines(self) -> tuple[str, bool]:
+    def _lines(self, path: Path) -> tuple[str, bool]:
         # Read as bytes, which have cheap positions, and cut at line ends, where no character is cut.
-        text = b"".join(self.stream.readlines(_PIECE_CHARACTERS)).decode("utf-8")
+        text = _decoded(b"".join(self.stream.readlines(_PIECE_CHARACTERS)), path)
         return text.replace("\r\n", "\n").replace("\r", "\n"), not text
 
 
@@ -152,6 +190,8 @@ def find_files(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
         files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files and matches:
+            raise ValueError(f"text_files: {pattern!r} is a folder; name the files in it, as in '{matches[0]}/*.txt'.")
         if not files:
             raise ValueError(
                 f"text_files: {pattern!r} matches no file; give a path or a pattern such as 'texts/*.txt'."

@@ -65,8 +65,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ({"align__tokens": 10.5}, "align.tokens=10.5 is not a whole number"),
         ({"align__batch_size": True}, "align.batch_size=True is not a whole number"),
         ({"align__learning_rate": -1}, "align.learning_rate=-1.0 is no learning rate"),
-        ({"align__learning_rate": float("nan")}, "align.learning_rate=nan is no learning rate"),
-        ({"align__warmup_steps": -1}, "align.warmup_steps=-1.0 is negative"),
+        ({"align__learning_rate": float("nan")}, "align.learning_rate=nan is not finite"),
+        ({"align__warmup_steps": -1}, "align.warmup_steps=-1.0 is no warm-up"),
         ({"align__micro_batch_size": 3}, "align.micro_batch_size=3 does not divide batch_size=4"),
         ({"align__block_size": 48}, "align.block_size=48 does not divide data.block_size=64"),
         ({"score__tokens_per_layer": -5}, "score.tokens_per_layer=-5 is too small"),
@@ -111,7 +111,7 @@ def test_stages_become_arguments_of_the_trainers(tmp_path: Path) -> None:
     assert (args.learning_rate, args.mixer_learning_rate, args.max_grad_norm, args.seed) == (1e-3, 3e-3, 0.5, 3)
     assert steps_of(recipe, "score") == 2 and steps_of(recipe, "finetune") == 4
     assert rows_needed(recipe) == 32
-    with pytest.raises(ValueError, match="training: .*'bf17'; it takes fields of TrainingArguments"):
+    with pytest.raises(ValueError, match=r"unknown key training.bf17; did you mean training.bf16\?"):
         check_training(Recipe.from_dict(changed(training={"bf17": True})), tmp_path, tiny_teacher())
 
 
@@ -127,7 +127,7 @@ def test_scores_are_not_made_of_a_sharded_teacher(tmp_path: Path, monkeypatch: p
 def test_shipped_recipes(name: str, tmp_path: Path) -> None:
     recipe = Recipe.load(find_recipe(name))
     recipe.training = recipe.training | {"use_cpu": True}
-    check_training(recipe, tmp_path, tiny_teacher())
+    check_training(recipe, tmp_path, tiny_teacher(max_position_embeddings=4096))
     if name == "qwen2.5-3b":
         assert (
             steps_of(recipe, "align") == 2035 and steps_of(recipe, "distill") == 4578
