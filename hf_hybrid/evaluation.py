@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_hybrid.modeling.library import cache_argument
+from hf_hybrid.modeling.packing import without_mask
 from hf_hybrid.trainers import held_out_kl
 from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches
@@ -137,9 +138,7 @@ def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
             predicted = counts[:, 1:] & counts[:, :-1]
             if "position_ids" in batch:
                 predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
-            # The library keeps packed documents apart only where there is no mask.
-            inputs = {**batch, "attention_mask": None if bool(counts.all()) else mask}
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][predicted]
+            hidden = model.base_model(**without_mask(batch), use_cache=False).last_hidden_state[:, :-1][predicted]
             targets = ids[:, 1:][predicted].long()
             for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
                 total += torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="sum").item()

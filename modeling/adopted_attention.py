@@ -131,7 +131,6 @@ class AdoptedAttention(nn.Module):
             if name in self._modules:
                 self._modules[name] = NoIndexer()
         self.adopted = (*self._parameters, *self._modules)
-        self.row: dict[str, Any] = {}
 
     @staticmethod
     def _refuse(attention: Any, layer_idx: int) -> None:
@@ -226,13 +225,16 @@ class AdoptedAttention(nn.Module):
         Returns:
             What the teacher's attention returns: the output `[B, T, hidden]` first, None for the attention weights.
         """
-        row, self.row = self.row, {}
-        padding_mask = row.get("padding_mask") if padding_mask is None else padding_mask
-        seq_idx = row.get("seq_idx") if seq_idx is None else seq_idx
+        kwargs = dict(zip(positional_names(self.teacher_class)[1:], args, strict=False)) | kwargs
+        row = kwargs.get("attention_mask")
+        if isinstance(row, dict):  # see `hand_over`
+            kwargs["attention_mask"] = row["attention_mask"]
+            padding_mask = row.get("padding_mask") if padding_mask is None else padding_mask
+            seq_idx = row.get("seq_idx") if seq_idx is None else seq_idx
         if padding_mask is not None:
             padding_mask = padding_mask.to(hidden_states.dtype)
         call = AttentionCall(hidden_states, take_cache(kwargs), padding_mask, seq_idx)
-        return self._teacher_forward(call, *args, **kwargs)
+        return self._teacher_forward(call, **kwargs)
 
     def project(
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, **kwargs: Any
@@ -249,9 +251,8 @@ class AdoptedAttention(nn.Module):
             raise RuntimeError(f"{self.teacher_class.__name__} did not call its attention; it cannot be linear.")
         return call.captured
 
-    def _teacher_forward(self, call: AttentionCall, *args: Any, **kwargs: Any) -> Any:
+    def _teacher_forward(self, call: AttentionCall, **kwargs: Any) -> Any:
         names = positional_names(self.teacher_class)
-        kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
         kwargs |= {name: None for name in CACHE_NAMES if name in names}  # keys and values are not cached
         if "attention_mask" in names:
             kwargs.setdefault("attention_mask", None)
@@ -272,11 +273,26 @@ def expand_groups(key: torch.Tensor, value: torch.Tensor, num_heads: int) -> tup
     return key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
 
 
-def hand_over(layer: Any, args: tuple, kwargs: dict) -> None:
-    """Runs before a decoder layer's forward: some layers take keyword arguments and give none to their attention."""
-    for module in layer.self_attn.modules():  # an adapter that trains the whole mixer wraps it
-        if isinstance(module, AdoptedAttention):
-            module.row = {name: kwargs[name] for name in ("padding_mask", "seq_idx") if name in kwargs}
+def hand_over(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """
+    Runs before a decoder layer's forward. `padding_mask` and `seq_idx` go on to the layer's mixer in the place of the
+    attention mask, together with it: every layer hands that to its attention, but not every one further keywords. They
+    are arguments of the call and nothing else, so that calls in other threads do not meet them, and a layer that is
+    computed again in the backward pass gets them again.
+    """
+    row = {name: kwargs[name] for name in ("padding_mask", "seq_idx") if name in kwargs}
+    if not row:
+        return args, kwargs
+    kwargs = {name: value for name, value in kwargs.items() if name not in row}
+    # An adapter that trains the whole mixer wraps it.
+    if any(isinstance(module, AdoptedAttention) for module in layer.self_attn.modules()):
+        layer_class: Any = type(layer)
+        place = positional_names(layer_class).index("attention_mask")
+        if place < len(args):
+            args = (*args[:place], row | {"attention_mask": args[place]}, *args[place + 1 :])
+        else:
+            kwargs["attention_mask"] = row | {"attention_mask": kwargs.get("attention_mask")}
+    return args, kwargs
 
 
 def takes_keywords(module: Any) -> bool:

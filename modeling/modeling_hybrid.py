@@ -23,7 +23,7 @@ from .kimi_delta_attention import KimiDeltaAttention
 from .library import cache_argument, take_cache
 from .linear_attention import LinearAttention, check_cache, count_tokens_in
 from .model_card import PushedWithCard
-from .packing import document_positions, packed_documents, padding_mask_of
+from .packing import document_positions, packed_documents, padding_mask_of, positions_that_part
 from .sliding_window_attention import SlidingWindowAttention
 
 
@@ -310,6 +310,10 @@ def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
     return mixer
 
 
+# What flash attention takes for the boundaries of documents, rather than their positions.
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
 def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
     Runs before the backbone's forward, whoever calls it, and hands the mixers what they need beside the teacher's own
@@ -325,22 +329,28 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
         return (), kwargs  # the backbone raises its own error
     config = backbone.config._hybrid.text_config
     linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
+    if not linear:
+        return (), kwargs  # a copy of the teacher: its backbone knows what to do, with packed rows and caches too
     cache_name = cache_argument(backbone_class)
     mask, cache = kwargs.get("attention_mask"), take_cache(kwargs)
     kwargs[cache_name] = cache
-    if not linear and not (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
-        return (), kwargs  # softmax layers alone: the teacher's backbone knows what to do with it
     padding_mask = padding_mask_of(config, inputs, mask, cache)
     cu_seq_lens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.pop("seq_idx", None)
     position_ids = kwargs.get("position_ids")
-    if (cu_seq_lens is not None or seq_idx is not None) and (linear or position_ids is None):
-        kwargs["position_ids"] = position_ids = document_positions(inputs, position_ids, cu_seq_lens, seq_idx)
-    seq_idx = packed_documents(position_ids, padding_mask, cached=bool(linear) and cache is not None)
+    if cu_seq_lens is not None or seq_idx is not None:
+        position_ids = document_positions(inputs, position_ids, cu_seq_lens, seq_idx, padding_mask)
+        kwargs["position_ids"] = position_ids
+    seq_idx = packed_documents(position_ids, padding_mask, cached=cache is not None)
     if seq_idx is not None:
         # The library looks for packed rows only where there is neither a mask nor a cache; rows that are packed
         # are never continued, and a mask of ones says nothing.
         kwargs |= {"attention_mask": None, cache_name: None, "use_cache": False}
         kwargs["seq_idx"] = seq_idx.expand(inputs.shape[0], -1)
+        if padding_mask is not None:
+            kwargs["padding_mask"] = padding_mask
+            kwargs["position_ids"] = positions_that_part(cast(torch.Tensor, position_ids), padding_mask)
+            for name in _BOUNDARIES:  # they count the padding in
+                kwargs.pop(name, None)
         return (), kwargs
     use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     if use_cache and cache is None:

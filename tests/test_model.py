@@ -123,14 +123,6 @@ class TestPacking:
             error = (packed[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
             assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"
 
-    def test_packing_beside_padding_is_refused(self, family, options):
-        model, ids = hybrid(family, [1, 3], **options), tokens(1, 20)
-        mask = torch.ones_like(ids)
-        mask[0, -3:] = 0
-        positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
-        with pytest.raises(ValueError, match="Pack without padding"):
-            model(ids, position_ids=positions, attention_mask=mask)
-
 
 class TestConvolution:
     def test_starts_as_the_identity(self):

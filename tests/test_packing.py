@@ -7,6 +7,8 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 import hf_hybrid as hh
 from hf_hybrid.modeling import MIXERS
+from hf_hybrid.trainers.alignment import mixer_outputs
+from hf_hybrid.trainers.distillation import final_hidden_states
 
 
 LENGTHS = (13, 1, 30, 16)
@@ -67,7 +69,88 @@ class TestEachDocumentAsIfAlone:
 
     @pytest.mark.parametrize("family", ["llama", "mistral"])
     def test_softmax_layers(self, how, masked, family):
-        check(hybrid(layers=range(4), family=family), how, masked)
+        check(hybrid(layers=range(3), family=family), how, masked)
+
+
+def padded_row(how, ids):
+    """
+    Four documents `LENGTHS` of `ids`, padded before or behind or not at all, in one row: `(row, their slots)`. One
+    stretch of padding is a document of its own.
+    """
+    around = ((0, 3), (2, 0), (0, 0), (4, 1))
+    pieces, slots, ends, begin = [], [], [0], 0
+    for piece, (before, behind) in zip(ids.split(LENGTHS, dim=1), around, strict=True):
+        pieces.append(torch.nn.functional.pad(piece, (before, behind), value=7))
+        slots.append(torch.arange(begin + before, begin + before + piece.shape[1]))
+        begin += pieces[-1].shape[1]
+        ends.append(begin)
+    pieces.append(torch.full((1, 5), 7))
+    ends.append(begin + 5)
+    row = {"input_ids": torch.cat(pieces, dim=1)}
+    documents = torch.cat([torch.full((1, piece.shape[1]), i) for i, piece in enumerate(pieces)], dim=1)
+    row["attention_mask"] = torch.zeros_like(row["input_ids"])
+    row["attention_mask"][0, torch.cat(slots)] = 1
+    if "position_ids" in how:  # those of padding go on, as in a document that is padded to a multiple
+        row["position_ids"] = torch.cat([torch.arange(piece.shape[1])[None] for piece in pieces], dim=1)
+    if "zeros" in how:
+        row["position_ids"] = row["position_ids"] * row["attention_mask"]
+    if "cu_seq_lens" in how:
+        row["cu_seq_lens_q"] = row["cu_seq_lens_k"] = torch.tensor(ends, dtype=torch.int32)
+    if "seq_idx" in how:
+        row["seq_idx"] = documents
+    return row, slots
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["position_ids", "position_ids, zeros for padding", "cu_seq_lens", "seq_idx", "position_ids and cu_seq_lens"],
+)
+class TestPaddingBetweenDocuments:
+    """Padding before, behind and between the documents of a row changes nothing, in outputs and gradients."""
+
+    def check(self, model, how):
+        ids = tokens(1, sum(LENGTHS))
+        row, slots = padded_row(how, ids)
+        weight = torch.randn(1, sum(LENGTHS), 99, dtype=torch.float64)
+        packed = model(**row).logits[:, torch.cat(slots)]
+        (packed * weight).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        # A convolution sees keys at the angles that their positions give them: a document is alone where it was.
+        places = [row["position_ids"][:, slot] if "position_ids" in row else None for slot in slots]
+        pieces = zip(ids.split(LENGTHS, dim=1), places, strict=True)
+        alone = torch.cat([model(piece, position_ids=place).logits for piece, place in pieces], 1)
+        (alone * weight).sum().backward()
+        torch.testing.assert_close(packed, alone, **CLOSE)
+        for name, parameter in model.named_parameters():
+            error = (gradients[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
+            assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"
+
+    @pytest.mark.parametrize("mixer", MIXERS)
+    def test_mixers(self, how, mixer):
+        options = {"window": 8} if mixer == "sliding_window" else {"short_convolution": 4}
+        self.check(hybrid(mixer, **options), how)
+
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    @pytest.mark.parametrize("family", ["llama", "mistral"])
+    def test_softmax_layers(self, how, family, implementation):
+        model = hybrid(layers=range(3), family=family)
+        model.set_attn_implementation(implementation)
+        self.check(model, how)
+
+
+def test_rows_of_a_batch_are_padded_each_in_its_own_way():
+    """One row packed, one padded on the left with positions that count tokens only, one on the right."""
+    model, ids = hybrid("kimi_delta_attention", short_convolution=4), tokens(3, 24)
+    mask, positions = torch.ones_like(ids), torch.arange(24).repeat(3, 1)
+    mask[0, 9:12] = 0
+    positions[0, 12:] -= 12
+    mask[1, :5] = 0
+    positions[1] = (mask[1].cumsum(0) - 1).masked_fill(mask[1] == 0, 1)
+    mask[2, 20:] = 0
+    got = model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, part in ((0, slice(0, 9)), (0, slice(12, 24)), (1, slice(5, 24)), (2, slice(0, 20))):
+        torch.testing.assert_close(got[row, part], model(ids[row : row + 1, part]).logits[0], **CLOSE)
 
 
 class TestRefused:
@@ -86,8 +169,38 @@ class TestRefused:
         with pytest.raises(ValueError, match="is put into a cache"):
             model(**row, past_key_values=DynamicCache(config=model.config))
 
-    def test_packed_rows_with_padding(self):
+    def test_padding_inside_a_document_of_a_packed_row(self):
         row = packed_row("position_ids", tokens(1, 60))
-        row["attention_mask"] = (torch.arange(60) < 55).long()[None]
-        with pytest.raises(ValueError, match="Pack without padding"):
+        row["attention_mask"] = torch.ones(1, 60, dtype=torch.long)
+        row["attention_mask"][0, 20:22] = 0
+        with pytest.raises(ValueError, match="padding between the tokens of one document"):
             hybrid()(**row)
+
+    def test_positions_that_go_on_over_the_padding_between_documents(self):
+        row, _ = padded_row("cu_seq_lens", tokens(1, 60))
+        with pytest.raises(ValueError, match="go on across documents that cu_seq_lens_q"):
+            hybrid()(**row, position_ids=torch.arange(75)[None])
+
+    def test_padding_does_not_hide_that_a_packed_row_is_put_into_a_cache(self):
+        model, (row, _) = hybrid(), padded_row("position_ids", tokens(1, 60))
+        with pytest.raises(ValueError, match="is put into a cache"):
+            model(**row, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("trained", ["teacher", "alignment"])
+def test_trainers_keep_padded_documents_apart_in_teacher_and_student(trained):
+    """The states that losses are made of, of a padded packed row, are those of its documents alone."""
+    student, teacher = hybrid(), tiny_teacher("qwen3", torch.float64)
+    ids = tokens(1, 60)
+    row, slots = padded_row("position_ids", ids)
+
+    def states(inputs):
+        if trained == "teacher":
+            return [final_hidden_states(teacher, inputs)]
+        return [x for _, wanted, output, _ in mixer_outputs(student, teacher, inputs) for x in (wanted, output)]
+
+    packed = [x[:, torch.cat(slots)] for x in states(row)]
+    alone = [torch.cat(x, 1) for x in zip(*(states({"input_ids": x}) for x in ids.split(LENGTHS, 1)), strict=True)]
+    assert len(packed) == len(alone) > 0
+    for x, expected in zip(packed, alone, strict=True):
+        torch.testing.assert_close(x, expected, **CLOSE)

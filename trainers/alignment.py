@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..modeling.adopted_attention import positional_names
 from ..modeling.library import take_cache
-from ..modeling.modeling_hybrid import decoder_layers, packed_documents
+from ..modeling.modeling_hybrid import decoder_layers
+from ..modeling.packing import packed_documents, without_mask
 from .distillation import final_hidden_states
 from .hybrid_trainer import mixer_parameters
 from .losses import alignment_loss
@@ -75,8 +76,9 @@ def mixer_outputs(
     """
     padding_mask = inputs.get("attention_mask")
     if padding_mask is not None and bool(padding_mask.all()):
-        inputs, padding_mask = {**inputs, "attention_mask": None}, None
+        padding_mask = None
     seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
+    inputs = without_mask(inputs)
     layers = decoder_layers(student)
     for i, (given, wanted) in _attention_of(teacher, student.linear_attention_layers, inputs).items():
         mixer = partial(layers[i].self_attn, **given, padding_mask=padding_mask, seq_idx=seq_idx)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 
+from ..modeling.packing import without_mask
 from .hybrid_trainer import hybrid_of
 from .losses import (
     check_logit_function,
@@ -130,7 +131,4 @@ def kl_of_batch(
 
 def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What goes into the head of `model`, `[B, T, H]`."""
-    mask = inputs.get("attention_mask")
-    # The library keeps packed documents apart only where there is no mask.
-    plain = {**inputs, "attention_mask": None} if mask is not None and bool(mask.all()) else inputs
-    return model.base_model(**plain, use_cache=False).last_hidden_state
+    return model.base_model(**without_mask(inputs), use_cache=False).last_hidden_state
