@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from hf_hybrid.cli import main as cli
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import RunResult, run_recipe
+from hf_hybrid.trainers.sharding import check_zero_stage
 
 
 pytestmark = pytest.mark.slow
@@ -179,11 +181,19 @@ def test_jobs_share_the_scores_of_a_run(
 def test_every_shipped_configuration_is_one_of_accelerate() -> None:
     """accelerate refuses keys that it does not know; DeepSpeed's settings are checked against its plugin's fields."""
     folder = ROOT / "recipes" / "accelerate"
-    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
     assert {path.stem for path in folder.iterdir()} == set(kinds)
     known = {action.dest for action in launch_command_parser()._actions}
     for name, kind in kinds.items():
         config = load_config_from_file(str(folder / f"{name}.yaml"))
         assert config.distributed_type == kind
         assert set(config.deepspeed_config) | set(config.fsdp_config) <= known
-    assert load_config_from_file(str(folder / "zero3.yaml")).deepspeed_config["zero_stage"] == 3
+    assert load_config_from_file(str(folder / "zero2.yaml")).deepspeed_config["zero_stage"] == 2
+
+
+def test_sharding_the_students_weights_with_deepspeed_is_refused() -> None:
+    plugin = SimpleNamespace(zero_stage=3)
+    with pytest.raises(ValueError, match="ZeRO stage 3 leaves a student .* use FSDP2"):
+        check_zero_stage(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    plugin.zero_stage = 2
+    check_zero_stage(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))

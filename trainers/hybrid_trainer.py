@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from ..modeling.modeling_hybrid import decoder_layers
-from .sharding import keep_class_name, set_precision, shard_mixers, uses_fsdp2
+from .sharding import check_zero_stage, keep_class_name, set_precision, shard_mixers, uses_fsdp2
 
 
 @dataclass
@@ -72,6 +72,7 @@ class HybridTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_zero_stage(self.accelerator)
         if uses_fsdp2(self.accelerator):
             set_precision(self.accelerator)
 

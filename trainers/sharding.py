@@ -5,7 +5,6 @@ is called. A linear-attention mixer needs two units of its own. Its decay parame
 precision of the rest, and the alignment calls mixers without their layers.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -31,6 +30,16 @@ def uses_fsdp2(accelerator: Any) -> bool:
             "fsdp_cpu_ram_efficient_loading: false."
         )
     return True
+
+
+def check_zero_stage(accelerator: Any) -> None:
+    """Raises a `ValueError` where DeepSpeed would shard the student's weights, which scores and measurements need."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed's ZeRO stage 3 leaves a student that can be neither scored nor measured; use FSDP2 "
+            "(recipes/accelerate/fsdp2.yaml), which shards the weights too, or zero_stage: 2."
+        )
 
 
 def set_precision(accelerator: Any) -> None:
@@ -87,26 +96,9 @@ def shard_teacher(teacher: PreTrainedModel, accelerator: Any) -> PreTrainedModel
     if is_sharded(teacher):
         return teacher
     teacher.requires_grad_(False)
-    if not uses_fsdp2(accelerator):
-        return _shard_with_deepspeed(teacher, accelerator.state.deepspeed_plugin.deepspeed_config)
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     return fsdp2_prepare_model(accelerator, teacher)
-
-
-def _shard_with_deepspeed(teacher: PreTrainedModel, settings: dict[str, Any]) -> Any:
-    """A ZeRO-3 engine of the teacher's own, which has nothing to optimise."""
-    stage = settings["zero_optimization"]["stage"]
-    if stage != 3:
-        raise ValueError(
-            f"shard_teacher needs ZeRO stage 3, and the stage is {stage}; set zero_stage: 3, or leave it."
-        )
-    import deepspeed
-
-    own = copy.deepcopy({key: value for key, value in settings.items() if key not in ("optimizer", "scheduler")})
-    own["zero_optimization"].pop("offload_optimizer", None)
-    engine, *_ = deepspeed.initialize(model=teacher, config=own)
-    return engine.eval()
 
 
 def keep_class_name(model: nn.Module) -> None:

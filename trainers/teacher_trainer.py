@@ -21,10 +21,10 @@ class TeacherTrainingArguments(HybridTrainingArguments):
 
     Args:
         shard_teacher (`bool`):
-            Under FSDP2 or ZeRO-3, whether the teacher is sharded like the student, in place, or whole on each device.
+            Under FSDP2, whether the teacher is sharded like the student, in place, or whole on each device.
     """
 
-    shard_teacher: bool = field(default=False, metadata={"help": "Whether FSDP2 or ZeRO-3 shards the teacher too."})
+    shard_teacher: bool = field(default=False, metadata={"help": "Whether FSDP2 shards the teacher too."})
 
 
 class TeacherTrainer(HybridTrainer):
@@ -77,6 +77,8 @@ class TeacherTrainer(HybridTrainer):
         """The teacher where it is used, without ever becoming part of the student's engine."""
         if not (self.is_deepspeed_enabled or uses_fsdp2(self.accelerator)):
             return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if self.args.shard_teacher and self.is_deepspeed_enabled:
+            raise ValueError("shard_teacher is on, but DeepSpeed shards no teacher here; use FSDP2, or switch it off.")
         if self.args.shard_teacher:
             return shard_teacher(teacher, self.accelerator)
         return teacher.to(self.accelerator.device)
