@@ -18,11 +18,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from .configuration_hybrid import attention_view
+from .configuration_hybrid import ATTENTION, attention_view
 from .library import CACHE_NAMES, take_cache
 
 
-INTERFACE = "hf_hybrid_linear"
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _INPUTS = ("q_proj", "q_a_proj", "qkv_proj", "query_key_value", "q_gate_proj")
 _GATES = ("gate_proj", "g_proj", "q_gate_proj")
@@ -75,7 +74,7 @@ def _to_mixer(
 
 
 # The library's own way to run another attention; nothing but a mixer's view of its config names it.
-AttentionInterface.register(INTERFACE, _to_mixer)
+AttentionInterface.register(ATTENTION, _to_mixer)
 
 
 class NoIndexer(nn.Module):
@@ -96,6 +95,7 @@ class AdoptedAttention(nn.Module):
         layer_idx (`int`): the layer's index.
     """
 
+    mixer_class: Any = None
     teacher_class: Any = None
     hidden_size: int
     head_dim: int
@@ -113,6 +113,11 @@ class AdoptedAttention(nn.Module):
         teacher: Any = type(attention)
         return super().__new__(_specialise(own, teacher))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied as what its class is made of, which has no name of its own to be found by."""
+        _, _, *state = super().__reduce_ex__(2)
+        return (_new, (self.mixer_class, self.teacher_class), *state)
+
     def __init__(self, attention: Any, layer_idx: int) -> None:
         nn.Module.__init__(self)  # not the teacher's, which would build its modules a second time
         self._refuse(attention, layer_idx)
@@ -122,7 +127,7 @@ class AdoptedAttention(nn.Module):
         for name in ("_parameters", "_buffers", "_modules"):
             self.__dict__[name] = dict(getattr(attention, name))
         self.layer_idx = layer_idx
-        self.config = attention_view(attention.config, INTERFACE)
+        self.config = attention_view(attention.config)
         self._read_layout(layer_idx)
         for name in _SOFTMAX_PARAMETERS:
             if self._parameters.pop(name, None) is not None:
@@ -309,5 +314,11 @@ def positional_names(module_class: Any) -> list[str]:
 
 @functools.cache
 def _specialise(cls: Any, teacher: Any) -> Any:
-    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "teacher_class": teacher}
+    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "mixer_class": cls, "teacher_class": teacher}
     return type(cls.__name__, (cls, teacher), namespace)
+
+
+def _new(cls: Any, teacher: Any) -> Any:
+    """A mixer of class `cls` without any state, for a teacher's attention class."""
+    specialised = _specialise(cls, teacher)
+    return specialised.__new__(specialised)

@@ -288,25 +288,31 @@ def backbone_view(config: HybridConfig) -> PreTrainedConfig:
     return view
 
 
+# What the library is asked for in the place of softmax. Its table of names is one for the process, in which there may
+# be several copies of this module: that of the package, and those that came with checkpoints of other releases. Each
+# has a name of its own there, for as long as it is loaded.
+ATTENTION = f"hf_hybrid_linear_{id(_BackboneView)}"
+
+
 @functools.cache
-def _attention_view_class(config_class: Any, implementation: str) -> Any:
+def _attention_view_class(config_class: Any) -> Any:
     def deepcopy(view: Any, memo: dict) -> Any:
-        return attention_view(copy.deepcopy(view._viewed, memo), implementation)
+        return attention_view(copy.deepcopy(view._viewed, memo))
 
     namespace = {
         "__module__": __name__,
         "__slots__": ("_viewed",),
         "__deepcopy__": deepcopy,
-        "__reduce__": lambda view: (attention_view, (view._viewed, implementation)),
-        "_attn_implementation": property(lambda view: implementation),
+        "__reduce__": lambda view: (attention_view, (view._viewed,)),
+        "_attn_implementation": property(lambda view: ATTENTION),
     }
     return type(config_class.__name__, (config_class,), namespace)
 
 
-def attention_view(config: PreTrainedConfig, implementation: str) -> PreTrainedConfig:
-    """Returns a live view of `config`, for one attention module, whose attention implementation is another."""
+def attention_view(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns a live view of `config`, for one attention module, whose attention implementation is a mixer."""
     config_class: Any = type(config)
-    view = object.__new__(_attention_view_class(config_class, implementation))
+    view = object.__new__(_attention_view_class(config_class))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
     if isinstance(config, _BackboneView):

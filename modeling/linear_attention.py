@@ -216,6 +216,8 @@ class LinearAttention(AdoptedAttention):
         if call.cache is not None:
             cached: Any = call.cache.layers[self.layer_idx]
             state = cached.recurrent_states[0] if cached.has_previous_state[0] else None
+            if state is not None and torch.is_grad_enabled():
+                state = state.clone()  # the cache writes the next state over this one, which the backward pass needs
         output, state = self.mix(query, key, value, call.hidden_states, call.padding_mask, state, call.seq_idx)
         if call.cache is not None:
             self._store(call.cache, state, query.shape[1])

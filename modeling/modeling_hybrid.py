@@ -48,7 +48,8 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
     config: HybridConfig
     # Names of mixers in a config. A subclass adds its own: `mixers = MIXERS | {"mine": Mine}`.
     mixers: ClassVar[dict[str, type[LinearAttention]]] = MIXERS
-    _is_stateful = True  # a recurrent state cannot be rolled back: the library then refuses assisted decoding
+    # A recurrent state cannot be rolled back: the library then refuses assisted decoding. An instance is asked.
+    _is_stateful = True
     # For whoever asks the class before there is a teacher; an instance has its teacher's own, see `_specialise`.
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -235,6 +236,13 @@ _OF_THE_TEACHER = (
 class _Specialised:
     """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
 
+    _made_of: ClassVar[tuple[Any, Any]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied as what its class is made of, which has no name of its own to be found by."""
+        _, _, *state = super().__reduce_ex__(2)
+        return (_new, self._made_of, *state)
+
 
 def check_mixers(config: HybridConfig, mixers: dict[str, type[LinearAttention]] = MIXERS) -> None:
     """Raises a `ValueError` where `config` names a mixer that is not in `mixers`, or options that its mixers lack."""
@@ -267,7 +275,15 @@ def _specialise(cls: Any, teacher: Any) -> Any:
     # The name and module are what save_pretrained writes into config.json and where it finds the code to copy.
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": cls.config_class}
     namespace |= {name: getattr(teacher, name) for name in _OF_THE_TEACHER}
-    return type(cls.__name__, (cls, teacher, _Specialised), namespace)
+    # A copy that keeps every softmax layer does what its teacher does: assisted decoding too.
+    namespace["_is_stateful"] = property(lambda model: bool(model.linear_attention_layers))
+    return type(cls.__name__, (cls, teacher, _Specialised), namespace | {"_made_of": (cls, teacher)})
+
+
+def _new(cls: Any, teacher: Any) -> Any:
+    """A hybrid of class `cls` without any state, for a teacher's class."""
+    specialised = _specialise(cls, teacher)
+    return specialised.__new__(specialised)
 
 
 def decoder(model: PreTrainedModel) -> Any:

@@ -161,6 +161,61 @@ class TestOtherWays:
             torch.testing.assert_close(out.logits[:, -1], model(ids).logits[:, -1], **CLOSE)
 
 
+class TestSoftmaxOnlyCopy:
+    """It does what its teacher does, whatever it is given."""
+
+    def pair(self):
+        teacher = tiny_teacher()
+        return teacher, hh.convert(teacher, range(4))
+
+    def test_positions_that_repeat_in_a_cache(self):
+        ids, outputs = tokens(1, 14), []
+        for model in self.pair():
+            cache = model(ids[:, :10], use_cache=True).past_key_values
+            positions = torch.tensor([[10, 11, 11, 12]])
+            out = model(ids[:, 10:], position_ids=positions, past_key_values=cache, use_cache=True)
+            assert out.past_key_values is cache and cache.get_seq_length() == 14
+            outputs.append(out.logits)
+        assert torch.equal(*outputs)
+
+    def test_packed_rows_with_a_cache_and_without(self):
+        ids, positions = tokens(2, 12), torch.arange(6).repeat(2, 2)
+        for options in ({}, {"use_cache": False}, {"use_cache": True}, {"attention_mask": torch.ones_like(ids)}):
+            outputs = [model(ids, position_ids=positions, **options) for model in self.pair()]
+            assert torch.equal(outputs[0].logits, outputs[1].logits)
+            assert (outputs[0].past_key_values is None) == (outputs[1].past_key_values is None)
+
+    def test_assisted_decoding(self):
+        teacher, copy = self.pair()
+        ids = tokens(1, 6).repeat(1, 3)
+        for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny_teacher()}):
+            assert torch.equal(copy.generate(ids, **GREEDY, **options), teacher.generate(ids, **GREEDY))
+        linearised = hh.convert(teacher, range(4))
+        linearised.set_full_attention_layers([1])
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            linearised.generate(ids, prompt_lookup_num_tokens=2)
+
+
+@mixers
+@pytest.mark.parametrize("convolution", [0, 4])
+def test_gradients_through_a_cache_are_those_of_the_whole_row(mixer, convolution):
+    """A prompt, some tokens at once, then one at a time, all with gradients, against one pass over the row."""
+    options = {"window": 6} if mixer == "sliding_window" else {"short_convolution": convolution}
+    torch.manual_seed(1)
+    model = hh.convert(tiny_teacher(dtype=torch.float64), [1], mixer=mixer, mixer_options=options)
+    ids, weight = tokens(2, 14), torch.randn(2, 14, 99, dtype=torch.float64)
+    (model(ids, use_cache=False).logits * weight).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    cache, logits = DynamicCache(config=model.config), []
+    for piece in ids.split([6, 5, 1, 1, 1], dim=1):
+        logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    (torch.cat(logits, dim=1) * weight).sum().backward()
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - expected[name]).abs().max() / expected[name].abs().max()
+        assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"  # norms and angles are fp32
+
+
 class TestRefused:
     """By the library's own checks, or with a message of its kind."""
 

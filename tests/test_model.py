@@ -1,6 +1,8 @@
 """The model: a softmax-only copy is the teacher; caches, padding and packing change nothing for any hybrid."""
 
 import copy
+import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from teachers import FAMILIES, tiny_teacher, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hf_hybrid as hh
+from hf_hybrid.modeling import MIXERS
 from hf_hybrid.modeling.linear_attention import LinearAttention
 
 
@@ -19,6 +22,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def hybrid(family, layers, dtype=torch.float64, **options):
     torch.manual_seed(1)
     return hh.convert(tiny_teacher(family, dtype), layers, mixer_options=options)
+
+
+def logits_of(model, ids):
+    """For another process, which has its arrays to itself."""
+    return model(torch.from_numpy(ids)).logits.detach().numpy()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,7 +242,7 @@ class TestErrors:
             model(tokens(1, 4), past_key_values=DynamicCache(), use_cache=True)
         model(tokens(1, 4), past_key_values=DynamicCache(config=model.config), use_cache=True)
 
-    def test_assisted_generation_is_refused(self):
+    def test_assisted_generation_is_refused_where_a_layer_is_linear(self):
         model, ids = hybrid("qwen3", [1]), tokens(1, 8)
         with pytest.raises(ValueError, match="(?i)stateful"):
             model.generate(ids, assistant_model=hybrid("qwen3", [1]), max_new_tokens=3)
@@ -247,6 +255,35 @@ class TestLibraryHabits:
         assert torch.equal(twin(ids).logits, model(ids).logits)
         twin.config.use_cache = False
         assert twin.base_model.config.use_cache is False and model.base_model.config.use_cache is True
+
+    @pytest.mark.parametrize("how", ["pickle", "torch.save"])
+    @pytest.mark.parametrize("mixer", MIXERS)
+    def test_pickle(self, mixer, how, tmp_path):
+        model, ids = hh.convert(tiny_teacher(), [1], mixer=mixer), tokens(2, 10)
+        expected = model(ids).logits.detach()
+        if how == "pickle":
+            twin = pickle.loads(pickle.dumps(model))
+        else:
+            torch.save(model, tmp_path / "model.pt")
+            twin = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert type(twin) is type(model)
+        assert type(twin.base_model.layers[0].self_attn) is type(model.base_model.layers[0].self_attn)
+        assert torch.equal(twin(ids).logits, expected)
+        twin.set_full_attention_layers([])  # what it has of configs is one, as before
+        assert model.full_attention_layers == [1] and twin.base_model.config._hybrid is twin.config
+
+    @pytest.mark.slow
+    def test_a_spawned_process(self):
+        model, ids = hybrid("qwen3", [1]), tokens(2, 10)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = torch.from_numpy(pool.apply(logits_of, (model, ids.numpy())))
+        assert torch.equal(found, model(ids).logits)
+
+    def test_pickling_one_mixer(self):
+        mixer, x = hybrid("qwen3", [1]).base_model.layers[0].self_attn, torch.randn(1, 6, 64, dtype=torch.float64)
+        angles = torch.ones(1, 6, 24, dtype=torch.float64), torch.zeros(1, 6, 24, dtype=torch.float64)
+        twin = pickle.loads(pickle.dumps(mixer))
+        assert torch.equal(twin(x, angles)[0], mixer(x, angles)[0])
 
     def test_gradient_checkpointing(self):
         model, ids = hybrid("qwen3", [1]).train(), tokens(2, 20)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from teachers import tiny_teacher, tokens
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import hf_hybrid as hh
 
@@ -122,3 +123,31 @@ def test_remote_code_needs_permission(tmp_path):
         """,
         tmp_path,
     )
+
+
+# What another release could do differently in the function that the library calls in the place of softmax.
+OTHER = "return module.attend(query, key, value, attention_call).contiguous(), None"
+
+
+@pytest.mark.parametrize("name", [None, '"hf_hybrid_linear"'], ids=["its own name", "the name of releases before"])
+def test_copies_of_the_code_in_one_process_do_not_change_each_other(tmp_path, name):
+    """A checkpoint whose code is another release's is loaded beside ours: each runs its own."""
+    model, ids = hh.convert(tiny_teacher(), [1]), tokens(2, 12)
+    expected = model(ids).logits
+    found = {}
+    for factor in ("2", "-1"):
+        folder = tmp_path / f"times{factor}"
+        model.save_pretrained(folder)
+        for file in (folder / "adopted_attention.py", folder / "configuration_hybrid.py"):
+            code = file.read_text().replace(OTHER, OTHER.replace(".contiguous()", f".contiguous() * {factor}"))
+            if name is not None:
+                code = code.replace('f"hf_hybrid_linear_{id(_BackboneView)}"', name)
+            file.write_text(code)
+        other = get_class_from_dynamic_module("modeling_hybrid.HybridForCausalLM", str(folder)).from_pretrained(folder)
+        assert type(other).__module__ != type(model).__module__
+        found[factor] = other, other(ids).logits
+        assert (found[factor][1] - expected).abs().max() > 0.1
+        assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(hh.HybridForCausalLM.from_pretrained(tmp_path / "times2")(ids).logits, expected)
+    if name is None:
+        assert torch.equal(found["2"][0](ids).logits, found["2"][1])
