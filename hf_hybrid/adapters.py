@@ -10,9 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .modeling import HybridConfig
 from .modeling.modeling_hybrid import decoder_layers
+from .probe import PROBE_TOKENS, probe, sound_logits
 
 
 # Where a LoraConfig has no targets PEFT takes them from here, by model type: a pattern, whoever the teacher was.
@@ -121,6 +123,27 @@ def adapter_coverage(model: Any) -> AdapterCoverage:
     coverage = _coverage(model.get_base_model(), lambda _, module: _has_adapter(module))
     _warn(coverage)
     return coverage
+
+
+def merged(model: PeftModel) -> tuple[PreTrainedModel, str]:
+    """
+    Returns the model under the adapter `model`, whose weights become those with the adapter, and a note that says by
+    how much its logits changed: a merged weight is rounded to the dtype of the model's.
+    """
+    kind = model.active_peft_config.peft_type
+    before, autocast = sound_logits(model)
+    try:
+        whole = model.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError) as error:  # soft prompts, mixtures of adapters
+        raise ValueError(
+            f"the teacher's adapter of type {getattr(kind, 'value', kind)} cannot be merged into weights ({error}); "
+            "give a teacher without one."
+        ) from error
+    difference = (probe(whole, autocast) - before).abs().max().item()
+    return (
+        whole,
+        f"its adapter was merged into its weights: its logits on {PROBE_TOKENS} tokens differ by {difference:.1e}",
+    )
 
 
 def _coverage(model: Any, reaches: Any) -> AdapterCoverage:

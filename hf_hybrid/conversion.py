@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-import hf_hybrid.adapters  # noqa: F401  tells PEFT the default targets of hybrids
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 
-from .loading import load_teacher
+from .adapters import merged
+from .loading import check_plain, check_weights, prepared_teacher
+from .probe import PROBE_TOKENS, probe, sound_logits
 
 
-_PROBE_TOKENS = 16
 # A teacher that does not repeat itself (atomic additions on a GPU) may differ from its copy by this many times what
 # it differs from itself.
 _TIMES_ITS_OWN_NOISE = 10
@@ -66,7 +67,7 @@ class ConversionReport:
         ]
         if self.logit_difference is not None:
             lines.append(
-                f"  with softmax attention in every layer, its logits on {_PROBE_TOKENS} tokens differ from the "
+                f"  with softmax attention in every layer, its logits on {PROBE_TOKENS} tokens differ from the "
                 f"teacher's by {self.logit_difference:.3g}"
             )
         return "\n".join(lines)
@@ -85,7 +86,7 @@ def _suffixes(names: Iterable[str]) -> str:
 
 
 def convert(
-    teacher: PreTrainedModel | str | os.PathLike,
+    teacher: PreTrainedModel | PeftModel | str | os.PathLike,
     full_attention_layers: Iterable[int],
     *,
     mixer: str | Sequence[str | None] = "gated_deltanet",
@@ -105,8 +106,9 @@ def convert(
     `transformers.set_seed` before for the same ones again. The teacher is not changed.
 
     Args:
-        teacher (`PreTrainedModel`, `str` or `os.PathLike`):
-            The softmax model, or a Hub id or folder to load it from.
+        teacher (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`):
+            The softmax model, or a Hub id or folder to load it from. An adapter is merged into a copy of its weights;
+            quantised weights are dequantised where the teacher is given by name. The report says so.
         full_attention_layers (`Iterable[int]`):
             Layers that keep softmax attention. `[]` makes all of them linear; `range(L)` keeps the teacher.
         mixer (`str` or `list[str]`, *optional*, defaults to `"gated_deltanet"`):
@@ -137,11 +139,17 @@ def convert(
 
     ```
     """
-    if not isinstance(teacher, PreTrainedModel):
-        teacher = load_teacher(teacher, trust_remote_code=trust_remote_code, revision=revision)
+    notes: list[str] = []
+    if not isinstance(teacher, PreTrainedModel | PeftModel):
+        teacher, notes = prepared_teacher(teacher, trust_remote_code=trust_remote_code, revision=revision)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} belongs to a teacher given by name; this one is loaded already.")
+    if isinstance(teacher, PeftModel):
+        check_weights(teacher)
+        teacher, note = merged(copy.deepcopy(teacher))
+        notes.append(note)
     check_teacher(teacher)
+    check_plain(teacher)
     config = HybridConfig.from_teacher(
         teacher.config,
         full_attention_layers,
@@ -154,6 +162,7 @@ def convert(
     with torch.device(teacher.device):
         student = model_class._from_config(config, dtype=dtype)
     student.conversion_report = _copy_weights(teacher, student)
+    student.conversion_report.notes += notes
     student.conversion_report.logit_difference = logit_difference(teacher, student)
     other = _other_buffers(teacher, student)
     if other:
@@ -253,12 +262,12 @@ def logit_difference(teacher: PreTrainedModel, student: HybridForCausalLM) -> fl
 
     Raises a `ValueError` where it is not 0, or, for a teacher whose logits differ from call to call, not of that size.
     """
-    wanted, autocast = _teacher_logits(teacher)
+    wanted, autocast = sound_logits(teacher)
     with _softmax_everywhere(student, teacher):
-        difference = (_probe(student, autocast) - wanted).abs().max().item()
+        difference = (probe(student, autocast) - wanted).abs().max().item()
     if difference == 0:
         return difference
-    noise = (_probe(teacher, autocast) - wanted).abs().max().item()
+    noise = (probe(teacher, autocast) - wanted).abs().max().item()
     if not difference <= _TIMES_ITS_OWN_NOISE * noise:
         raise ValueError(
             f"the copy is not the teacher: with softmax in every layer its logits differ by {difference:.1e} (the "
@@ -266,38 +275,6 @@ def logit_difference(teacher: PreTrainedModel, student: HybridForCausalLM) -> fl
             "replaced kernel, a hook or a patched module is; load it afresh with AutoModelForCausalLM."
         )
     return difference
-
-
-def _teacher_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, bool]:
-    """The teacher's logits, and whether autocast is needed for them, as it is for layers of several dtypes."""
-    autocast = False
-    try:
-        try:
-            logits = _probe(teacher, autocast)
-        except RuntimeError:
-            autocast = True
-            logits = _probe(teacher, autocast)
-    except Exception as error:  # whatever its code makes of a config that cannot be
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"the teacher does not run on {_PROBE_TOKENS} tokens ({type(error).__name__}: {reason}); check its config."
-        ) from error
-    if not torch.isfinite(logits).all():
-        raise ValueError("the teacher's logits are not finite; give a sound teacher, or another dtype.")
-    return logits, autocast
-
-
-def _probe(model: Any, autocast: bool) -> torch.Tensor:
-    """Logits in fp32 `[1, tokens, vocabulary]` over a few tokens from all over the vocabulary."""
-    length = min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS)
-    ids = torch.arange(length, device=model.device) * (model.config.vocab_size // length)
-    training = model.training
-    model.eval()
-    try:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-            return model(ids[None], use_cache=False).logits.float()
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def check_place(folder: str | os.PathLike, teacher: str | None = None) -> None:
         raise ValueError(f"{place} is a file{inside}; choose another output folder.")
     if not _is_run(folder) and not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{folder} cannot be made: {place} may not be written to; choose another output folder.")
-    if teacher is not None and Path(teacher).is_dir():
+    if teacher and os.path.isdir(teacher):
         inner, outer = folder.resolve(), Path(teacher).resolve()
         if outer == inner or outer in inner.parents:
             raise ValueError(f"{folder} lies in the teacher's folder {teacher}; choose an output folder elsewhere.")

@@ -7,20 +7,32 @@ import contextlib
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import find_adapter_config_file
 
 import hf_hybrid.modeling  # noqa: F401  registers the hybrid with the Auto classes
 
+from .adapters import merged
 from .embedded import embedded_teacher, embedded_tokenizer
 from .recipe import check_dtype
 
@@ -29,6 +41,12 @@ from .recipe import check_dtype
 _FILES = re.compile(
     r"\.(bin|ckpt|gguf|gz|h5|json|md|msgpack|onnx|pt|pth|py|safetensors|tar|txt|ya?ml|zip)", re.IGNORECASE
 )
+
+
+# Formats whose weights the library makes plain ones as it reads them, if it is asked to.
+_DEQUANTISED_WHILE_LOADING = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+_ADAPTER = "adapter_model.safetensors"
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.int64, torch.bool)
 
 
 def load_pair(
@@ -62,38 +80,61 @@ def load_teacher(
     Returns a causal language model from the Hub or a folder, in eval mode, with weights that fill its config exactly.
 
     They come from safetensors files only: nothing is unpickled. Code that comes with the model runs only where the
-    caller says so.
+    caller says so. Quantised weights are dequantised and an adapter is merged into its base; a warning says so.
     """
-    model = load_model(teacher, trust_remote_code=trust_remote_code, dtype=dtype, revision=revision)
-    quantised = getattr(model.config, "quantization_config", None)
-    if quantised is not None:
-        raise ValueError(f"{teacher} is quantised ({_method(quantised)}); give the model that was quantised.")
-    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), revision)
+    model, notes = prepared_teacher(teacher, trust_remote_code=trust_remote_code, dtype=dtype, revision=revision)
+    for note in notes:
+        warnings.warn(f"{teacher}: {note}.", UserWarning, stacklevel=2)
     return model
 
 
-def load_model(
-    path: str | os.PathLike,
+def prepared_teacher(
+    teacher: str | os.PathLike,
     *,
-    dtype: Any = "auto",
     trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
     revision: str | None = None,
-    kernel: str | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """As [`load_teacher`], with notes of what was done to it in the place of warnings."""
+    model, notes = _load(teacher, dtype, trust_remote_code, revision, dequantise=True)
+    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), revision)
+    return model, notes
+
+
+def load_model(
+    path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
     """
     Returns a causal language model in eval mode, from safetensors files only.
 
     `revision` is a branch, tag or commit of a model on the Hub, by default its main branch. A checkpoint that lacks
     some of the tensors that its config asks for, has more of them, or has them in another shape, is an error: the
-    library would fill the gaps with random numbers. `kernel` is for a hybrid, see [`convert`]; by default that of its
-    config.
+    library would fill the gaps with random numbers.
     """
+    return _load(path, dtype, trust_remote_code, revision, dequantise=False)[0]
+
+
+def _load(
+    path: str | os.PathLike, dtype: Any, trust_remote_code: bool, revision: str | None, *, dequantise: bool
+) -> tuple[Any, list[str]]:
     check_name(path)
     check_folder(path)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(path, revision)}
-    if kernel is not None:
-        options["kernel"] = kernel
-    with _explained(path), _without_report():
+    revision = checked_revision(path, revision)
+    with _explained(path):
+        adapter = find_adapter_config_file(str(path), revision=revision)
+    if adapter is not None:
+        return _load_merged(path, Path(adapter).parent, dtype, trust_remote_code, revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    method = None
+    if dequantise:
+        with _explained(path):
+            stored = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+            quantisation = stored.get("quantization_config") if isinstance(stored, dict) else None
+            method = None if quantisation is None else str(quantisation.get("quant_method"))
+        if method in _DEQUANTISED_WHILE_LOADING:
+            options["quantization_config"] = _DEQUANTISED_WHILE_LOADING[method](dequantize=True)
+    with _explained(path), _without_report(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -104,8 +145,58 @@ def load_model(
             **options,
         )
     _check_filled(path, info)
+    notes = []
+    if method is not None:
+        model = _dequantised(path, model, method)
+        notes.append(f"its weights were dequantised ({method}), which is exact; rounding of activations is left out")
     _check_finite(path, model)
-    return model.eval()
+    return model.eval(), notes
+
+
+def _dequantised(path: str | os.PathLike, model: Any, method: str) -> Any:
+    """The model with plain weights, or a `ValueError` where the library does not make them."""
+    if quantised_tensor(model) is not None:
+        try:
+            model = model.dequantize()
+        except (NotImplementedError, ValueError, AttributeError) as error:
+            raise _not_dequantised(path, method) from error
+    # Weights of a method that the library does not know may be anything.
+    if quantised_tensor(model) is not None or getattr(model.config, "quantization_config", None) is not None:
+        raise _not_dequantised(path, method)
+    return model
+
+
+def _not_dequantised(path: str | os.PathLike, method: str) -> ValueError:
+    return ValueError(f"{path} is quantised ({method}) and cannot be dequantised here; give the model before that.")
+
+
+def _load_merged(
+    path: str | os.PathLike, folder: Path, dtype: Any, trust_remote_code: bool, revision: str
+) -> tuple[Any, list[str]]:
+    """Loads the base of the adapter in `folder`, and merges the adapter into it."""
+    if (folder / "config.json").is_file():
+        raise ValueError(
+            f"{path} holds a model and an adapter (adapter_config.json), and which is meant is not clear; give each a "
+            "folder of its own, that of the adapter naming the other as its base."
+        )
+    if not Path(path).is_dir():
+        with _explained(path):
+            hf_hub_download(str(path), _ADAPTER, revision=revision)
+    if not (folder / _ADAPTER).is_file():
+        raise ValueError(f"the adapter in {path} has no {_ADAPTER}; save it again with save_pretrained().")
+    with _explained(path, "adapter"):
+        config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter in {path} names no base model; write it into its adapter_config.json.")
+    model, notes = _load(base, dtype, trust_remote_code, config.revision, dequantise=True)
+    with _explained(path, "adapter"):
+        adapted: Any = get_peft_model(model, config)
+        loaded = adapted.load_adapter(str(folder), "default")
+    keys = {"missing_keys": loaded.missing_keys, "unexpected_keys": loaded.unexpected_keys, "mismatched_keys": ()}
+    _check_filled(path, keys, f"an adapter of {base}")
+    model, note = merged(adapted)
+    return model.eval(), [*notes, f"{note} (the base is {base})"]
 
 
 def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -191,13 +282,42 @@ def _commit_of(name: str, revision: str | None) -> str | None:
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def _method(quantisation: Any) -> str:
-    """The name of a `quantization_config`, which is a dict where the library does not know it."""
-    method = quantisation["quant_method"] if isinstance(quantisation, dict) else quantisation.quant_method
-    return str(getattr(method, "value", method))
+def check_plain(model: PreTrainedModel) -> None:
+    """Raises a `ValueError` where the weights of a model in memory cannot be copied as they are."""
+    check_weights(model)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"the teacher has an adapter in {name}; give the peft.PeftModel, the adapter's folder, or the model "
+                "with the adapter merged."
+            )
 
 
-def _check_filled(name: str | os.PathLike, info: dict[str, Any]) -> None:
+def check_weights(model: Any) -> None:
+    """Raises a `ValueError` where a weight is not in memory, or is not the number that it stands for."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} of the teacher is not in memory (its device is 'meta'); load the teacher whole, without "
+                "offloading: device_map={'': device}."
+            )
+    quantised = quantised_tensor(model)
+    if quantised is not None:
+        raise ValueError(
+            f"the teacher is quantised ({quantised} is not in floating point); give teacher.dequantize(), which is "
+            "the teacher from then on, or its folder or Hub id."
+        )
+
+
+def quantised_tensor(model: Any) -> str | None:
+    """The name of a tensor of the model that no plain model has, if there is one."""
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype not in _PLAIN or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return name
+    return None
+
+
+def _check_filled(name: str | os.PathLike, info: dict[str, Any], config: str = "its config.json") -> None:
     """Raises a `ValueError` where the library had to make up, drop or resize a tensor of the model `name`."""
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     reshaped = {key: (list(there), list(wanted)) for key, there, wanted in info["mismatched_keys"]}
@@ -211,14 +331,19 @@ def _check_filled(name: str | os.PathLike, info: dict[str, Any]) -> None:
         problems.append(f"{_listed(reshaped)} of another shape (the first is {there}, the config wants {wanted})")
     if problems:
         raise ValueError(
-            f"the weights in {name} do not fill its config.json: {'; '.join(problems)}. Give a folder whose config "
-            "and weights were saved together."
+            f"the weights in {name} do not fill {config}: {'; '.join(problems)}. Give a folder whose config and "
+            "weights were saved together."
         )
 
 
 def _check_finite(name: str | os.PathLike, model: PreTrainedModel) -> None:
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if (
+            tensor.is_floating_point()
+            and tensor.dtype in _PLAIN
+            and not tensor.is_meta
+            and not torch.isfinite(tensor).all()
+        ):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
                 f"{name} cannot be used: {key} holds values that are not finite in {kind}. Give a sound copy, or "

@@ -1,0 +1,39 @@
+"""Logits on a few tokens, by which two models that should be one are compared."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_hybrid.trainers.modes import evaluating
+
+
+PROBE_TOKENS = 16
+
+
+@torch.no_grad()
+def probe(model: Any, autocast: bool) -> torch.Tensor:
+    """Logits in fp32 `[1, tokens, vocabulary]` over a few tokens from all over the vocabulary."""
+    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    ids = torch.arange(length, device=model.device) * (model.config.vocab_size // length)
+    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        return model(ids[None], use_cache=False).logits.float()
+
+
+def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, bool]:
+    """The teacher's logits, and whether autocast is needed for them, as it is for layers of several dtypes."""
+    autocast = False
+    try:
+        try:
+            logits = probe(teacher, autocast)
+        except RuntimeError:
+            autocast = True
+            logits = probe(teacher, autocast)
+    except Exception as error:  # whatever its code makes of a config that cannot be
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the teacher does not run on {PROBE_TOKENS} tokens ({type(error).__name__}: {reason}); check its config."
+        ) from error
+    if not torch.isfinite(logits).all():
+        raise ValueError("the teacher's logits are not finite; give a sound teacher, or another dtype.")
+    return logits, autocast
