@@ -344,6 +344,7 @@ def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tup
 def training(args: argparse.Namespace, results: Results) -> None:
     """A distillation step without its optimizer: teacher forward, student forward, KL of all tokens, backward."""
     from hf_hybrid.trainers.distillation import kl_of_batch
+    from hf_hybrid.trainers.precision import AS_LOADED
 
     teacher = make_teacher(args).requires_grad_(False)
     for name, student in students(args, teacher):
@@ -352,7 +353,7 @@ def training(args: argparse.Namespace, results: Results) -> None:
             ids = torch.randint(args.sizes["vocab_size"], (batch, args.train_tokens), device=args.device)
 
             def step(student: Any = student, ids: Tensor = ids) -> None:
-                kl_of_batch(student, teacher, {"input_ids": ids}).mean().backward()
+                kl_of_batch(student, teacher, {"input_ids": ids}, AS_LOADED).mean().backward()
                 student.zero_grad(set_to_none=True)
 
             try:

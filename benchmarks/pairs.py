@@ -27,6 +27,7 @@ from hf_hybrid.synthetic import associative_recall, ordinary_token_ids, task_acc
 from hf_hybrid.trainers.held_out import held_out_kl
 from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
 from hf_hybrid.trainers.losses import alignment_loss, chunked_kl_per_token, logit_function
+from hf_hybrid.trainers.precision import AS_LOADED
 
 
 def parse_args() -> argparse.Namespace:
@@ -90,7 +91,7 @@ def distill(student, teacher, batches, args) -> None:
         with torch.no_grad():
             reference = teacher.base_model(batch, use_cache=False).last_hidden_state
         hidden = student.base_model(batch, use_cache=False).last_hidden_state
-        functions = logit_function(teacher), logit_function(student)
+        functions = logit_function(teacher, AS_LOADED), logit_function(student, AS_LOADED)
         vocab_size = student.config.vocab_size
         kl = chunked_kl_per_token(reference.flatten(0, 1), hidden.flatten(0, 1), *functions, vocab_size)
         step(kl.mean(), optimizer)

@@ -21,6 +21,7 @@ import hf_hybrid as hh
 from hf_hybrid.modeling.modeling_hybrid import decoder, decoder_layers
 from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
 from hf_hybrid.trainers.losses import alignment_loss, kl_per_token, logit_function
+from hf_hybrid.trainers.precision import AS_LOADED
 
 
 MIXER_LR, LR, ALIGN_LR = 1e-3, 1e-4, 3e-3
@@ -112,7 +113,7 @@ class Students:
         self.num_layers = len(self.student.softmax)
         self.mixer_names = self.student.mixer_names()
         self.parameters = stack(self.student, n)
-        self.logits = logit_function(self.student.model)
+        self.logits = logit_function(self.student.model, AS_LOADED)
         mixers = [self.parameters[name] for name in self.mixer_names]
         rest = [parameter for name, parameter in self.parameters.items() if name not in set(self.mixer_names)]
         kind: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
@@ -133,7 +134,7 @@ class Students:
         ids = self.data.train.index_select(0, self.step_index)[0]
         reference = self.data.train_reference.index_select(0, self.step_index)[0]
         with torch.no_grad():
-            teacher_logits = logit_function(self.teacher)(reference)
+            teacher_logits = logit_function(self.teacher, AS_LOADED)(reference)
         logits = self.logits(self.student.hidden(ids, self.keep)).unflatten(0, (self.n, -1))
         loss = kl_per_token(teacher_logits.expand_as(logits), logits).flatten(1).mean(1)
         self._update(loss, self.optimizer)
@@ -164,7 +165,7 @@ class Students:
             for x in (self.data.held_out, self.data.answers, self.data.held_out_reference)
         )
         logits = self.logits(self.student.hidden(ids, self.keep)).unflatten(0, (self.n, -1))
-        kl = kl_per_token(logit_function(self.teacher)(reference).expand_as(logits), logits).mean(-1)
+        kl = kl_per_token(logit_function(self.teacher, AS_LOADED)(reference).expand_as(logits), logits).mean(-1)
         marked = answers[:, 1:]
         right = ((logits[..., :-1, :].argmax(-1) == ids[:, 1:]) & marked).sum(-1)
         found = torch.stack((kl, right.float(), marked.sum(-1).float().expand_as(kl)), -1)

@@ -11,12 +11,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_hybrid.modeling.library import cache_argument
-from hf_hybrid.modeling.packing import without_mask
 from hf_hybrid.trainers import held_out_kl
+from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches
 from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
 from hf_hybrid.trainers.modes import evaluating
+from hf_hybrid.trainers.precision import AS_LOADED, Precision
 from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
@@ -73,6 +74,7 @@ def evaluate_model(
     recall_rows: int = 64,
     cache_context: int | None = None,
     seed: int = 0,
+    precision: Precision = AS_LOADED,
 ) -> Evaluation:
     """
     Measures `model`, and `teacher` beside it.
@@ -87,17 +89,19 @@ def evaluate_model(
             the model's positions are few, and left out where nothing of 16 tokens fits.
         cache_context (`int`, *optional*): by default the model's longest context, at most 32,768.
         seed (`int`): of the recall task.
+        precision ([`~hf_hybrid.trainers.precision.Precision`]): what the models run in, by default the dtype of their
+            weights, as whoever loads them will run them.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32_768
     result = Evaluation(cache_context=cache_context or min(limit, 32_768))
     if teacher is not None:
         _check_vocabularies(model, teacher)
     if rows is not None:
-        result.perplexity = perplexity(model, rows, batch_size)
+        result.perplexity = perplexity(model, rows, batch_size, precision)
         if teacher is not None:
-            kl = held_out_kl(model, teacher, rows, batch_size)
+            kl = held_out_kl(model, teacher, rows, batch_size, precision)
             result.kl, result.kl_sem = kl.mean, kl.sem
-            result.teacher_perplexity = perplexity(teacher, rows, batch_size)
+            result.teacher_perplexity = perplexity(teacher, rows, batch_size, precision)
         result.tokens = sum(int(counted_tokens(batch)) for batch in batches(rows, batch_size, torch.device("cpu")))
     if tokenizer is not None:
         ids = ordinary_token_ids(tokenizer)
@@ -107,9 +111,9 @@ def evaluate_model(
             generator = torch.Generator().manual_seed(seed)
             tokens, answers = associative_recall(recall_rows, length, ids, generator)
             result.recall_length, result.recall_answers = length, int(answers.sum())
-            result.recall = task_accuracy(model, tokens, answers, batch_size)
+            result.recall = task_accuracy(model, tokens, answers, batch_size, precision)
             if teacher is not None:
-                result.teacher_recall = task_accuracy(teacher, tokens, answers, batch_size)
+                result.teacher_recall = task_accuracy(teacher, tokens, answers, batch_size, precision)
     result.cache_bytes = cache_bytes(model, result.cache_context)
     result.cache_bytes_per_token = result.cache_bytes - cache_bytes(model, result.cache_context - 1)
     if teacher is not None:
@@ -121,14 +125,14 @@ def evaluate_model(
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
+def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8, precision: Precision = AS_LOADED) -> float:
     """
     `exp` of the mean negative log likelihood of every token of `rows` that has one before it in its document.
 
     The logits of a few tokens are made at a time, so the vocabulary may be large. Padding does not count.
     """
-    check_logit_function(model)
-    logits = logit_function(model)
+    check_logit_function(model, precision)
+    logits = logit_function(model, precision)
     chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
     total, count = 0.0, 0
     with evaluating(model):
@@ -138,7 +142,7 @@ def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8) -> float:
             predicted = counts[:, 1:] & counts[:, :-1]
             if "position_ids" in batch:
                 predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
-            hidden = model.base_model(**without_mask(batch), use_cache=False).last_hidden_state[:, :-1][predicted]
+            hidden = final_hidden_states(model, batch, precision)[:, :-1][predicted]
             targets = ids[:, 1:][predicted].long()
             for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
                 total += torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="sum").item()
@@ -164,7 +168,7 @@ def layer_cache_bytes(model: PreTrainedModel, context: int) -> list[int]:
     length = 8
     ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
     cache = DynamicCache(config=model.config)
-    with evaluating(model):
+    with evaluating(model), AS_LOADED.running(model.device):
         model(input_ids=ids, use_cache=True, **{cache_argument(type(model)): cache})
     sizes = []
     for layer in cache.layers:

@@ -174,9 +174,12 @@ class Pipeline:
 
     def _student_of(self, stage: str) -> Any:
         """The student as `stage` left it, always from disk, so that a run that was killed ends like any other."""
-        mixed = self.recipe.training.get("bf16") or self.recipe.training.get("fp16")
-        dtype = torch.float32 if mixed else self.teacher.dtype
-        return self._load(stage, dtype, self.recipe.kernel)
+        return self._load(stage, self._training_dtype, self.recipe.kernel)
+
+    @property
+    def _training_dtype(self) -> torch.dtype:
+        """That of the student's weights while it trains: never half precision, in which most updates are lost."""
+        return torch.promote_types(self.teacher.dtype, torch.float32)
 
     def _load(self, stage: str, dtype: torch.dtype, kernel: str) -> Any:
         check_whole(self.folder / ARTEFACTS[stage], stage)
@@ -230,9 +233,7 @@ class Pipeline:
         r = self.recipe
         student = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options, kernel=r.kernel)
         student.config.teacher_name_or_path = r.teacher  # not where this machine keeps it
-        if r.training.get("bf16") or r.training.get("fp16"):
-            student.float()
-        student.requires_grad_(True)
+        student.to(self._training_dtype).requires_grad_(True)
         self._train("align", student)
 
     def _score(self) -> None:

@@ -279,8 +279,8 @@ class Recipe:
             left out where the selector needs no scores.
         revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch. A run
             stays with the commit that it was started with.
-        dtype (`str`): of the teacher; the finished model has it too. With `bf16` or `fp16` in `training`, the student
-            trains in fp32 under autocast.
+        dtype (`str`): of the teacher; the finished model has it too. The student always trains in fp32, with `bf16` or
+            `fp16` in `training` under autocast, in which scores and the teacher's top k are measured too.
         trust_remote_code (`bool`): whether the teacher may run code of its own.
         mixer (`str`), mixer_options (`dict`): see [`convert`].
         seed (`int`): of everything random.

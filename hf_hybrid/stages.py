@@ -22,6 +22,7 @@ from hf_hybrid.trainers import (
     write_teacher_topk,
 )
 from hf_hybrid.trainers.checkpoints import CheckedSteps, checkpoints_in, damage, newest_checkpoint
+from hf_hybrid.trainers.precision import Precision
 from hf_hybrid.trainers.processes import num_processes, on_main
 from hf_hybrid.trainers.scoring import check_placement
 from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
@@ -217,7 +218,9 @@ def keep_topk(recipe: Recipe, name: str, teacher: Any, rows: Any, folder: Path, 
         listener(Event(name, "step", done, total, "rows of the teacher's top k"))
 
     size = stage.micro_batch_size or stage.batch_size
-    return write_teacher_topk(teacher, rows, folder / "teacher_topk", k, batch_size=size, progress=report)
+    precision = Precision.of(training_arguments(recipe, name, folder))
+    topk = folder / "teacher_topk"
+    return write_teacher_topk(teacher, rows, topk, k, batch_size=size, progress=report, precision=precision)
 
 
 def train(

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_hybrid.trainers.precision import AS_LOADED, Precision
+
 
 def ordinary_token_ids(tokenizer: Any, exclude: Iterable[int] = ()) -> Tensor:
     """
@@ -210,7 +212,13 @@ def copying(
 
 
 @torch.no_grad()
-def task_accuracy(model: nn.Module, input_ids: Tensor, answer_mask: Tensor, batch_size: int = 16) -> float:
+def task_accuracy(
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    batch_size: int = 16,
+    precision: Precision = AS_LOADED,
+) -> float:
     """
     Top-1 accuracy at the marked tokens under teacher forcing: the logits at `t - 1` predict token `t`.
 
@@ -220,6 +228,8 @@ def task_accuracy(model: nn.Module, input_ids: Tensor, answer_mask: Tensor, batc
         input_ids (`Tensor`): Tokens, `[rows, length]`, on any device.
         answer_mask (`Tensor`): Which tokens count, bool, same shape. The first token of a row has no prediction.
         batch_size (`int`, *optional*, defaults to 16): Rows per forward pass.
+        precision ([`~hf_hybrid.trainers.precision.Precision`]): What the model runs in, by default the dtype of its
+            weights.
 
     Returns:
         `float`: the share of marked tokens that were predicted right.
@@ -239,7 +249,8 @@ def task_accuracy(model: nn.Module, input_ids: Tensor, answer_mask: Tensor, batc
     try:
         for rows, marked in zip(input_ids.split(batch_size), answer_mask.split(batch_size), strict=True):
             rows, marked = rows.to(model.device), marked.to(model.device)[:, 1:]
-            predicted = model(input_ids=rows, use_cache=False).logits[:, :-1].argmax(-1)
+            with precision.running(rows.device):
+                predicted = model(input_ids=rows, use_cache=False).logits[:, :-1].argmax(-1)
             correct += int((predicted == rows[:, 1:])[marked].sum())
     finally:
         for module, mode in modes.items():

@@ -23,7 +23,7 @@ from hf_hybrid.trainers.sharding import is_sharded
 # One case for each way that a layer's parameters can differ in dtype, and for both places of the teacher.
 CASES: dict[str, dict[str, Any]] = {
     "tied head": {"family": "qwen2"},
-    "bf16 weights, fp32 decay, sharded teacher": {"family": "qwen3", "dtype": "bfloat16", "shard_teacher": True},
+    "bf16 teacher, sharded": {"family": "qwen3", "dtype": "bfloat16", "shard_teacher": True},
     "autocast, tied, sharded teacher": {"family": "qwen2", "dtype": "bfloat16", "bf16": True, "shard_teacher": True},
     "padded rows": {"family": "qwen2", "padded": True},
     "two mixers": {"family": "llama", "mixer": ["kimi_delta_attention", "gated_linear_attention"] * 2},
@@ -52,9 +52,7 @@ def train(
     """
     teacher = tiny_teacher(family, getattr(torch, dtype))
     set_seed(0)
-    student = hh.convert(teacher, [], mixer=mixer)
-    if changes.get("bf16"):
-        student.float()
+    student = hh.convert(teacher, [], mixer=mixer).float()
     found: dict[str, Any] = {}
     settings = {"per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", 1)), "max_steps": 4}
     settings |= {"logging_steps": 1, "use_cpu": True, "learning_rate": 1e-3, "mixer_learning_rate": 3e-3}
@@ -69,9 +67,7 @@ def train(
                 if is_sharded(teacher):
                     teacher = tiny_teacher(family, getattr(torch, dtype))
                 set_seed(1)  # other new tensors, which the checkpoint overrules
-                student = hh.convert(tiny_teacher(family, getattr(torch, dtype)), layers, mixer=mixer)
-                if changes.get("bf16"):
-                    student.float()
+                student = hh.convert(tiny_teacher(family, getattr(torch, dtype)), layers, mixer=mixer).float()
                 assert start.keys() == student.state_dict().keys()
             arguments = kind(str(folder / name), **{**settings, **changes})
             data = rows(24, padded=padded)

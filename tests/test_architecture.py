@@ -3,7 +3,7 @@
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -215,3 +215,91 @@ def test_exported_names_are_sorted_and_unique(file: Path) -> None:
         except ValueError:
             continue  # computed, as in `__all__ = sorted(...)`
         assert names == sorted(set(names), key=export_order), f"{name_of(file)}: sort __all__, each name once"
+
+
+# --- one owner of precision: trainers/precision.py
+
+# What a variable that holds a language model is called here.
+MODEL_NAMES = {"model", "teacher", "student", "hybrid"}
+# Who runs one: in the precision that it is given, or, where it says so, in that of the weights.
+RUNNERS = {
+    "trainers/distillation.py": {"final_hidden_states"},
+    "trainers/losses.py": {"check_logit_function"},
+    "hf_hybrid/evaluation.py": {"layer_cache_bytes"},
+    "hf_hybrid/synthetic.py": {"task_accuracy"},
+    "hf_hybrid/demo.py": {"reload_elsewhere"},
+}
+# Functions for users, which measure finished models, may default to the dtype of the weights.
+FOR_USERS = {
+    "held_out_kl",
+    "write_teacher_topk",
+    "evaluate_model",
+    "perplexity",
+    "task_accuracy",
+}
+
+
+def runs_a_model(node: ast.AST) -> bool:
+    """`model(...)`, `self.teacher(...)`, `x.base_model(...)`: a forward pass in the precision of whoever calls it."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+    return name in MODEL_NAMES or name == "base_model"
+
+
+def functions_around(tree: ast.Module, wanted: Callable[[ast.AST], bool]) -> Iterator[tuple[str, ast.AST]]:
+    """Each node that is `wanted`, with the name of the outermost function or method that it stands in."""
+    for top in ast.walk(tree):
+        if isinstance(top, ast.Module | ast.ClassDef):
+            for statement in top.body:
+                if isinstance(statement, ast.ClassDef):
+                    continue
+                name = statement.name if isinstance(statement, ast.FunctionDef) else ""
+                yield from ((name, node) for node in ast.walk(statement) if wanted(node))
+
+
+@pytest.mark.parametrize("file", [*TRAINERS, *PACKAGE], ids=name_of)
+def test_models_run_where_the_precision_is_given(file: Path) -> None:
+    allowed = RUNNERS.get(name_of(file), set())
+    problems = [
+        at(file, node, f"{ast.unparse(node)[:60]} in {name}: run it by final_hidden_states, with a Precision")
+        for name, node in functions_around(parse(file), runs_a_model)
+        if name not in allowed
+    ]
+    assert problems == []
+
+
+@pytest.mark.parametrize("file", [*TRAINERS, *PACKAGE], ids=name_of)
+def test_nothing_but_the_precision_enters_autocast(file: Path) -> None:
+    if name_of(file) == "trainers/precision.py":
+        return
+    problems = [
+        at(file, node, f"{ast.unparse(node)}: trainers/precision.py decides that")
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("autocast", "is_autocast_enabled", "set_autocast_enabled")
+        # What a Precision says may be read.
+        and ast.unparse(node.value).split(".")[-1] != "precision"
+    ]
+    assert problems == []
+
+
+@pytest.mark.parametrize("file", [*TRAINERS, *PACKAGE], ids=name_of)
+def test_a_precision_cannot_be_forgotten(file: Path) -> None:
+    problems = []
+    for node in ast.walk(parse(file)):
+        if not isinstance(node, ast.FunctionDef) or node.name in FOR_USERS:
+            continue
+        given = node.args
+        optional = given.args[len(given.args) - len(given.defaults) :]
+        optional += [arg for arg, default in zip(given.kwonlyargs, given.kw_defaults, strict=True) if default]
+        if any(arg.arg == "precision" for arg in optional):
+            problems.append(at(file, node, f"{node.name} has a default for precision"))
+    assert problems == []
+
+
+def test_these_find_what_they_look_for() -> None:
+    tree = ast.parse("class A:\n    def f(self):\n        return self.teacher(x), y.base_model(x), model.eval()\n")
+    assert [name for name, _ in functions_around(tree, runs_a_model)] == ["f", "f"]
+    for file, names in RUNNERS.items():
+        assert names == {name for name, _ in functions_around(parse(ROOT / file), runs_a_model)}, file

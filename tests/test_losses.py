@@ -18,6 +18,7 @@ from hf_hybrid.trainers.losses import (
     topk_kl_per_token,
     topk_of_logits,
 )
+from hf_hybrid.trainers.precision import AS_LOADED
 
 
 def kl_by_hand(teacher_logits, student_logits):
@@ -132,11 +133,11 @@ class TestMaskedVocabulary:
         bias = torch.zeros(teacher.config.vocab_size)
         bias[-5:] = -torch.inf
         teacher.lm_head.bias = torch.nn.Parameter(bias)
-        check_logit_function(teacher)
+        check_logit_function(teacher, AS_LOADED)
         assert teacher(ids % 90).logits[..., -5:].isneginf().all()
         student = hh.convert(tiny_teacher("llama"), [1])
         student.lm_head.bias = torch.nn.Parameter(bias.clone())
-        kl = kl_of_batch(student, teacher, {"input_ids": ids % 90}, chunk_tokens=7)
+        kl = kl_of_batch(student, teacher, {"input_ids": ids % 90}, AS_LOADED, chunk_tokens=7)
         assert kl.isfinite().all() and (kl > 0).all()
 
 
@@ -145,12 +146,12 @@ class TestModels:
     def test_of_a_batch_equals_the_models_own_logits(self, family):
         teacher, ids = tiny_teacher(family), tokens(2, 20)
         student = hh.convert(teacher, [1])
-        got = kl_of_batch(student, teacher, {"input_ids": ids}, chunk_tokens=7)
+        got = kl_of_batch(student, teacher, {"input_ids": ids}, AS_LOADED, chunk_tokens=7)
         torch.testing.assert_close(got, kl_per_token(teacher(ids).logits, student(ids).logits), atol=1e-5, rtol=1e-4)
 
     def test_a_softmax_only_copy_scores_exactly_zero(self):
         teacher = tiny_teacher("qwen3")
-        kl = kl_of_batch(hh.convert(teacher, range(4)), teacher, {"input_ids": tokens(2, 20)})
+        kl = kl_of_batch(hh.convert(teacher, range(4)), teacher, {"input_ids": tokens(2, 20)}, AS_LOADED)
         assert (kl == 0).all()
 
     def test_padding_is_kept_out(self):
@@ -158,8 +159,8 @@ class TestModels:
         student, ids = hh.convert(teacher, [1]), tokens(1, 20)
         mask = torch.ones_like(ids)
         mask[:, 12:] = 0
-        kl = kl_of_batch(student, teacher, {"input_ids": ids, "attention_mask": mask})
-        alone = kl_of_batch(student, teacher, {"input_ids": ids[:, :12]})
+        kl = kl_of_batch(student, teacher, {"input_ids": ids, "attention_mask": mask}, AS_LOADED)
+        alone = kl_of_batch(student, teacher, {"input_ids": ids[:, :12]}, AS_LOADED)
         torch.testing.assert_close(masked_mean(kl, mask), alone.mean(), rtol=1e-4, atol=1e-6)
 
     def test_soft_capping_and_scaling(self):
@@ -177,15 +178,15 @@ class TestModels:
             teacher = AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
                 teacher.get_output_embeddings().weight.normal_()
-            check_logit_function(teacher)
+            check_logit_function(teacher, AS_LOADED)
             hidden = teacher.base_model(tokens(1, 9) % 50).last_hidden_state
-            torch.testing.assert_close(logit_function(teacher)(hidden), teacher(tokens(1, 9) % 50).logits)
+            torch.testing.assert_close(logit_function(teacher, AS_LOADED)(hidden), teacher(tokens(1, 9) % 50).logits)
 
     def test_a_head_that_does_more_is_refused(self):
         teacher = tiny_teacher("llama")
         teacher.config.logits_scaling = 3.0  # which Llama's forward ignores
         with pytest.raises(ValueError, match="does more to its logits"):
-            check_logit_function(teacher)
+            check_logit_function(teacher, AS_LOADED)
 
 
 class TestAlignment:

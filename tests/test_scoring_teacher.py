@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import HeldOut
+from hf_hybrid.trainers.precision import AS_LOADED
 from hf_hybrid.trainers.scoring import TEACHER_ONLY
 from hf_hybrid.trainers.scoring_teacher import token_nll
 
@@ -120,7 +121,9 @@ def test_the_first_token_of_a_packed_document_is_not_predicted():
     positions = [[*range(10), *range(LENGTH - 10)]]
     packed = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "position_ids": positions})
     parts = [datasets.Dataset.from_dict({"input_ids": part.tolist()}) for part in (ids[:, :10], ids[:, 10:])]
-    (whole,), (first,), (second,) = (token_nll(HeldOut(part, teacher, 1), teacher) for part in (packed, *parts))
+    (whole,), (first,), (second,) = (
+        token_nll(HeldOut(part, teacher, 1, AS_LOADED), teacher) for part in (packed, *parts)
+    )
     predicted = (9, LENGTH - 11)
     assert whole == pytest.approx((9 * first + predicted[1] * second) / sum(predicted), rel=1e-5)
 

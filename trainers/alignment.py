@@ -17,6 +17,7 @@ from ..modeling.packing import packed_documents, without_mask
 from .distillation import final_hidden_states
 from .hybrid_trainer import mixer_parameters
 from .losses import alignment_loss
+from .precision import Precision
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
 
@@ -63,16 +64,18 @@ class AlignmentTrainer(TeacherTrainer):
     def layer_losses(self, student: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
         """The alignment loss of each linear layer, by its index."""
         teacher = self.accelerator.unwrap_model(self.teacher)
-        outputs = mixer_outputs(student, teacher, inputs)
+        outputs = mixer_outputs(student, teacher, inputs, self.precision)
         return {i: alignment_loss(wanted, output, mask) for i, wanted, output, mask in outputs}
 
 
 def mixer_outputs(
-    student: Any, teacher: Any, inputs: dict[str, Any]
+    student: Any, teacher: Any, inputs: dict[str, Any], precision: Precision
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """
     Yields, for each linear layer of `student`, its index, the output of the teacher's attention there, that of its
     mixer on the same hidden states, both `[B, T, H]`, and the padding mask `[B, T]` or None.
+
+    Without autocast a mixer gets what its layer gets in the teacher in the dtype of its own weights.
     """
     padding_mask = inputs.get("attention_mask")
     if padding_mask is not None and bool(padding_mask.all()):
@@ -80,18 +83,32 @@ def mixer_outputs(
     seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
     inputs = without_mask(inputs)
     layers = decoder_layers(student)
-    for i, (given, wanted) in _attention_of(teacher, student.linear_attention_layers, inputs).items():
-        mixer = partial(layers[i].self_attn, **given, padding_mask=padding_mask, seq_idx=seq_idx)
-        if student.is_gradient_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(mixer, use_reentrant=False)[0]
-        else:
-            output = mixer()[0]
+    for i, (given, wanted) in _attention_of(teacher, student.linear_attention_layers, inputs, precision).items():
+        attention = layers[i].self_attn
+        if precision.autocast is None:
+            given = {name: _in_dtype_of(attention, value) for name, value in given.items()}
+        mixer = partial(attention, **given, padding_mask=padding_mask, seq_idx=seq_idx)
+        with precision.running(wanted.device):
+            if student.is_gradient_checkpointing and torch.is_grad_enabled():
+                output = checkpoint(mixer, use_reentrant=False)[0]
+            else:
+                output = mixer()[0]
         yield i, wanted, output, padding_mask
+
+
+def _in_dtype_of(mixer: torch.nn.Module, value: Any) -> Any:
+    """Hidden states and rotary embeddings in the dtype of the mixer's projections; what has no such dtype as it is."""
+    if isinstance(value, tuple):
+        return tuple(_in_dtype_of(mixer, part) for part in value)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    weights = (module.weight for module in mixer.modules() if isinstance(module, torch.nn.Linear))
+    return value.to(next((weight.dtype for weight in weights if weight.is_floating_point()), value.dtype))
 
 
 @torch.no_grad()
 def _attention_of(
-    teacher: Any, layers: list[int], inputs: dict[str, Any]
+    teacher: Any, layers: list[int], inputs: dict[str, Any], precision: Precision
 ) -> dict[int, tuple[dict[str, Any], torch.Tensor]]:
     """What each of the teacher's `layers` gave to its attention, by argument name, and got back."""
     modules = decoder_layers(teacher)
@@ -108,7 +125,7 @@ def _attention_of(
 
     handles = [modules[i].self_attn.register_forward_hook(record(i), with_kwargs=True) for i in layers]
     try:
-        call_through(teacher, teacher, final_hidden_states, teacher, inputs)
+        call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from .losses import (
     logit_function,
     masked_mean,
 )
+from .precision import Precision
 from .teacher_topk import ROW, NumberedRows, TeacherTopK
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
@@ -70,7 +71,7 @@ class DistillationTrainer(TeacherTrainer):
         super().__init__(model=model, teacher=teacher, args=args, **kwargs)
 
     def check_teacher(self, teacher: Any) -> None:
-        check_logit_function(teacher)
+        check_logit_function(teacher, self.precision)
 
     def batch_of(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         batch = super().batch_of(inputs)
@@ -81,7 +82,7 @@ class DistillationTrainer(TeacherTrainer):
         if ROW in inputs:
             return self._topk_loss(student, inputs)
         teacher = self.accelerator.unwrap_model(self.teacher)
-        kl = kl_of_batch(student, teacher, inputs, self.args.chunk_tokens)
+        kl = kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
         return masked_mean(kl, inputs.get("attention_mask"))
 
     def _topk_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -89,12 +90,12 @@ class DistillationTrainer(TeacherTrainer):
         batch = {name: column for name, column in inputs.items() if name != ROW}
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
         logprobs, ids, tail = topk.of_rows(inputs[ROW].tolist(), mask.sum(1).tolist())
-        hidden = final_hidden_states(student, batch)[mask]
+        hidden = final_hidden_states(student, batch, self.precision)[mask]
         device = hidden.device
         kl = chunked_topk_kl_per_token(
             (logprobs.to(device), ids.to(device), tail.to(device)),
             hidden,
-            logit_function(student),
+            logit_function(student, self.precision),
             vocab_size=topk.vocab_size,
             chunk_tokens=self.args.chunk_tokens,
         )
@@ -105,6 +106,7 @@ def kl_of_batch(
     student: Any,
     teacher: Any,
     inputs: dict[str, torch.Tensor],
+    precision: Precision,
     chunk_tokens: int | None = None,
     reference: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -114,21 +116,23 @@ def kl_of_batch(
 
     Called from within the student's forward where that is sharded, see [`call_through`].
     """
-    if reference is None:
-        with torch.no_grad():
-            reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs)
-    hidden = final_hidden_states(student, inputs)
-    kl = chunked_kl_per_token(
-        reference.flatten(0, 1),
-        hidden.flatten(0, 1),
-        logit_function(teacher),
-        logit_function(student),
-        vocab_size=student.config.vocab_size,
-        chunk_tokens=chunk_tokens,
-    )
+    with precision.running(inputs["input_ids"].device):
+        if reference is None:
+            with torch.no_grad():
+                reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
+        hidden = final_hidden_states(student, inputs, precision)
+        kl = chunked_kl_per_token(
+            reference.flatten(0, 1),
+            hidden.flatten(0, 1),
+            logit_function(teacher, precision),
+            logit_function(student, precision),
+            vocab_size=student.config.vocab_size,
+            chunk_tokens=chunk_tokens,
+        )
     return kl.view(hidden.shape[:2])
 
 
-def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:
     """What goes into the head of `model`, `[B, T, H]`."""
-    return model.base_model(**without_mask(inputs), use_cache=False).last_hidden_state
+    with precision.running(inputs["input_ids"].device):
+        return model.base_model(**without_mask(inputs), use_cache=False).last_hidden_state

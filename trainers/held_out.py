@@ -9,6 +9,7 @@ import torch
 from .distillation import final_hidden_states, kl_of_batch
 from .losses import masked_mean
 from .modes import evaluating
+from .precision import AS_LOADED, Precision
 from .processes import gathered, num_processes, share_of
 from .teacher_trainer import call_through, model_inputs
 
@@ -51,7 +52,9 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def held_out_kl(student: Any, teacher: Any, dataset: Any, batch_size: int = 8) -> HeldOutKL:
+def held_out_kl(
+    student: Any, teacher: Any, dataset: Any, batch_size: int = 8, precision: Precision = AS_LOADED
+) -> HeldOutKL:
     """
     Measures `KL(teacher || student)` on every row of `dataset`, in order.
 
@@ -62,8 +65,10 @@ def held_out_kl(student: Any, teacher: Any, dataset: Any, batch_size: int = 8) -
         student, teacher: causal language models with one vocabulary; they are put in eval mode and back.
         dataset (`datasets.Dataset`): rows with `input_ids`, optionally `attention_mask` and `position_ids`.
         batch_size (`int`): rows at once; rows of one batch must be of one length.
+        precision ([`Precision`]): what both run in, by default each in the dtype of its weights. `Precision.of(args)`
+            measures as a Trainer with `args` trains.
     """
-    held_out = HeldOut(dataset, teacher, batch_size)
+    held_out = HeldOut(dataset, teacher, batch_size, precision)
     return HeldOutKL(held_out.kl(student), held_out.tokens)
 
 
@@ -94,11 +99,20 @@ class HeldOut:
     The held-out rows, the same for everything that is compared.
 
     Processes share the batches out and gather the results, so that each has all of them. `answers` `[rows, T]` marks
-    the tokens that a task asks for; a batch then has a column of that name.
+    the tokens that a task asks for; a batch then has a column of that name. Whatever is compared runs in `precision`,
+    teacher and students alike.
     """
 
-    def __init__(self, dataset: Any, teacher: Any, batch_size: int, answers: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        teacher: Any,
+        batch_size: int,
+        precision: Precision,
+        answers: torch.Tensor | None = None,
+    ) -> None:
         self.teacher = teacher
+        self.precision = precision
         self.batches = list(batches(dataset, batch_size, torch.device("cpu")))
         if answers is not None:
             for batch, marks in zip(self.batches, answers.split(batch_size), strict=True):
@@ -127,7 +141,8 @@ class HeldOut:
 
         def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[float]:
             reference = self.reference(index, batch)
-            kl = call_through(student, student, kl_of_batch, student, self.teacher, batch, None, reference)
+            given = (student, self.teacher, batch, self.precision, None, reference)
+            kl = call_through(student, student, kl_of_batch, *given)
             return row_means(kl, batch.get("attention_mask"))
 
         with evaluating(student):
@@ -138,7 +153,8 @@ class HeldOut:
         if index in self._reference:
             return self._reference[index].to(self.teacher.device)
         with evaluating(self.teacher), torch.no_grad():
-            hidden = call_through(self.teacher, self.teacher, final_hidden_states, self.teacher, model_inputs(batch))
+            given = (self.teacher, model_inputs(batch), self.precision)
+            hidden = call_through(self.teacher, self.teacher, final_hidden_states, *given)
         if self._kept_bytes + hidden.nbytes <= _REFERENCE_BYTES:
             self._reference[index] = hidden.cpu()
             self._kept_bytes += hidden.nbytes

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from ..modeling.modeling_hybrid import decoder_layers
+from .precision import Precision, check_trainable, unprepared_afterwards
 from .sharding import check_zero_stage, keep_class_name, set_precision, shard_mixers, uses_fsdp2
 
 
@@ -73,8 +75,21 @@ class HybridTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_zero_stage(self.accelerator)
-        if uses_fsdp2(self.accelerator):
+        self.precision = Precision.of(self.args)
+        sharded = uses_fsdp2(self.accelerator)
+        # Under mixed precision FSDP2 and DeepSpeed make fp32 weights of their own to train.
+        if self.accelerator.mixed_precision == "no" or not (sharded or self.is_deepspeed_enabled):
+            check_trainable(cast(nn.Module, self.model))
+        if sharded:
             set_precision(self.accelerator)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with unprepared_afterwards(cast(nn.Module, self.model)):
+            return super().train(*args, **kwargs)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        # The library leaves this to the forward that accelerate puts on the model, which is gone after training.
+        return self.precision.running(self.accelerator.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..modeling.linear_attention import widen
 from .modes import evaluating
+from .precision import Precision
 
 
 # Logits of one chunk of tokens, of one model: 64 MiB in fp32.
@@ -195,7 +196,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
     return (values * weight).sum() / weight.sum().clamp(min=1)
 
 
-def logit_function(model: PreTrainedModel) -> LogitFunction:
+def logit_function(model: PreTrainedModel, precision: Precision) -> LogitFunction:
     """
     What `model` does from its final hidden state to its logits: head, scaling, soft-capping.
 
@@ -211,22 +212,23 @@ def logit_function(model: PreTrainedModel) -> LogitFunction:
     softcap = getattr(config, "final_logit_softcapping", None)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        out = head(hidden)
-        if scale != 1.0:
-            out = out * scale
-        return out if softcap is None else softcap * torch.tanh(out / softcap)
+        with precision.running(hidden.device):
+            out = head(hidden)
+            if scale != 1.0:
+                out = out * scale
+            return out if softcap is None else softcap * torch.tanh(out / softcap)
 
     return logits
 
 
 @torch.no_grad()
-def check_logit_function(model: PreTrainedModel) -> None:
+def check_logit_function(model: PreTrainedModel, precision: Precision) -> None:
     """Raises a `ValueError` where [`logit_function`] does not give `model`'s own logits."""
     inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=model.device)[None] % model.config.vocab_size}
-    with evaluating(model):
+    with evaluating(model), precision.running(model.device):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         expected = model(**inputs, use_cache=False).logits
-    given, expected = logit_function(model)(hidden).float(), expected.float()
+    given, expected = logit_function(model, precision)(hidden).float(), expected.float()
     same = given == expected  # masked entries of the vocabulary are -inf in both
     error = (given - expected).masked_fill(same, 0).abs().max().item()
     if not error <= 1e-2 * max(1.0, expected.masked_fill(expected.isinf(), 0).abs().max().item()):

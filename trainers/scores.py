@@ -87,6 +87,8 @@ class LayerScores:
         peak_memory_bytes (`int`), memory_kind (`str`): peak of the memory, and which: `"cuda"` for what was allocated
             on the GPU, `"rss growth"` for the growth of the process on the CPU, which is 0 where it was larger before.
         measured_on (`dict[str, int]`): rows and tokens there were to train on and to measure on.
+        precision (`str`): what the models ran in as they were measured, see [`Precision`]; empty where that was not
+            written down.
         options (`dict`): options of the method, as used.
         notes (`list[str]`): what a reader of the table should know besides.
     """
@@ -107,6 +109,7 @@ class LayerScores:
     peak_memory_bytes: int = 0
     memory_kind: str = ""
     measured_on: dict[str, int] = field(default_factory=dict)
+    precision: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -15,6 +15,7 @@ from .digests import rows_digest, weights_digest
 from .distillation import DistillationConfig
 from .held_out import HeldOut
 from .losses import check_logit_function
+from .precision import Precision
 from .processes import on_main
 from .scores import LayerScore, LayerScores
 from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
@@ -144,13 +145,14 @@ def score_layers(
     check_request(method, options, k)
     _check_given(method, student, train_dataset, tokens_per_layer, checkpoints)
     wanted = _check_layers(method, layers, k, num_layers := len(decoder_layers(teacher)))
+    precision = Precision.of(args)
     _prepare_models(student, teacher, args, method)
     job = Job(
         student=student,
         teacher=teacher,
         train_dataset=train_dataset,
         args=args,
-        held_out=HeldOut(eval_dataset, teacher, args.per_device_eval_batch_size),
+        held_out=HeldOut(eval_dataset, teacher, args.per_device_eval_batch_size, precision),
         layers=wanted,
         num_layers=num_layers,
         tokens_per_layer=tokens_per_layer,
@@ -173,7 +175,7 @@ def _prepare_models(student: Any, teacher: Any, args: DistillationConfig, method
         if model is not None:
             if model.device != args.device:
                 model.to(args.device)
-            check_logit_function(model)
+            check_logit_function(model, Precision.of(args))
 
 
 def _claim(job: Job, method: str, options: dict[str, Any], eval_dataset: Any) -> None:
@@ -274,7 +276,8 @@ def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | Non
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"method": method, "tokens_per_layer": tokens_per_layer, "batch_size": batch_size}
     settings |= {"lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))}
-    return settings | {name: getattr(args, name) for name in names}
+    settings |= {name: getattr(args, name) for name in names}
+    return settings | {"precision": str(Precision.of(args))}
 
 
 def _digest(dataset: Any) -> str:

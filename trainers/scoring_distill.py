@@ -165,7 +165,7 @@ def alignment_distances(job: Job) -> list[LayerScore]:
 
     def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[list[float]]:
         by_layer = {}
-        for i, wanted, output, mask in mixer_outputs(job.student, job.teacher, batch):
+        for i, wanted, output, mask in mixer_outputs(job.student, job.teacher, batch, job.precision):
             pairs = enumerate(zip(wanted, output, strict=True))
             masks = [None if mask is None else mask[j, None] for j in range(len(wanted))]
             by_layer[i] = [alignment_loss(a[None], b[None], masks[j]).item() for j, (a, b) in pairs]

@@ -61,7 +61,7 @@ def path_gradient(job: Job, *, points: int = 4, until: float = 1.0) -> LayerScor
             at = torch.full((job.num_layers, count, 1, 1), place, device=job.teacher.device, dtype=job.student.dtype)
             at.requires_grad_(True)
             with torch.enable_grad(), gated(both, lambda at=at: at):
-                kl = kl_of_batch(job.student, job.teacher, batch, reference=reference)
+                kl = kl_of_batch(job.student, job.teacher, batch, job.precision, reference=reference)
                 rows = [masked_mean(row, None if mask is None else mask[i]) for i, row in enumerate(kl)]
                 (slope,) = torch.autograd.grad(torch.stack(rows).sum(), at)
             total -= weight * slope[..., 0, 0].T.double().cpu()

@@ -30,6 +30,7 @@ from .distillation import DistillationConfig, DistillationTrainer
 from .durable import PARTIAL, held, read_json, settle, write_json
 from .held_out import HeldOut
 from .modes import modes_kept
+from .precision import AS_LOADED, Precision
 from .processes import on_main
 from .scores import LayerScore, LayerScores, without_nan
 
@@ -85,6 +86,11 @@ class Job:
     def all_layers(self) -> range:
         """Every layer of the model."""
         return range(self.num_layers)
+
+    @property
+    def precision(self) -> Precision:
+        """What every model runs in, whatever is measured of it: as the short distillations train."""
+        return self.held_out.precision
 
     @property
     def wanted(self) -> int:
@@ -223,6 +229,7 @@ class Job:
             peak_memory_bytes=max((entry["peak_memory_bytes"] for entry in self.spent), default=0),
             memory_kind=_Memory.kind(self.teacher.device),
             measured_on=self.measured_on(),
+            precision=self.precision.of_models(teacher=self.teacher, student=self.student),
             **fields,
         )
 
@@ -362,6 +369,7 @@ class Job:
         if found is None:
             write_json(folder / f"{_CLAIM}.json", settings | {"origins": [self.origin], "unmarked": []})
             return
+        found.setdefault("precision", str(AS_LOADED))  # which every measurement had before it was written down
         for name, here in settings.items():
             there = found.get(name, here)  # a version that did not write it down
             near = name == "baseline" and None not in (here, there)

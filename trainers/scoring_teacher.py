@@ -12,6 +12,7 @@ from .distillation import final_hidden_states, kl_of_batch
 from .held_out import HeldOut, row_means
 from .losses import LogitFunction, logit_function, tokens_per_chunk, widen
 from .modes import evaluating
+from .precision import Precision
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job
 from .teacher_trainer import model_inputs
@@ -41,7 +42,7 @@ def ablation_kl(job: Job) -> LayerScores:
     """
 
     def of_batch(batch: dict[str, torch.Tensor], reference: torch.Tensor) -> Rows:
-        kl = kl_of_batch(job.teacher, job.teacher, batch, reference=reference)
+        kl = kl_of_batch(job.teacher, job.teacher, batch, job.precision, reference=reference)
         return row_means(kl, batch.get("attention_mask"))
 
     about = {"measure": "KL of the teacher without this layer's attention", "unit": "nats per token"}
@@ -56,7 +57,7 @@ def ablation_ppl(job: Job) -> LayerScores:
     """
 
     def of_batch(batch: dict[str, torch.Tensor], reference: torch.Tensor | None = None) -> Rows:
-        return nll_of_batch(job.teacher, batch)
+        return nll_of_batch(job.teacher, batch, job.precision)
 
     about = {"measure": "rise of the teacher's NLL without this layer's attention", "unit": "nats per token"}
     return _ablate(job, "ablation-ppl", of_batch, about, relative=True)
@@ -70,7 +71,7 @@ def attention_mse(job: Job) -> LayerScores:
     """
 
     def of_batch(batch: dict[str, torch.Tensor], reference: torch.Tensor) -> Rows:
-        change = widen(final_hidden_states(job.teacher, batch)) - widen(reference)
+        change = widen(final_hidden_states(job.teacher, batch, job.precision)) - widen(reference)
         return row_means(change.square().mean(-1), batch.get("attention_mask"))
 
     about = {"measure": "change of the final hidden states without this layer's attention", "unit": "mean square"}
@@ -90,10 +91,10 @@ def ablation_recall(job: Job, *, task: Any = None, by: Literal["nll", "accuracy"
     """
     ids, answers = _checked_task(task)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
-    job.held_out = HeldOut(rows, job.teacher, job.args.per_device_eval_batch_size, answers)
+    job.held_out = HeldOut(rows, job.teacher, job.args.per_device_eval_batch_size, job.precision, answers)
 
     def of_batch(batch: dict[str, torch.Tensor], reference: torch.Tensor | None = None) -> Rows:
-        nll, right = _predict(job.teacher, batch)
+        nll, right = _predict(job.teacher, batch, job.precision)
         values = nll if by == "nll" else 1 - right.to(nll.dtype)
         return row_means(values, batch["answers"][:, 1:])
 
@@ -142,7 +143,7 @@ def block_influence(job: Job) -> LayerScores:
 
     def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[list[float]]:
         with _streams(layers) as streams:
-            final_hidden_states(job.teacher, batch)
+            final_hidden_states(job.teacher, batch, job.precision)
         mask = batch.get("attention_mask")
         turned = []
         for layer in job.all_layers:
@@ -183,24 +184,24 @@ def _checked_task(task: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def token_nll(held_out: HeldOut, model: Any) -> Rows:
     """[`nll_of_batch`] of all held-out rows."""
     with evaluating(model):
-        return held_out.measure(lambda index, batch: nll_of_batch(model, batch))
+        return held_out.measure(lambda index, batch: nll_of_batch(model, batch, held_out.precision))
 
 
-def nll_of_batch(model: Any, batch: dict[str, torch.Tensor]) -> Rows:
+def nll_of_batch(model: Any, batch: dict[str, torch.Tensor], precision: Precision) -> Rows:
     """Negative log likelihood of each row's tokens that have one before them in their document, nats per token."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     predicted = counts[:, 1:] & counts[:, :-1]
     if "position_ids" in batch:
         predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
-    return row_means(_predict(model, batch)[0], predicted)
+    return row_means(_predict(model, batch, precision)[0], predicted)
 
 
-def _predict(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _predict(model: Any, batch: dict[str, torch.Tensor], precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
     """NLL of every token but the first, `[B, T - 1]`, and whether it was the most likely; a chunk of logits a time."""
-    hidden = final_hidden_states(model, model_inputs(batch))[:, :-1]
+    hidden = final_hidden_states(model, model_inputs(batch), precision)[:, :-1]
     targets = batch["input_ids"][:, 1:].long()
-    head: LogitFunction = logit_function(model)
+    head: LogitFunction = logit_function(model, precision)
     chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
     nll, right = [], []
     for part, target in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):

@@ -14,6 +14,7 @@ from .distillation import final_hidden_states
 from .durable import PARTIAL, read_json, settle, write_json
 from .losses import check_logit_function, logit_function, tokens_per_chunk, topk_of_logits
 from .modes import evaluating
+from .precision import AS_LOADED, Precision
 from .processes import on_main, share_of
 from .sharding import is_sharded
 from .teacher_topk import ABOUT, check_length, checksum_of, counted_tokens, digest_of_rows, shard_path
@@ -33,6 +34,7 @@ def write_teacher_topk(
     batch_size: int = 8,
     rows_per_shard: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    precision: Precision = AS_LOADED,
 ) -> Path:
     """
     Runs the teacher over `dataset` once and writes, for each token that is not padding, its `k` largest
@@ -43,7 +45,7 @@ def write_teacher_topk(
     with the same arguments: each writes its share of the shards.
 
     Args:
-        teacher (`PreTrainedModel`): whole, where it is to run; it computes in its own dtype, without autocast.
+        teacher (`PreTrainedModel`): whole, where it is to run.
         dataset: rows with `input_ids` and optionally `attention_mask` and `position_ids`, by index, in the order in
             which they will be trained on by index.
         folder (`str`): new, or what an earlier call with the same arguments began.
@@ -52,6 +54,8 @@ def write_teacher_topk(
         batch_size (`int`): rows at once, of one length each.
         rows_per_shard (`int`, *optional*): rows of a file; by default as many as make 64 MiB.
         progress (`Callable`, *optional*): called with `(rows done, rows in all)` after each of this process's shards.
+        precision ([`Precision`]): what the teacher runs in, by default the dtype of its weights. `Precision.of(args)`
+            lets it say what it would say in a distillation with `args`.
 
     Returns:
         `Path`: `folder`.
@@ -64,30 +68,39 @@ def write_teacher_topk(
     if is_sharded(teacher):
         raise ValueError("the teacher is sharded, and each process runs it on rows of its own; pass it whole.")
     check_length(dataset)
-    check_logit_function(teacher)
+    check_logit_function(teacher, precision)
     if rows_per_shard is None:
         rows_per_shard = max(1, _SHARD_BYTES // ((8 * k + 4) * len(dataset[0]["input_ids"])))
     about = {"k": k, "dtype": dtype, "vocab_size": vocabulary, "rows_per_shard": rows_per_shard}
     about |= {"rows": len(dataset), "dataset": digest_of_rows(dataset), "teacher": weights_digest(teacher)}
+    about |= {"precision": str(precision)}
     on_main(lambda: _claim(folder, about))
     shards = -(-len(dataset) // rows_per_shard)
     for number in share_of(shards):
         rows = range(number * rows_per_shard, min((number + 1) * rows_per_shard, len(dataset)))
         if not shard_path(folder, number).exists():
-            _write_shard(shard_path(folder, number), teacher, dataset, rows, about, batch_size)
+            _write_shard(shard_path(folder, number), teacher, dataset, rows, about, batch_size, precision)
         if progress is not None:
             progress(rows.stop, len(dataset))
     on_main(lambda: None)  # all are there before any process reads one
     return folder
 
 
-def _write_shard(path: Path, teacher: Any, dataset: Any, rows: range, about: dict[str, Any], batch_size: int) -> None:
+def _write_shard(
+    path: Path,
+    teacher: Any,
+    dataset: Any,
+    rows: range,
+    about: dict[str, Any],
+    batch_size: int,
+    precision: Precision,
+) -> None:
     parts: list[tuple[torch.Tensor, ...]] = []
     counts, checksums = [], []
     for batch in _batches(dataset, rows, batch_size):
         counts += [int(counted_tokens(row).sum()) for row in batch]
         checksums += [checksum_of(row) for row in batch]
-        parts.append(_topk_of_batch(teacher, batch, about["k"], _DTYPES[about["dtype"]]))
+        parts.append(_topk_of_batch(teacher, batch, about["k"], _DTYPES[about["dtype"]], precision))
     logprobs, ids, tail = (torch.cat(part) for part in zip(*parts, strict=True))
     offsets = torch.tensor([0, *np.cumsum(counts).tolist()])
     tensors = {"logprobs": logprobs, "ids": ids, "tail": tail, "offsets": offsets}
@@ -100,14 +113,16 @@ def _write_shard(path: Path, teacher: Any, dataset: Any, rows: range, about: dic
 
 
 @torch.no_grad()
-def _topk_of_batch(teacher: Any, rows: list[Any], k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _topk_of_batch(
+    teacher: Any, rows: list[Any], k: int, dtype: torch.dtype, precision: Precision
+) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, ids and log of the rest, of the tokens of `rows` that are not padding, on the CPU."""
     names = [name for name in ("input_ids", "attention_mask", "position_ids") if rows[0].get(name) is not None]
     inputs = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]).to(teacher.device) for name in names}
     with evaluating(teacher):
-        hidden = final_hidden_states(teacher, inputs)
+        hidden = final_hidden_states(teacher, inputs, precision)
     hidden = hidden[torch.as_tensor(np.stack([counted_tokens(row) for row in rows]), device=hidden.device)]
-    head, found = logit_function(teacher), []
+    head, found = logit_function(teacher, precision), []
     for part in hidden.split(tokens_per_chunk(teacher.config.get_text_config().vocab_size)):
         logprobs, ids, tail = topk_of_logits(head(part), k)
         found.append((logprobs.to(dtype).cpu(), ids.to(torch.int32).cpu(), tail.float().cpu()))
@@ -133,6 +148,7 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
     if there is None:
         write_json(folder / ABOUT, about)
         return
+    there.setdefault("precision", str(AS_LOADED))  # as it was before it was written down
     for name, here in about.items():
         if there.get(name) != here:
             raise ValueError(

@@ -1,9 +1,8 @@
 """What alignment and distillation share: a frozen teacher beside the student, and losses from within its forward."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .hybrid_trainer import HybridTrainer, HybridTrainingArguments
+from .precision import restoring_forward, unprepared_afterwards
 from .sharding import is_sharded, shard_teacher, uses_fsdp2
 
 
@@ -66,10 +66,6 @@ class TeacherTrainer(HybridTrainer):
         with unprepared_afterwards(teacher):
             self.teacher = self._placed(teacher.eval())
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with unprepared_afterwards(cast(nn.Module, self.model)):
-            return super().train(*args, **kwargs)
-
     def check_teacher(self, teacher: PreTrainedModel) -> None:
         """Raises a `ValueError` where the teacher is nothing that this trainer can learn from."""
 
@@ -108,7 +104,7 @@ class TeacherTrainer(HybridTrainer):
     ) -> Any:
         student = self.accelerator.unwrap_model(model)
         batch = self.batch_of(inputs)
-        with self.accelerator.autocast():
+        with self.precision.running(self.accelerator.device):
             loss = call_through(model, student, self.student_loss, student, batch)
         if num_items_in_batch is not None:
             # A mean over the tokens of a micro-batch becomes its part of the mean over those of a step. Where all
@@ -137,7 +133,7 @@ def call_through(wrapper: nn.Module, module: nn.Module, method: Callable[..., An
     """
     if wrapper is module and not is_sharded(module):
         return method(*args)
-    restore = _restoring_forward(module)
+    restore = restoring_forward(module)
 
     def redirected(*inner: Any) -> Any:
         restore()  # the method may itself call the real forward
@@ -148,37 +144,6 @@ def call_through(wrapper: nn.Module, module: nn.Module, method: Callable[..., An
         return wrapper(*args)
     finally:
         restore()
-
-
-@contextlib.contextmanager
-def unprepared_afterwards(module: nn.Module) -> Iterator[None]:
-    """
-    Takes from `module` at the end what accelerate leaves on a model that it prepares: under mixed precision a forward
-    that enters autocast for good, and the mark that it is not to be prepared again. The trainers here enter autocast
-    themselves, and a model that outlives its trainer is to compute as it did before. What is sharded stays prepared.
-    """
-    restore = _restoring_forward(module)
-    left = {"_original_forward", "_is_accelerate_prepared"} - set(module.__dict__)
-    try:
-        yield
-    finally:
-        if not is_sharded(module):
-            restore()
-            for name in left:
-                module.__dict__.pop(name, None)
-
-
-def _restoring_forward(module: nn.Module) -> Callable[[], None]:
-    """What gives `module` the forward that it has now, its class's or one of its own."""
-    own = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = own
-
-    return restore
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
