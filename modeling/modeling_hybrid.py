@@ -82,7 +82,7 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         backbone.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
         for layer in layers:
             layer.register_forward_pre_hook(hand_over, with_kwargs=True)
-        self._keep_in_fp32_modules_strict = self._decay_parameters()
+        self._keep_in_fp32_modules_strict = self._kept_in_fp32()
         self.post_init()
 
     def forward(
@@ -149,12 +149,12 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
             self._init_new_modules(mixer)
             own[i].self_attn = _cast(mixer, projection.dtype).train(self.training)
         self.config.full_attention_layers = keep
-        self._keep_in_fp32_modules_strict = self._decay_parameters()
+        self._keep_in_fp32_modules_strict = self._kept_in_fp32()
 
-    def _decay_parameters(self) -> set[str]:
-        """Names of the mixers' parameters that stay in fp32, each once and only those that there are."""
-        layers = decoder_layers(self)
-        return {name for i in self.linear_attention_layers for name in layers[i].self_attn.decay_parameters}
+    def _kept_in_fp32(self) -> set[str]:
+        """Names of what is never loaded in half precision: the teacher's, and the decay parameters of the mixers."""
+        layers, names = decoder_layers(self), set(type(self)._keep_in_fp32_modules_strict or ())
+        return names.union(*(layers[i].self_attn.decay_parameters for i in self.linear_attention_layers))
 
     def _mixer(self, i: int, attention: nn.Module) -> LinearAttention:
         name = self.config.layer_mixers[i]

@@ -250,6 +250,7 @@ class TestDtypes:
         ("model_type", "dtype", "kept"),
         [
             ("hy_v3", torch.bfloat16, "e_score_correction_bias"),
+            ("hy_v4", torch.bfloat16, "lm_head.weight"),  # which the class alone says, not its base model
             ("deepseek_v3", torch.bfloat16, "e_score_correction_bias"),
             ("gpt_oss", torch.float16, "input_layernorm.weight"),
             ("afmoe", torch.float16, "post_mlp_layernorm.weight"),
