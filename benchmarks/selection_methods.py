@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compared import COMPARED
 from selection_data import (
     BATCH,
     DISTILL_STEPS,
@@ -44,6 +45,7 @@ import hf_hybrid as hh
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.synthetic import associative_recall, ordinary_token_ids
 from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
+from hf_hybrid.trainers.scoring import METHODS as OURS
 
 
 KS = (1, 2, 3)
@@ -137,9 +139,8 @@ def run_method(
         )
         scored, sets = [], {}
         for k in (KS[-1:] if method.nested else KS) if method.needs_k else (None,):
-            scores = hh.score_layers(
-                student, teacher, train, held_out, args=args, method=method.method, k=k, options=options
-            )
+            record = (OURS | COMPARED)[method.method]
+            scores = hh.score_layers(student, teacher, train, held_out, args=args, method=record, k=k, options=options)
             scored.append(scores)
             for size in KS if method.nested else (k,):
                 sets[size] = scores.top(size)

@@ -22,7 +22,7 @@ examples:
   hf-hybrid demo --output demo_output
   hf-hybrid run demo --output my_run
   hf-hybrid run my_recipe.yaml --output my_run        (again after a kill: it goes on)
-  hf-hybrid score embedded --method zero-shot-greedy --k 2 --output scores
+  hf-hybrid score embedded --method verified --k 2 --output scores
   hf-hybrid score --recipe my_recipe.yaml --output my_run
   hf-hybrid convert Qwen/Qwen3-0.6B --full-attention-layers 3,10,17,24 --output hybrid
   hf-hybrid push my_run me/my-hybrid --private

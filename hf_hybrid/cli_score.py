@@ -32,7 +32,8 @@ _OTHERS = ("revision", "method", *_SELECT, "tokens_per_layer", "align_tokens", "
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe that the options name or make."""
     from .recipe import Recipe, find_recipe
-    from .score import check_method, scoring_recipe
+    from .score import scoring_recipe
+    from .trainers.scoring import method_of
 
     given = [name for name in (*_OTHERS, *TEXT_FIELDS) if getattr(options, name) is not None]
     given += ["option"] if options.option else []
@@ -48,7 +49,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
     check_numbers(options, k=(0, math.inf), fraction=(0, 1), cache_bytes=at_least_one, context=at_least_one)
     check_numbers(options, tokens_per_layer=at_least_one, align_tokens=at_least_one, seed=SEEDS)
     method = options.method or "ga-s2"
-    check_method(method)
+    method_of(method, "--method")
     return scoring_recipe(
         options.teacher,
         method,

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_hybrid.trainers import AlignmentConfig, DistillationConfig
 from hf_hybrid.trainers.durable import write_text
-from hf_hybrid.trainers.scoring import METHODS
+from hf_hybrid.trainers.scoring import method_of
 
 from .data import DataConfig
 from .schema import parse, read_yaml, typed, unknown_key
@@ -380,8 +380,8 @@ class Recipe:
 
     def _check_scores(self) -> None:
         method = None if self.score is None else self.score.method
-        if method is not None and method not in METHODS:
-            raise ValueError(f"score.method={method!r} is unknown; choose one of {list(METHODS)}.")
+        if method is not None:
+            method_of(method, "score.method")
         selector = self.select.selector
         if self.select.layers is not None or selector in POSITIONAL or selector == method:
             return

@@ -5,11 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
-from hf_hybrid.trainers.scoring import METHODS, TEACHER_ONLY, check_request
-from hf_hybrid.trainers.scoring_options import compares_rounds, needs_k
+from hf_hybrid.trainers.scoring import METHODS, check_request, method_of
 
 from .conversion import convert
 from .data import DataConfig
@@ -18,7 +15,6 @@ from .inputs import load_run_pair
 from .recipe import AlignStage, DistillStage, Recipe, ScoreStage, SelectStage
 from .selection import count_within, layers_within, select_layers
 from .stages import Event, Listener, cut_for, training_arguments
-from .synthetic import associative_recall, ordinary_token_ids
 
 
 # The recipe `demo`'s rates and budgets, for the teacher that it is made for.
@@ -79,7 +75,7 @@ def scoring_recipe(
 
 def needs_alignment(recipe: Recipe) -> bool:
     """Whether the score stage of `recipe` starts from an aligned student."""
-    return recipe.score is None or recipe.score.method not in TEACHER_ONLY
+    return recipe.score is None or method_of(recipe.score.method).needs_student
 
 
 def check_score_stage(recipe: Recipe, teacher: Any) -> None:
@@ -87,8 +83,6 @@ def check_score_stage(recipe: Recipe, teacher: Any) -> None:
     stage, select = recipe.score, recipe.select
     if stage is None:
         return
-    if "task" in stage.options:
-        raise ValueError("score.options.task is rows of token ids, which only Python can pass; leave it out.")
     count = select.count(teacher.config.num_hidden_layers)
     if _count_follows(recipe):
         sizes = layer_cache_bytes(teacher, cast(int, select.context))
@@ -99,7 +93,8 @@ def check_score_stage(recipe: Recipe, teacher: Any) -> None:
 def _count_follows(recipe: Recipe) -> bool:
     """Whether how many layers the score stage chooses follows from a limit on the cache."""
     stage = recipe.score
-    return stage is not None and recipe.select.cache_bytes is not None and needs_k(stage.method, stage.options)
+    asked = stage is not None and method_of(stage.method).asks_for_k(stage.options)
+    return asked and recipe.select.cache_bytes is not None
 
 
 def count_for(recipe: Recipe, teacher: Any, student: Any) -> int | None:
@@ -118,13 +113,15 @@ def _cache_sizes(recipe: Recipe, teacher: Any, student: Any) -> tuple[list[int],
 
 def check_divisible(recipe: Recipe) -> None:
     """Raises a `ValueError` where jobs cannot share out the layers that the score stage of `recipe` scores."""
-    method = None if recipe.score is None else recipe.score.method
-    if method != "ga-s2":
-        raise ValueError(f"--layers splits scores of method 'ga-s2', and the recipe has {method!r}; leave it out.")
-    if compares_rounds(cast(ScoreStage, recipe.score).options):
+    stage = recipe.score
+    if stage is None or not method_of(stage.method).splits:
+        given = None if stage is None else stage.method
+        able = [method.name for method in METHODS.values() if method.splits]
+        raise ValueError(f"--layers splits scores of methods {able}, and the recipe has {given!r}; leave it out.")
+    if method_of(stage.method).together(stage.options):
         raise ValueError(
-            "--layers splits scores of layers by themselves, and halving and a stability window compare all layers "
-            "between rounds; leave --layers out, or these options."
+            f"--layers splits scores of layers by themselves, and with options={stage.options} they are compared with "
+            "one another on the way; leave --layers out, or these options."
         )
 
 
@@ -141,9 +138,7 @@ def score_stage(
 ) -> LayerScores:
     """Scores all or some layers as the score stage of `recipe` says; results are kept in `folder` as they come."""
     stage, num_layers = cast(ScoreStage, recipe.score), teacher.config.num_hidden_layers
-    options = dict(stage.options)
-    if stage.method == "ablation-recall":
-        options["task"] = recall_task(teacher, tokenizer, recipe.data.held_out_rows, recipe.seed)
+    method = method_of(stage.method)
 
     def report(score: Any) -> None:
         text = f"layer {score.layer}: {score}"
@@ -160,14 +155,14 @@ def score_stage(
         args=cast(DistillationConfig, training_arguments(recipe, "score", folder.with_name("score_checkpoints"))),
         tokens_per_layer=stage.tokens_per_layer,
         layers=layers,
-        method=stage.method,
-        options=options,
+        method=method,
+        options=stage.options,
         k=count_for(recipe, teacher, student),
         output_dir=folder,
         checkpoints=stage.checkpoints,
         progress=report,
         # Layer after layer, each reports itself; rounds over all of them report at the end.
-        steps=None if stage.method == "ga-s2" and not compares_rounds(stage.options) else steps,
+        steps=None if method.splits and not method.together(stage.options) else steps,
     )
 
 
@@ -194,20 +189,3 @@ def layers_of(recipe: Recipe, scores: LayerScores, folder: Path) -> list[int]:
     teacher, _ = load_run_pair(recipe, folder)
     student = convert(teacher, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options)
     return choose_within(recipe, scores, teacher, student)
-
-
-def recall_task(
-    teacher: Any, tokenizer: Any, rows: int, seed: int, length: int = 256
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Associative recall for `ablation-recall`, of ordinary tokens, as long as vocabulary and positions allow."""
-    config = teacher.config.get_text_config()
-    ids = ordinary_token_ids(tokenizer)
-    ids = ids[ids < config.vocab_size]
-    length = min(length, getattr(config, "max_position_embeddings", None) or length, 2 * ids.numel()) // 4 * 4
-    return associative_recall(rows, length, ids, torch.Generator().manual_seed(10**6 + seed))
-
-
-def check_method(method: str) -> None:
-    """Raises a `ValueError` where there is no such method."""
-    if method not in METHODS:
-        raise ValueError(f"--method {method!r} is unknown; choose one of {list(METHODS)}.")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hf_hybrid.modeling.configuration_hybrid import check_layers
 from hf_hybrid.trainers.scores import LayerScores
-from hf_hybrid.trainers.scoring import METHODS
+from hf_hybrid.trainers.scoring import METHODS, method_of
 from hf_hybrid.trainers.scoring_rules import PHASES, POSITIONAL, check_count, positional_layers, uniform_layers
 
 
@@ -176,5 +176,5 @@ def checked_scores(selector: str, scores: LayerScores | None, num_layers: int) -
 
 def check_selector(selector: str | Sequence[int]) -> None:
     """Raises a `ValueError` where `selector` is a name that is not known."""
-    if isinstance(selector, str) and selector not in SELECTORS:
-        raise ValueError(f"selector={selector!r} is unknown; choose one of {list(SELECTORS)} or list layer indices.")
+    if isinstance(selector, str):
+        method_of(selector, "selector")

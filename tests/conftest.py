@@ -91,4 +91,5 @@ def dead_layer() -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write the generated parts of docs/scoring.md")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of the random kills; by default from the clock")

@@ -4,14 +4,17 @@ import copy
 
 import datasets
 import torch
+from compared import COMPARED
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
 from hf_hybrid.modeling.gated_deltanet import GatedDeltaNet
 from hf_hybrid.synthetic import associative_recall
-from hf_hybrid.trainers.scoring import NEEDS_K, NO_TRAINING, TEACHER_ONLY
+from hf_hybrid.trainers.scoring import METHODS
 
 
+# The package's methods and those of the benchmark.
+EVERY = METHODS | COMPARED
 DEAD, LAYERS = 2, 4
 LENGTH = 24
 
@@ -62,9 +65,11 @@ def weak_student(teacher, **options):
 
 def score(teacher, student, folder, method, **changes):
     given = {"args": arguments(folder), "tokens_per_layer": 2 * 4 * LENGTH, "options": options_of(method)}
-    given |= {"k": 2 if method in NEEDS_K else None, "method": method} | changes
-    train = None if method in NO_TRAINING else rows(16)
-    return hh.score_layers(None if method in TEACHER_ONLY else student, teacher, train, rows(6, seed=9), **given)
+    record = EVERY[method]
+    # By its name where it has one in the package.
+    given |= {"k": 2 if record.needs_k else None, "method": method if method in METHODS else record} | changes
+    train = rows(16) if record.trains else None
+    return hh.score_layers(student if record.needs_student else None, teacher, train, rows(6, seed=9), **given)
 
 
 def kl_with(student, teacher, layers):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from scored import EVERY
 from teachers import tiny_teacher, tokens
 from transformers import set_seed
 
@@ -44,7 +45,12 @@ def score_all(folder: Path) -> dict[str, Any]:
         settings = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "use_cpu": True}
         settings |= {"learning_rate": 1e-3, "mixer_learning_rate": 3e-3, "adam_epsilon": 1e-3}
         args = hh.DistillationConfig(str(folder / "args"), **settings)
-        given = {"args": args, "tokens_per_layer": 4 * 4 * 24, "method": name.replace(",", " ").split()[0], **case}
+        given = {
+            "args": args,
+            "tokens_per_layer": 4 * 4 * 24,
+            "method": EVERY[name.replace(",", " ").split()[0]],
+            **case,
+        }
         for attempt in ("first", "again"):
             kept = None if "nothing kept" in name else folder / name.replace(" ", "_")
             scores = hh.score_layers(student, teacher, rows(24), rows(5, 1), output_dir=kept, **given)

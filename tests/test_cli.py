@@ -99,7 +99,7 @@ def test_run_and_score_and_evaluate(sources: tuple[Path, Path], tmp_path: Path, 
     halving["score"]["options"] = {"rounds": 2, "halving": True}
     halved.write_text(yaml.safe_dump(halving))
     assert main(["score", "--recipe", str(halved), "--output", folder, "--layers", "1"]) == 2
-    assert "halving and a stability window compare all layers between rounds" in capsys.readouterr().err
+    assert "they are compared with one another on the way" in capsys.readouterr().err
     assert main(["run", recipe, "--output", folder, "--stop-after", "select"]) == 0
     captured = capsys.readouterr()
     assert "Stopped after select" in captured.out and "score     made before" in captured.err
@@ -139,7 +139,7 @@ def test_a_dataset_by_its_revision(
     given = [command, str(sources[0]), "--dataset", "a/b", "--subset", "c", "--dataset-revision", "v1"]
     given += ["--block-size", "64", "--rows", "4", "--split", "test"]
     if command == "score":
-        given += ["--method", "block-influence", "--output", str(tmp_path / "run")]
+        given += ["--method", "ablation-kl", "--output", str(tmp_path / "run")]
     assert main(given) == 0
     assert asked == [("a/b", "c", {"split": "test", "streaming": True, "revision": "v1"})]
 

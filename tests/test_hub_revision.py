@@ -85,7 +85,7 @@ def test_score_and_evaluate_take_the_revision_that_is_named(hub: LoopbackHub, tm
             assert there == here and here not in seen, (options, there, here)
             seen.append(here)
 
-        score = ["--method", "block-influence", "--k", "1", "--output"]
+        score = ["--method", "ablation-kl", "--k", "1", "--output"]
         here = {{age: figures("score", f"{{age}}_teacher", *score, age) for age in ("old", "new")}}
         assert here["old"]["scores"] != here["new"]["scores"]
         for age, folder, options in (

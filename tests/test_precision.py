@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from scored import LAYERS, arguments, rows, score, weak_student
+from scored import EVERY, LAYERS, arguments, rows, score, weak_student
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
@@ -19,7 +19,6 @@ from hf_hybrid.modeling import MIXERS
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.trainers import HybridTrainer, HybridTrainingArguments
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
-from hf_hybrid.trainers.scoring import METHODS, TEACHER_ONLY
 
 
 BF16 = Precision(torch.bfloat16)
@@ -110,12 +109,12 @@ def check_scores(method, teacher_dtype, policy, tmp_path, mixer="gated_deltanet"
     assert len(scores.scores) == len(layers or range(LAYERS)) and all(abs(s.value) < 100 for s in scores.scores)
     assert seen == {policy.autocast}
     theirs = "bfloat16" if teacher_dtype == torch.bfloat16 else "float32"
-    names = f"teacher {theirs}" if method in TEACHER_ONLY else f"teacher {theirs}, student float32"
+    names = f"teacher {theirs}" if not EVERY[method].needs_student else f"teacher {theirs}, student float32"
     assert scores.precision == f"{policy} ({names})"
     assert all(torch.equal(start[name], x) for name, x in student.state_dict().items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_every_scoring_method_as_the_shipped_recipes_train(method, tmp_path):
     """A bf16 teacher and a student that trains in fp32 under autocast."""
     check_scores(method, torch.bfloat16, BF16, tmp_path)
@@ -127,9 +126,9 @@ def test_every_scoring_method_as_the_shipped_recipes_train(method, tmp_path):
     ("method", "mixer"),
     [
         (method, mixer)
-        for method in METHODS
+        for method in EVERY
         for mixer in MIXERS
-        if method not in TEACHER_ONLY or mixer == "gated_deltanet"  # those know no mixer
+        if EVERY[method].needs_student or mixer == "gated_deltanet"  # those know no mixer
     ],
 )
 def test_every_scoring_method(method, mixer, teacher_dtype, policy, tmp_path):

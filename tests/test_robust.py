@@ -319,12 +319,13 @@ def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rn
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["shared", "distilled-greedy", "zero-shot-greedy"])
-def test_scores_of_sets_of_layers_killed_at_random(
+@pytest.mark.parametrize("method", ["verified", "zero-shot-removal", "ga-s2"])
+def test_scores_of_methods_killed_at_random(
     method: str, reference: Reference, tmp_path: Path, rng: random.Random
 ) -> None:
     changed = copy.copy(reference)
-    changes = {"score": reference.recipe["score"] | {"method": method}, "select": {"selector": method, "k": 2}}
+    score = {"method": method, "tokens_per_layer": 6 * 4 * 64}
+    changes = {"score": reference.recipe["score"] | score, "select": {"selector": method, "k": 2}}
     changed.recipe = reference.recipe | changes
     changed.folder = tmp_path / "whole"
     copy_run(reference.folder, changed.folder, "score")

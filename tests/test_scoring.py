@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from scored import DEAD, LAYERS, LENGTH, Stop, arguments, recall_task, rows, score, weak_student
+from scored import DEAD, EVERY, LAYERS, LENGTH, Stop, arguments, recall_task, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.trainers.scoring import METHODS, NEEDS_K, TEACHER_ONLY, check_request
+from hf_hybrid.trainers.scoring import check_request
 from hf_hybrid.trainers.scoring_job import Job
 from hf_hybrid.trainers.scoring_rules import POSITIONAL
 
@@ -19,17 +19,19 @@ from hf_hybrid.trainers.scoring_rules import POSITIONAL
 UNORDERED = (*POSITIONAL, "smart", "ablation-ppl", "ablation-recall")
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in UNORDERED])
+@pytest.mark.parametrize("method", [method for method in EVERY if method not in UNORDERED])
 def test_a_layer_whose_attention_does_nothing_comes_last(method, dead_layer, tmp_path):
     teacher, student = dead_layer
-    changes = {"k": 3} if method in NEEDS_K else {}
+    changes = {"k": 3} if EVERY[method].needs_k else {}
     scores = score(teacher, student, tmp_path, method, **changes)
     assert scores.ranking[-1] == DEAD
     assert sorted(scores.ranking) == list(range(LAYERS)) and scores.top(4) == [0, 1, 2, 3]
     assert scores.method == method and scores.measured_on["eval_tokens"] == 6 * LENGTH
 
 
-@pytest.mark.parametrize("method", [method for method in TEACHER_ONLY if method not in POSITIONAL])
+@pytest.mark.parametrize(
+    "method", [m.name for m in EVERY.values() if not m.needs_student and m.name not in POSITIONAL]
+)
 def test_what_does_nothing_scores_zero(method, dead_layer, tmp_path):
     values = {s.layer: s.value for s in score(*dead_layer, tmp_path, method).scores}
     assert values.pop(DEAD) == pytest.approx(0, abs=1e-6)
@@ -37,10 +39,10 @@ def test_what_does_nothing_scores_zero(method, dead_layer, tmp_path):
 
 
 # These make the same runs as ga-s2, or twice as many.
-EVERY = [pytest.param(m, marks=pytest.mark.slow if m in ("gr-s2", "avg-s2") else ()) for m in METHODS]
+ALL = [pytest.param(m, marks=pytest.mark.slow if m in ("gr-s2", "avg-s2") else ()) for m in EVERY]
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", ALL)
 def test_the_student_and_the_teacher_are_given_back_as_they_were(method, dead_layer, tmp_path):
     teacher, student = dead_layer[0], copy.deepcopy(dead_layer[1]).eval()
     student.model.layers[1].self_attn.q_proj.requires_grad_(False)
@@ -68,13 +70,13 @@ def test_a_layer_whose_mixer_is_exact_comes_last(method, dead_layer, tmp_path):
         teacher.model.layers[DEAD].self_attn.o_proj.weight.normal_(0, 0.05)
     mixers = ["sliding_window" if i == exact else "gated_deltanet" for i in range(LAYERS)]
     student = weak_student(teacher, mixer=mixers, mixer_options={"sliding_window": {"window": LENGTH}})
-    scores = score(teacher, student, tmp_path, method, **({"k": 3} if method in NEEDS_K else {}))
+    scores = score(teacher, student, tmp_path, method, **({"k": 3} if EVERY[method].needs_k else {}))
     assert scores.ranking[-1] == exact
     if method == "zero-shot":
         assert scores.scores[exact].kl == pytest.approx(scores.baseline, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", ALL)
 def test_same_seed_same_scores_and_json_goes_round(method, dead_layer, tmp_path):
     first, second = (score(*dead_layer, tmp_path, method) for _ in range(2))
     assert [s.value for s in first.scores] == [s.value for s in second.scores] and first.order == second.order
@@ -89,7 +91,7 @@ def test_same_seed_same_scores_and_json_goes_round(method, dead_layer, tmp_path)
 AT_ONCE = ("block-influence", "ga-s1", "path-gradient", "gates")
 
 
-@pytest.mark.parametrize("method", [m for m in EVERY if m.values[0] not in POSITIONAL])
+@pytest.mark.parametrize("method", [m for m in ALL if m.values[0] not in POSITIONAL])
 def test_an_interrupted_call_goes_on(method, dead_layer, tmp_path):
     """Stopped at its second report, and called again: nothing is measured twice, and the result is the same."""
     seen = []
@@ -164,13 +166,16 @@ def test_what_cannot_be_scored(dead_layer, tmp_path):
             {"method": "zero-shot", "options": {"swap": 1}},
             r"options \['swap'\] are unknown to method='zero-shot'; it",
         ),
-        ({"method": "zero-shot-greedy", "options": {"swap": 1}}, r"it has \['swaps'\]"),
-        ({"method": "zero-shot-greedy"}, "chooses layers together and needs k"),
-        ({"method": "zero-shot-greedy", "k": 5}, r"k=5 layers cannot be chosen from 4; pass an integer in 0\.\.4"),
-        ({"method": "zero-shot-greedy", "k": 0}, "chooses layers for k=0; pass at least k=1"),
+        ({"method": EVERY["zero-shot-greedy"], "options": {"swap": 1}}, r"it has \['swaps'\]"),
+        ({"method": EVERY["zero-shot-greedy"]}, "chooses layers together and needs k"),
+        (
+            {"method": EVERY["zero-shot-greedy"], "k": 5},
+            r"k=5 layers cannot be chosen from 4; pass an integer in 0\.\.4",
+        ),
+        ({"method": EVERY["zero-shot-greedy"], "k": 0}, "chooses layers for k=0; pass at least k=1"),
         ({"method": "uniform"}, "needs k, how many layers are kept"),
         ({"method": "ga-s2"}, "trains and needs train_dataset"),
-        ({"method": "shared", "k": 2}, "trains and needs train_dataset"),
+        ({"method": EVERY["shared"], "k": 2}, "trains and needs train_dataset"),
     ):
         with pytest.raises(ValueError, match=message):
             hh.score_layers(student, teacher, None, held_out, args=arguments(tmp_path), **given)
@@ -189,7 +194,7 @@ def test_what_cannot_be_scored(dead_layer, tmp_path):
         ("ga-s2", {"rounds": 2, "halving": "yes"}, "pass true or false"),
         ("ga-s2", {"halving": True}, "there are rounds=1; pass 2 or more"),
         ("ga-s2", {"rounds": 3, "stability_window": 2}, "compares 3 rounds before the last.*pass rounds of 4"),
-        ("ga-s2", {"rounds": 2, "halving": True}, "with halving or a stability window needs k"),
+        ("ga-s2", {"rounds": 2, "halving": True}, r"with options=\{'rounds': 2, 'halving': True\} needs k"),
         ("shared", {"subset": "all"}, r"pass one of \['sizes', 'single'\]"),
         ("shared", {"max_size": 0}, "pass a whole number from 1"),
         ("zero-shot-greedy", {"swaps": -1}, "pass a whole number from 0"),
@@ -205,14 +210,14 @@ def test_what_cannot_be_scored(dead_layer, tmp_path):
 )
 def test_wrong_options_are_found_without_a_model(method, options, message):
     with pytest.raises(ValueError, match=message):
-        check_request(method, options, 1 if method in NEEDS_K else None)
+        check_request(EVERY[method], options, 1 if EVERY[method].needs_k else None)
 
 
 def test_right_options_pass():
     check_request("ga-s2", {"rounds": 4, "halving": True, "noise": 2, "stability_window": 2}, 1)
-    check_request("shared", {"max_size": None, "select": "single", "swaps": 1}, None)
+    check_request(EVERY["shared"], {"max_size": None, "select": "single", "swaps": 1}, None)
     check_request("verified", {"proposals": ("ga-s1", "lazy-removal")}, 0)
-    check_request("ablation-recall", {"task": recall_task(), "by": "accuracy"}, None)
+    check_request(EVERY["ablation-recall"], {"task": recall_task(), "by": "accuracy"}, None)
 
 
 def test_other_layers_in_a_folder_are_other_layers(dead_layer, tmp_path):

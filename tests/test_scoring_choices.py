@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compared import gates, sets, smart
 from scored import LAYERS, LENGTH, arguments, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.trainers import scoring_distill, scoring_gates, scoring_sets
+from hf_hybrid.trainers import scoring_distill
 from hf_hybrid.trainers.distillation import DistillationTrainer
 from hf_hybrid.trainers.held_out import standard_error
 from hf_hybrid.trainers.scores import LayerScore, LayerScores
@@ -39,8 +40,8 @@ class Table:
 
     report = say
 
-    def finish(self, method, scores, **fields):
-        return LayerScores(scores, method, **fields)
+    def finish(self, scores, **fields):
+        return LayerScores(scores, **fields)
 
 
 def of(*values):
@@ -71,7 +72,7 @@ class TestStops:
     def test_what_was_stopped_later_comes_first(self, tmp_path, monkeypatch):
         """Three rounds of six layers: 3, 4, 5 stop after the first, 2 after the second."""
         monkeypatch.setattr(scoring_distill, "_advance", advance)
-        job = Table(6, lambda kept: 0.0, wanted=1, folder=tmp_path, step_points=lambda rounds: [1, 2, 3])
+        job = Table(6, lambda kept: 0.0, wanted=1, folder=tmp_path, origin="", step_points=lambda rounds: [1, 2, 3])
         job.restored_afterwards = lambda: _nothing()
         options = {"rounds": 3, "halving": True, "noise": 0.0, "stability_window": 0, "stability": 1.0}
         found = scoring_distill._by_rounds(job, options)
@@ -99,30 +100,28 @@ class TestGreedy:
 
     def test_an_exchange_that_lowers_the_kl_most(self):
         job = Table(3, self.pairs, wanted=2)
-        plain = scoring_sets.greedy(job, job, "zero-shot-greedy", 0, {})
-        swapped = scoring_sets.greedy(job, job, "zero-shot-greedy", 5, {})
+        plain = sets.greedy(job, job, 0, {})
+        swapped = sets.greedy(job, job, 5, {})
         assert (plain.order, plain.k) == ([0, 2], None) and (swapped.order, swapped.k) == ([2, 1], 2)
         assert {s.layer: s.value for s in swapped.scores}[1] == 0.1
 
     def test_no_more_exchanges_than_asked_for(self):
         """Each exchange lowers the KL: 0 for 3, 1 for 4, 2 for 5."""
         job = Table(6, lambda kept: 10.0 - sum(kept) if len(kept) == 3 else float(sum(kept)), wanted=3)
-        tops = [scoring_sets.greedy(job, job, "zero-shot-greedy", swaps, {}).order for swaps in (0, 1, 9)]
+        tops = [sets.greedy(job, job, swaps, {}).order for swaps in (0, 1, 9)]
         assert [sorted(order) for order in tops] == [[0, 1, 5], [1, 4, 5], [3, 4, 5]]
 
     def test_smart_takes_what_lowers_the_kl(self, monkeypatch):
-        monkeypatch.setattr(scoring_sets, "BothAttentions", lambda *_: _nothing())
-        monkeypatch.setattr(
-            scoring_sets, "single_layers", lambda *_: of((0.9, 0.9), (0.2, 0.2), (0.8, 0.8), (0.3, 0.3))
-        )
+        monkeypatch.setattr(smart, "BothAttentions", lambda *_: _nothing())
+        monkeypatch.setattr(smart, "single_layers", lambda *_: of((0.9, 0.9), (0.2, 0.2), (0.8, 0.8), (0.3, 0.3)))
         job = Table(4, self.pairs, wanted=2, student=None, teacher=None, baseline=1.0)
-        assert scoring_sets.smart(job).order == [1, 3]
+        assert smart.smart(job).order == [1, 3]
 
 
 class TestDraws:
     def test_each_step_draws_another_subset_of_a_size_up_to_the_largest(self):
         job = Table(8, None)
-        subsets = scoring_sets._RandomSubset(job, list(range(8)), 3)
+        subsets = sets._RandomSubset(job, list(range(8)), 3)
         seen = []
         for step in range(200):
             subsets.on_step_begin(SimpleNamespace(seed=0), SimpleNamespace(global_step=step), None)
@@ -135,7 +134,7 @@ class TestDraws:
 
     def test_or_one_layer(self):
         job = Table(8, None)
-        subsets = scoring_sets._RandomSubset(job, [1, 5], None)
+        subsets = sets._RandomSubset(job, [1, 5], None)
         seen = set()
         for step in range(40):
             subsets.on_step_begin(SimpleNamespace(seed=0), SimpleNamespace(global_step=step), None)
@@ -145,7 +144,7 @@ class TestDraws:
 
 class TestGates:
     @pytest.mark.parametrize(
-        ("gates", "step", "ramp", "price"),
+        ("opened", "step", "ramp", "price"),
         [
             ((0.9, 0.9, 0.2), 9, 0.5, 1.0),  # 2 open for a budget of 1: once over
             ((0.9, 0.9, 0.2), 0, 0.5, 0.2),  # the first step of ten
@@ -153,12 +152,12 @@ class TestGates:
             ((0.3, 0.3, 0.2), 9, 0.5, 0.0),  # below the budget nothing is earned
         ],
     )
-    def test_the_price_of_open_gates(self, gates, step, ramp, price, monkeypatch):
+    def test_the_price_of_open_gates(self, opened, step, ramp, price, monkeypatch):
         monkeypatch.setattr(DistillationTrainer, "student_loss", lambda *_: torch.tensor(0.25))
-        trainer = object.__new__(scoring_gates._GateTrainer)
+        trainer = object.__new__(gates._GateTrainer)
         trainer.budget, trainer.weight, trainer.ramp = 1, 7.0, ramp
         trainer.state = SimpleNamespace(global_step=step, max_steps=10)
-        student = SimpleNamespace(softmax_gates=torch.tensor(gates).logit())
+        student = SimpleNamespace(softmax_gates=torch.tensor(opened).logit())
         assert trainer.student_loss(student, {}).item() == pytest.approx(0.25 + 7 * price, abs=1e-5)
 
     def test_a_part_of_the_way_is_integrated_over_that_part(self, tmp_path):
@@ -168,7 +167,7 @@ class TestGates:
         teacher = tiny_teacher("llama")
         student = weak_student(teacher)
         found = score(teacher, student, tmp_path, "path-gradient", options={"points": 8, "until": 0.5})
-        with BothAttentions(student, teacher) as both, scoring_gates.gated(both, lambda: [0.5] * LAYERS):
+        with BothAttentions(student, teacher) as both, gates.gated(both, lambda: [0.5] * LAYERS):
             half = hh.held_out_kl(student, teacher, rows(6, 9)).mean
         assert sum(s.value for s in found.scores) == pytest.approx(found.baseline - half, rel=1e-3)
 

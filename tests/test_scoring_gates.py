@@ -3,10 +3,11 @@
 import copy
 
 import pytest
+from compared import gates
+from compared.gates import PATH_GRADIENT, gated
 from scored import DEAD, LAYERS, LENGTH, arguments, rows, score
 
 import hf_hybrid as hh
-from hf_hybrid.trainers import scoring_gates
 
 
 class TestGates:
@@ -18,13 +19,13 @@ class TestGates:
 
     def test_the_price_is_in_units_of_the_first_kl(self, dead_layer, tmp_path, monkeypatch):
         seen = []
-        own = scoring_gates._GateTrainer.student_loss
+        own = gates._GateTrainer.student_loss
 
         def student_loss(trainer, *given):
             seen.append((trainer.budget, trainer.weight, trainer.ramp))
             return own(trainer, *given)
 
-        monkeypatch.setattr(scoring_gates._GateTrainer, "student_loss", student_loss)
+        monkeypatch.setattr(gates._GateTrainer, "student_loss", student_loss)
         scores = score(*dead_layer, tmp_path, "gates", k=2, options={"penalty": 3.0, "ramp": 0.25})
         assert set(seen) == {(2, 3.0 * scores.baseline, 0.25)}
 
@@ -34,12 +35,11 @@ class TestGates:
         norms compute in float32, which leaves 2e-9 of the KL open: the little is a thousandth, on both sides.
         """
         from hf_hybrid.trainers.both_attentions import BothAttentions
-        from hf_hybrid.trainers.scoring_gates import gated
 
         teacher, student = (copy.deepcopy(model).double() for model in dead_layer)
         args = arguments(tmp_path)
         found = hh.score_layers(
-            student, teacher, None, rows(6, 9), method="path-gradient", args=args, options={"until": 0.0}
+            student, teacher, None, rows(6, 9), method=PATH_GRADIENT, args=args, options={"until": 0.0}
         )
         step, kls = 1e-3, []
         with BothAttentions(student, teacher) as both:

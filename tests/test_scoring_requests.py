@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
-from scored import LAYERS, LENGTH, arguments, score, weak_student
+from scored import EVERY, LAYERS, LENGTH, arguments, score, weak_student
 from teachers import tiny_teacher
 
 from hf_hybrid.trainers import LayerScore
 from hf_hybrid.trainers.scoring import check_placement, check_request
 from hf_hybrid.trainers.scoring_job import Job
-from hf_hybrid.trainers.scoring_options import follows_k
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +48,10 @@ def test_a_student_that_is_needed_whole_is_not_sharded(method, monkeypatch):
     """Said before anything is trained, and not after."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="goes on with the student that it trained, whose weights FSDP2 shards"):
-        check_placement(method, False)
+        check_placement(EVERY[method], False)
     check_placement("ga-s2", False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    check_placement(method, False)
+    check_placement(EVERY[method], False)
 
 
 def test_another_number_of_layers_takes_the_scores_that_do_not_depend_on_it(pair, tmp_path):
@@ -62,14 +61,15 @@ def test_another_number_of_layers_takes_the_scores_that_do_not_depend_on_it(pair
     times = (tmp_path / "kept" / "layer_001.json").stat().st_mtime_ns
     assert score(*pair, tmp_path, "ga-s2", k=2, **given).scores == first.scores
     assert (tmp_path / "kept" / "layer_001.json").stat().st_mtime_ns == times
-    job = Job(*pair, None, arguments(tmp_path), None, [], LAYERS, folder=tmp_path / "old")
+    job = Job(EVERY["ga-s2"], *pair, None, arguments(tmp_path), None, [], LAYERS, folder=tmp_path / "old")
     job.write("settings", {"method": "ga-s2", "k": 1})
     job.claim({"method": "ga-s2", "bf16": False})
     with pytest.raises(ValueError, match="has scores made with method=ga-s2, this call has gates"):
         job.claim({"method": "gates", "k": 1})
-    assert not follows_k("ga-s2", {"rounds": 2}) and follows_k("ga-s2", {"rounds": 2, "halving": True})
-    assert follows_k("shared", {"select": "single"})  # its largest subset follows from k
-    assert not follows_k("shared", {"select": "single", "max_size": 2})
+    ga_s2, shared = EVERY["ga-s2"], EVERY["shared"]
+    assert not ga_s2.depends_on_k({"rounds": 2}) and ga_s2.depends_on_k({"rounds": 2, "halving": True})
+    assert shared.depends_on_k({"select": "single"})  # its largest subset follows from k
+    assert not shared.depends_on_k({"select": "single", "max_size": 2})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_modules_are_given_back_in_their_own_modes(pair, tmp_path):
 
 
 def test_nothing_that_is_not_finite_is_kept_or_ranks(pair, tmp_path):
-    job = Job(None, pair[0], None, arguments(tmp_path), None, [], LAYERS, folder=tmp_path / "kept")
+    job = Job(EVERY["ga-s2"], None, pair[0], None, arguments(tmp_path), None, [], LAYERS, folder=tmp_path / "kept")
     for found in ([[0.5, float("nan")]], {"1": [float("inf")]}):
         with pytest.raises(ValueError, match="influence: a measurement is (nan|inf), which ranks nothing"):
             job.once("influence", lambda found=found: found)

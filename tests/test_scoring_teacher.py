@@ -3,14 +3,13 @@
 import datasets
 import pytest
 import torch
-from scored import LENGTH, arguments, recall_task, rows, score, weak_student
+from scored import EVERY, LENGTH, arguments, recall_task, rows, score, weak_student
 from teachers import tiny_teacher, tokens
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import HeldOut
 from hf_hybrid.trainers.precision import AS_LOADED
-from hf_hybrid.trainers.scoring import TEACHER_ONLY
 from hf_hybrid.trainers.scoring_teacher import token_nll
 
 
@@ -60,7 +59,9 @@ def test_block_influence_by_hand(tmp_path):
             wanted.append(1 - torch.cosine_similarity(seen["before"], seen["after"], dim=-1).mean().item())
             for hook in hooks:
                 hook.remove()
-    scores = hh.score_layers(None, teacher, None, rows(6, 9), method="block-influence", args=arguments(tmp_path))
+    scores = hh.score_layers(
+        None, teacher, None, rows(6, 9), method=EVERY["block-influence"], args=arguments(tmp_path)
+    )
     assert [s.value for s in scores.scores] == pytest.approx(wanted, rel=1e-4)
 
 
@@ -112,7 +113,9 @@ def test_the_stream_after_an_attention_whose_output_is_normed_or_beside_an_mlp(f
     for i in range(2):
         before, after = seen[i, "before"], seen[i, "before"] + seen[i, "added"]
         wanted.append(1 - torch.cosine_similarity(before, after, dim=-1).mean().item())
-    scores = hh.score_layers(None, teacher, None, rows(6, 9), method="block-influence", args=arguments(tmp_path))
+    scores = hh.score_layers(
+        None, teacher, None, rows(6, 9), method=EVERY["block-influence"], args=arguments(tmp_path)
+    )
     assert [s.value for s in scores.scores] == pytest.approx(wanted, rel=1e-4)
 
 
@@ -139,9 +142,9 @@ def test_padding_does_not_count(method, tmp_path):
         datasets.Dataset.from_dict({"input_ids": [row[keep.bool()].tolist()]})
         for row, keep in zip(ids, mask, strict=True)
     ]
-    student = None if method in TEACHER_ONLY else weak_student(teacher)
+    student = weak_student(teacher) if EVERY[method].needs_student else None
     both, first, second = (
-        hh.score_layers(student, teacher, None, part, method=method, args=arguments(tmp_path)).scores
+        hh.score_layers(student, teacher, None, part, method=EVERY[method], args=arguments(tmp_path)).scores
         for part in (padded, *alone)
     )
     for a, b, c in zip(both, first, second, strict=True):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,75 +17,50 @@ from .losses import check_logit_function
 from .precision import Precision
 from .processes import on_main
 from .scores import LayerScore, LayerScores
-from .scoring_distill import avg_s2, ga_s1, ga_s2, gr_s2
-from .scoring_gates import gates, path_gradient
+from .scoring_distill import GA_S1, GA_S2
 from .scoring_job import Job, Steps, check_finite, steps_for, tokens_per_step
-from .scoring_options import AMONG_ALL, NEEDS_K, check_k, check_options, follows_k, together
-from .scoring_removal import zero_shot_removal
-from .scoring_rules import POSITIONAL, by_position
-from .scoring_sets import distilled_greedy, shared, smart, zero_shot, zero_shot_greedy, zero_shot_linearise
-from .scoring_teacher import ablation_kl, ablation_ppl, ablation_recall, attention_mse, block_influence, token_nll
-from .scoring_verified import verified
+from .scoring_method import Options, Range, ScoringMethod
+from .scoring_rules import RULES
+from .scoring_teacher import ABLATION_KL, token_nll
+from .scoring_verified import VERIFIED
+from .scoring_zero_shot import ZERO_SHOT, ZERO_SHOT_LINEARISE, ZERO_SHOT_REMOVAL
 from .teacher_trainer import check_pair
 
 
 __all__ = [
     "METHODS",
-    "NEEDS_K",
-    "NO_TRAINING",
-    "TEACHER_ONLY",
     "LayerScore",
     "LayerScores",
+    "Range",
+    "ScoringMethod",
     "check_request",
+    "method_of",
     "score_layers",
     "steps_for",
     "tokens_per_step",
 ]
 
-METHODS: dict[str, Callable[..., LayerScores]] = {
-    "ga-s2": ga_s2,
-    "ga-s1": ga_s1,
-    "gr-s2": gr_s2,
-    "avg-s2": avg_s2,
-    "shared": shared,
-    "distilled-greedy": distilled_greedy,
-    "gates": gates,
-    "path-gradient": path_gradient,
-    "zero-shot": zero_shot,
-    "zero-shot-linearise": zero_shot_linearise,
-    "zero-shot-greedy": zero_shot_greedy,
-    "zero-shot-removal": zero_shot_removal,
-    "verified": verified,
-    "smart": smart,
-    "ablation-kl": ablation_kl,
-    "ablation-recall": ablation_recall,
-    "ablation-ppl": ablation_ppl,
-    "attention-mse": attention_mse,
-    "block-influence": block_influence,
-    **{rule: partial(by_position, rule) for rule in POSITIONAL},
+METHODS: dict[str, ScoringMethod] = {
+    method.name: method
+    for method in (GA_S2, VERIFIED, GA_S1, ZERO_SHOT, ZERO_SHOT_LINEARISE, ZERO_SHOT_REMOVAL, ABLATION_KL, *RULES)
 }
-# What needs no student, so no alignment; what needs no training rows.
-TEACHER_ONLY = (
-    "ablation-kl",
-    "ablation-recall",
-    "ablation-ppl",
-    "attention-mse",
-    "block-influence",
-    *POSITIONAL,
-)
-NO_TRAINING = (
-    *TEACHER_ONLY,
-    "ga-s1",
-    "path-gradient",
-    "zero-shot",
-    "zero-shot-linearise",
-    "zero-shot-greedy",
-    "zero-shot-removal",
-    "smart",
-)
+# Were here before; they exist to be compared with, and are chosen by none who saw docs/selection.md.
+_MOVED = ("gr-s2", "avg-s2", "shared", "distilled-greedy", "zero-shot-greedy", "gates", "path-gradient", "smart")
+_MOVED += ("ablation-ppl", "ablation-recall", "attention-mse", "block-influence")
 
-# What goes on with the weights that it trained.
-_KEEPS_ITS_STUDENT = ("shared", "distilled-greedy", "gates")
+
+def method_of(method: str | ScoringMethod, given_as: str = "method") -> ScoringMethod:
+    """The record of a method, which is that record or the name of one in `METHODS`; else a `ValueError`."""
+    if isinstance(method, ScoringMethod):
+        return method
+    if method in _MOVED:
+        raise ValueError(
+            f"{given_as}={method!r} is no longer in the package but with its benchmark, in benchmarks/compared: from "
+            f"Python, pass COMPARED[{method!r}] of that folder to score_layers. Or choose one of {list(METHODS)}."
+        )
+    if method not in METHODS:
+        raise ValueError(f"{given_as}={method!r} is unknown; choose one of {list(METHODS)}.")
+    return METHODS[method]
 
 
 def score_layers(
@@ -98,7 +72,7 @@ def score_layers(
     args: DistillationConfig | None = None,
     tokens_per_layer: int | None = None,
     layers: Iterable[int] | None = None,
-    method: str = "ga-s2",
+    method: str | ScoringMethod = "ga-s2",
     k: int | None = None,
     options: dict[str, Any] | None = None,
     output_dir: Any = None,
@@ -111,25 +85,25 @@ def score_layers(
 
     By default with GA-S2 of arXiv 2512.20569: each layer in turn is restored to softmax attention in the aligned
     all-linear student, which is then briefly distilled and measured by its held-out KL. The other methods, with what
-    they measure and cost, are in docs/scoring.md; each is a function in `METHODS`, whose docstring has its equation
-    and its source.
+    they measure and cost, are in docs/scoring.md; each is a [`ScoringMethod`], whose function's docstring has its
+    equation and its source.
 
     Under `accelerate launch`, call it in every process with the same arguments: training is distributed by the
     Trainer, held-out rows are shared out and gathered, and files are written by the main process.
 
     Args:
         student ([`HybridForCausalLM`], *optional*): aligned, with linear attention in every layer. It is given back as
-            it was. None for the methods in `TEACHER_ONLY`.
+            it was. None for methods that look at the teacher alone.
         teacher (`PreTrainedModel`): the softmax model the student came from.
-        train_dataset (*optional*): rows with `input_ids`. None for the methods in `NO_TRAINING`.
+        train_dataset (*optional*): rows with `input_ids`. None for methods that train nothing.
         eval_dataset: rows with `input_ids` to measure on; they must not be among the training rows.
         args ([`DistillationConfig`], *optional*): learning rates, batch size, seed, precision of the short runs.
         tokens_per_layer (`int`, *optional*): tokens of a training run, rounded up to whole steps; by default what
             `args` says (`max_steps` or epochs). `ga-s2` makes such a run for each layer; methods that train once make
             one in all.
         layers (`Iterable[int]`, *optional*): layers to score; by default all.
-        method (`str`, *optional*, defaults to `"ga-s2"`): one of `METHODS`.
-        k (`int`, *optional*): how many layers are wanted, for the methods in `NEEDS_K`, which choose them together.
+        method (`str` or [`ScoringMethod`], *optional*, defaults to `"ga-s2"`): one of `METHODS`, or one of your own.
+        k (`int`, *optional*): how many layers are wanted, for methods that choose them together.
         options (`dict`, *optional*): keyword arguments of the method's function.
         output_dir (`str`, *optional*): keeps each result as soon as it is there; a second call with the same folder
             goes on with what is missing. A result is taken only where it came from the same settings, rows and models.
@@ -142,12 +116,14 @@ def score_layers(
         [`LayerScores`].
     """
     options, args = options or {}, args or DistillationConfig(output_dir=str(output_dir or "scores"))
+    method = method_of(method)
     check_request(method, options, k)
     _check_given(method, student, train_dataset, tokens_per_layer, checkpoints)
     wanted = _check_layers(method, layers, k, num_layers := len(decoder_layers(teacher)))
     precision = Precision.of(args)
     _prepare_models(student, teacher, args, method)
     job = Job(
+        method=method,
         student=student,
         teacher=teacher,
         train_dataset=train_dataset,
@@ -162,11 +138,11 @@ def score_layers(
         progress=progress,
         steps=steps,
     )
-    _claim(job, method, options, eval_dataset)
-    return METHODS[method](job, **options)
+    _claim(job, options, eval_dataset)
+    return method.score(job, **options)
 
 
-def _prepare_models(student: Any, teacher: Any, args: DistillationConfig, method: str) -> None:
+def _prepare_models(student: Any, teacher: Any, args: DistillationConfig, method: ScoringMethod) -> None:
     """Puts the models where `args` wants them; a `ValueError` where they do not fit together."""
     check_placement(method, args.shard_teacher)
     if student is not None:
@@ -178,7 +154,7 @@ def _prepare_models(student: Any, teacher: Any, args: DistillationConfig, method
             check_logit_function(model, Precision.of(args))
 
 
-def _claim(job: Job, method: str, options: dict[str, Any], eval_dataset: Any) -> None:
+def _claim(job: Job, options: Options, eval_dataset: Any) -> None:
     """Measures where the models start, and marks the folder as holding scores made from there."""
     if job.student is not None:
         known, what = job.held_out.kl(job.student), "the aligned student"
@@ -186,15 +162,16 @@ def _claim(job: Job, method: str, options: dict[str, Any], eval_dataset: Any) ->
     else:
         known, what = token_nll(job.held_out, job.teacher), "the teacher"
     check_finite(what, known)
-    settings = _settings(job.args, method, job.tokens_per_layer) | {"baseline": sum(known) / len(known)}
-    if together(method, options):
+    method = job.method
+    settings = _settings(job.args, method.name, job.tokens_per_layer) | {"baseline": sum(known) / len(known)}
+    if method.together(options):
         settings["layers"] = job.layers
-    if method not in NO_TRAINING:
+    if method.trains:
         settings["train_rows"] = _digest(job.train_dataset)
-    if follows_k(method, options):
+    if method.depends_on_k(options):
         settings["k"] = job.k
     settings |= {"options": _described(options), "held_out": on_main(lambda: rows_digest(eval_dataset))}
-    if method not in NO_TRAINING:
+    if method.trains:
         settings["train"] = on_main(lambda: rows_digest(job.train_dataset))
     settings["teacher"] = weights_digest(job.teacher)
     if job.student is not None:
@@ -202,52 +179,55 @@ def _claim(job: Job, method: str, options: dict[str, Any], eval_dataset: Any) ->
     job.claim(settings)
 
 
-def check_request(method: str, options: dict[str, Any], k: int | None) -> None:
+def check_request(method: str | ScoringMethod, options: Options, k: int | None) -> None:
     """Raises a `ValueError` where there is no such method, or it cannot be asked with these options and `k`."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; choose one of {list(METHODS)}.")
-    check_options(method, METHODS[method], options)
-    check_k(method, options, k)
+    method = method_of(method)
+    method.check_options(options)
+    method.check_k(options, k)
 
 
 def _check_given(
-    method: str, student: Any, train_dataset: Any, tokens_per_layer: int | None, checkpoints: int
+    method: ScoringMethod, student: Any, train_dataset: Any, tokens_per_layer: int | None, checkpoints: int
 ) -> None:
     """Raises a `ValueError` where the method lacks student, rows or tokens, or the student has softmax attention."""
     if checkpoints < 1:
         raise ValueError(f"checkpoints={checkpoints} is too small; pass at least 1.")
     if tokens_per_layer is not None and tokens_per_layer < 1:
         raise ValueError(f"tokens_per_layer={tokens_per_layer} trains on nothing; pass at least 1.")
-    if method not in NO_TRAINING and train_dataset is None:
-        raise ValueError(f"method={method!r} trains and needs train_dataset; without one choose from {NO_TRAINING}.")
-    if method in TEACHER_ONLY:
+    if method.trains and train_dataset is None:
+        others = [other.name for other in METHODS.values() if not other.trains]
+        raise ValueError(f"method={method.name!r} trains and needs train_dataset; without one choose from {others}.")
+    if not method.needs_student:
         return
     if student is None:
-        raise ValueError(f"method={method!r} needs an aligned student; without one choose from {TEACHER_ONLY}.")
+        others = [other.name for other in METHODS.values() if not other.needs_student]
+        raise ValueError(f"method={method.name!r} needs an aligned student; without one choose from {others}.")
     if student.full_attention_layers:
         raise ValueError(
-            f"the student keeps softmax attention in {student.full_attention_layers}; {method} starts from one that "
-            "is linear everywhere. Convert with full_attention_layers=[] and align it first."
+            f"the student keeps softmax attention in {student.full_attention_layers}; {method.name} starts from one "
+            "that is linear everywhere. Convert with full_attention_layers=[] and align it first."
         )
 
 
-def check_placement(method: str, shard_teacher: bool) -> None:
+def check_placement(method: str | ScoringMethod, shard_teacher: bool) -> None:
     """Raises a `ValueError` where the short distillations would shard what the method needs whole."""
+    method = method_of(method)
     engines = {"ACCELERATE_USE_FSDP": "FSDP2", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
     engine = [name for variable, name in engines.items() if os.environ.get(variable) == "true"]
-    if engine and shard_teacher and method not in NO_TRAINING:
+    if engine and shard_teacher and method.trains:
+        others = [other.name for other in METHODS.values() if not other.trains]
         raise ValueError(
-            f"shard_teacher is on under {engine[0]}, but method={method!r} restores layers from a teacher that is "
-            f"whole; switch it off, score in a run of its own, or choose a method that trains nothing: {NO_TRAINING}."
+            f"shard_teacher is on under {engine[0]}, but method={method.name!r} restores layers from a teacher that "
+            f"is whole; switch it off, score in a run of its own, or choose a method that trains nothing: {others}."
         )
-    if engine == ["FSDP2"] and method in _KEEPS_ITS_STUDENT:
+    if engine == ["FSDP2"] and method.keeps_student:
         raise ValueError(
-            f"method={method!r} goes on with the student that it trained, whose weights FSDP2 shards; use DDP, or "
-            "choose ga-s2 or verified."
+            f"method={method.name!r} goes on with the student that it trained, whose weights FSDP2 shards; use DDP, "
+            "or choose ga-s2 or verified."
         )
 
 
-def _check_layers(method: str, layers: Iterable[int] | None, k: int | None, num_layers: int) -> list[int]:
+def _check_layers(method: ScoringMethod, layers: Iterable[int] | None, k: int | None, num_layers: int) -> list[int]:
     """The layers to score, ascending. Those of a job that scores a part of the model may be fewer than `k`."""
     wanted = sorted(set(range(num_layers) if layers is None else layers))
     outside = [layer for layer in wanted if not _is_count(layer) or not 0 <= layer < num_layers]
@@ -255,9 +235,9 @@ def _check_layers(method: str, layers: Iterable[int] | None, k: int | None, num_
         raise ValueError(f"layers={outside} are outside 0..{num_layers - 1}; the model has {num_layers} layers.")
     if not wanted:
         raise ValueError("layers=[] leaves nothing to score; pass one or more, or leave layers out for all.")
-    if len(wanted) < num_layers and method in AMONG_ALL:
-        raise ValueError(f"method={method!r} chooses among all layers; leave out layers=.")
-    most = len(wanted) if method in NEEDS_K else num_layers
+    if len(wanted) < num_layers and method.among_all:
+        raise ValueError(f"method={method.name!r} chooses among all layers; leave out layers=.")
+    most = len(wanted) if method.needs_k else num_layers
     if k is not None and (not _is_count(k) or not 0 <= k <= most):
         raise ValueError(f"k={k} layers cannot be chosen from {most}; pass an integer in 0..{most}.")
     return wanted
@@ -288,7 +268,7 @@ def _digest(dataset: Any) -> str:
     return f"{len(dataset)} rows, {hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}"
 
 
-def _described(options: dict[str, Any]) -> dict[str, Any]:
+def _described(options: Options) -> dict[str, Any]:
     """The options as plain data, tensors by a digest of their contents."""
 
     def plain(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Scores with a short distillation for each layer: GA-S2, its early stops, and the paper's ablations of it."""
+"""Scores with a short distillation for each layer, GA-S2 and its early stops, and by the alignment's distance."""
 
 import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import PartialState
@@ -20,16 +20,17 @@ from .modes import evaluating
 from .processes import on_main
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job, NotFinite, tokens_per_step
+from .scoring_method import Options, Range, ScoringMethod
 
 
 def ga_s2(
     job: Job,
     *,
-    rounds: int = 1,
+    rounds: Annotated[int, Range(1)] = 1,
     halving: bool = False,
-    noise: float = 1.0,
-    stability_window: int = 0,
-    stability: float = 1.0,
+    noise: Annotated[float, Range(0)] = 1.0,
+    stability_window: Annotated[int, Range(0)] = 0,
+    stability: Annotated[float, Range(0, 1)] = 1.0,
 ) -> LayerScores:
     """
     GA-S2 of arXiv 2512.20569, algorithm 1: from the aligned all-linear student, for each layer l, restore the
@@ -53,17 +54,19 @@ def ga_s2(
     options |= {"stability_window": stability_window, "stability": stability}
     if halving or stability_window:
         return _by_rounds(job, options)
-    return job.finish("ga-s2", _each_restored(job, "layer", rounds), options=options)
+    return job.finish(each_restored(job, "layer", rounds), options=options)
 
 
-def _each_restored(job: Job, prefix: str, rounds: int = 1) -> list[LayerScore]:
+def each_restored(job: Job, prefix: str, rounds: int = 1) -> list[LayerScore]:
+    """Each layer's held-out KL after it was restored and the student distilled."""
+
     def restore(layer: int) -> None:
         job.student.set_full_attention_layers([layer], job.teacher)
 
-    return _each(job, restore, prefix, rounds)
+    return each_distilled(job, restore, prefix, rounds)
 
 
-def _each(job: Job, prepare: Callable[[int], None], prefix: str, rounds: int = 1) -> list[LayerScore]:
+def each_distilled(job: Job, prepare: Callable[[int], None], prefix: str, rounds: int = 1) -> list[LayerScore]:
     """Each layer's held-out KL after `prepare(layer)` and a distillation from the aligned weights."""
     scores = []
     points = job.step_points(rounds) if rounds > 1 else []
@@ -109,43 +112,6 @@ class _Measure(TrainerCallback):
             state.log_history.append({"step": state.global_step, "held_out": self.curve[-1]})
 
 
-def gr_s2(job: Job) -> LayerScores:
-    """
-    GR-S2, the paper's greedy removal (arXiv 2512.20569, ablations): from the student with softmax attention in every
-    layer, give layer l its aligned mixer, distil, and measure the held-out KL. The layers that cost most keep softmax
-    attention, the least harmful lose it. Its code is not released; this is the description's reading.
-    """
-    measure = "held-out KL with only this layer linear, distilled"
-    return job.finish("gr-s2", _each_linearised(job, "layer"), measure=measure, higher_is_better=True)
-
-
-def _each_linearised(job: Job, prefix: str) -> list[LayerScore]:
-    def linearise(layer: int) -> None:
-        job.student.set_full_attention_layers(set(job.all_layers) - {layer}, job.teacher)
-
-    return _each(job, linearise, prefix)
-
-
-def avg_s2(job: Job) -> LayerScores:
-    """
-    AVG-S2 of arXiv 2512.20569's ablations: the mean of a layer's ranks in GA-S2 and GR-S2, 1 being the best. Both are
-    run, for twice the cost.
-    """
-    added, removed = _each_restored(job, "added"), _each_linearised(job, "removed")
-    ranks = []
-    for scores, sign in ((added, 1), (removed, -1)):
-        ordered = sorted((s for s in scores if not s.diverged), key=lambda score: (sign * score.kl, score.layer))
-        ranks.append({score.layer: rank for rank, score in enumerate(ordered, start=1)})
-    averaged = []
-    for a, b in zip(added, removed, strict=True):
-        if a.diverged or b.diverged:
-            averaged.append(LayerScore.of_diverged(a.layer, a.diverged or b.diverged))
-            continue
-        mean = (ranks[0][a.layer] + ranks[1][a.layer]) / 2
-        averaged.append(LayerScore(a.layer, float("nan"), 0.0, a.tokens + b.tokens, a.seconds + b.seconds, value=mean))
-    return job.finish("avg-s2", averaged, measure="mean rank in ga-s2 and gr-s2", unit="rank")
-
-
 def ga_s1(job: Job) -> LayerScores:
     """
     GA-S1 of arXiv 2512.20569's ablations: the hidden-state distance of stage 1 in the place of the KL. Stage 1 is
@@ -155,8 +121,7 @@ def ga_s1(job: Job) -> LayerScores:
     scores = alignment_distances(job)
     for score in scores:
         job.report(score)
-    about = {"measure": "distance of the aligned mixer's output from the teacher's", "unit": "activation rms"}
-    return job.finish("ga-s1", scores, higher_is_better=True, **about)
+    return job.finish(scores)
 
 
 def alignment_distances(job: Job) -> list[LayerScore]:
@@ -208,7 +173,7 @@ def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
         job.report(scores[layer])
     # What was stopped earlier was trained on fewer tokens: its value does not compare, its place does.
     order = [*alive, *(layer for losers in dropped for layer in losers), *failed] if any(dropped) else []
-    return job.finish("ga-s2", list(scores.values()), order=order, options=options)
+    return job.finish(list(scores.values()), order=order, options=options)
 
 
 @contextlib.contextmanager
@@ -295,3 +260,42 @@ def _stable(tops: list[set[int]], window: int, threshold: float) -> bool:
         return False
     pairs = list(zip(tops, tops[1:], strict=False))[-window:]
     return sum(len(a & b) / max(1, len(a | b)) for a, b in pairs) / window >= threshold
+
+
+def _compares_rounds(options: Options) -> bool:
+    return bool(options.get("halving") or options.get("stability_window"))
+
+
+def _check_rounds(options: Options) -> None:
+    rounds, window = options.get("rounds", 1), options.get("stability_window", 0)
+    if rounds < 2 and options.get("halving"):
+        raise ValueError(f"halving stops layers between rounds, and there are rounds={rounds}; pass 2 or more.")
+    if window and rounds < window + 2:
+        raise ValueError(
+            f"stability_window={window} compares {window + 1} rounds before the last, and there are rounds={rounds}; "
+            f"pass rounds of {window + 2} or more."
+        )
+
+
+GA_S2 = ScoringMethod(
+    name="ga-s2",
+    score=ga_s2,
+    value="`KL'({l})`, a run for each layer",
+    source="arXiv 2512.20569, algorithm 1",
+    trained="L R",
+    measured="L E",
+    trains=True,
+    asks_k=_compares_rounds,
+    splits=True,
+    check=_check_rounds,
+)
+GA_S1 = ScoringMethod(
+    name="ga-s1",
+    score=ga_s1,
+    value="`mean norm(U_T - U_S) / sqrt(H)` of the aligned mixer",
+    source="its ablations",
+    measured="E",
+    measure="distance of the aligned mixer's output from the teacher's",
+    unit="activation rms",
+    higher_is_better=True,
+)

@@ -33,6 +33,7 @@ from .modes import modes_kept
 from .precision import AS_LOADED, Precision
 from .processes import on_main
 from .scores import LayerScore, LayerScores, without_nan
+from .scoring_method import ScoringMethod
 
 
 Steps = Callable[[int, int, str], None]
@@ -60,6 +61,7 @@ class Job:
     the call's: a job that began before the folder was given to other scores may still write into it.
     """
 
+    method: ScoringMethod
     student: Any
     teacher: Any
     train_dataset: Any
@@ -207,7 +209,7 @@ class Job:
         if self.progress is not None:
             self.progress(score)
 
-    def finish(self, method: str, scores: list[LayerScore], **fields: Any) -> LayerScores:
+    def finish(self, scores: list[LayerScore], **fields: Any) -> LayerScores:
         """The scores with everything that was spent on them; a `ValueError` where all layers diverged."""
         if scores and all(score.diverged for score in scores):
             kept = "" if self.folder is None else f" Delete the layers' files in {self.folder} to try it again."
@@ -216,10 +218,11 @@ class Job:
                 f"{scores[0].diverged}; lower the learning rates of the scores, or look for nan in the weights that "
                 f"they start from.{kept}"
             )
-        fields["notes"] = [*self.notes, *fields.get("notes", [])]
+        about = {name: getattr(self.method, name) for name in ("measure", "unit", "higher_is_better")}
+        fields = {**about, **fields, "notes": [*self.notes, *fields.get("notes", [])]}
         return LayerScores(
             scores=sorted(scores, key=lambda score: score.layer),
-            method=method,
+            method=self.method.name,
             seed=self.args.seed,
             evaluation_tokens=self.held_out.tokens,
             baseline=self.baseline,

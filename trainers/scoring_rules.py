@@ -1,11 +1,11 @@
-"""Layers chosen by position: the rules of thumb that a score has to beat, and Zebra-Llama's constrained choice."""
+"""Layers chosen by position: the rules of thumb that a score has to beat."""
 
 import math
 import random
-from collections.abc import Sequence
 
 from .scores import LayerScore, LayerScores
 from .scoring_job import Job
+from .scoring_method import ScoringMethod
 
 
 PHASES = ("first", "last", "centre")
@@ -68,61 +68,14 @@ def positional_layers(rule: str, k: int, num_layers: int, seed: int = 0) -> list
     return uniform_layers(num_layers, k, {"uniform": "first"}.get(rule, rule.removeprefix("uniform-")))
 
 
-def by_position(rule: str, job: Job) -> LayerScores:
-    """The layers of a positional rule as scores: 1 for those it takes, 0 for the others. Nothing is measured."""
+def by_position(job: Job) -> LayerScores:
+    """The layers of the method's rule as scores: 1 for those it takes, 0 for the others. Nothing is measured."""
     k = job.wanted
-    chosen = positional_layers(rule, k, job.num_layers, job.args.seed)
+    chosen = positional_layers(job.method.name, k, job.num_layers, job.args.seed)
     scores = [LayerScore(layer, math.nan, 0.0, 0, 0.0, value=float(layer in chosen)) for layer in job.all_layers]
     for score in scores:
         job.report(score)
-    about = {"measure": "taken by position", "unit": "1 or 0", "higher_is_better": True}
-    return job.finish(rule, scores, order=chosen, k=k, **about)
-
-
-def smart_layers(sensitivity: Sequence[float], k: int) -> list[int]:
-    """
-    Returns the `k` layers with the largest total sensitivity among sets that are nearly uniform, ascending.
-
-    SMART of Zebra-Llama (arXiv 2505.17272), whose code is not released, as reconstructed from its published lists,
-    all twelve of which satisfy these constraints. With L layers, the first chosen layer is one of `0 ..
-    floor(L/k) - 1`, the last one of the last `floor(L/k)`, and neighbours are `floor(x) + 1` or `ceil(x) + 1` apart,
-    `x = (last - first - k + 1) / (k - 1)`. The best such set is found exactly, by dynamic programming.
-
-    Args:
-        sensitivity (`Sequence[float]`): for each layer, how much the KL falls when it alone is restored to softmax.
-        k (`int`): how many layers to take.
-    """
-    num_layers = len(sensitivity)
-    check_count(k, num_layers)
-    if k < 2:
-        return sorted(range(num_layers), key=lambda layer: (-sensitivity[layer], layer))[:k]
-    group = num_layers // k
-    candidates = [
-        path
-        for first in range(group)
-        for last in range(num_layers - group, num_layers)
-        if last - first >= k - 1
-        for path in [_best_path(sensitivity, first, last, k)]
-        if path is not None
-    ]
-    return list(max(candidates)[1])
-
-
-def _best_path(sensitivity: Sequence[float], first: int, last: int, k: int) -> tuple[float, tuple[int, ...]] | None:
-    """The best layers from `first` to `last` with gaps as equal as can be, and their total sensitivity."""
-    free = (last - first - k + 1) / (k - 1)
-    gaps = {math.floor(free) + 1, math.ceil(free) + 1}
-    best: dict[int, tuple[float, tuple[int, ...]]] = {first: (sensitivity[first], (first,))}
-    for _ in range(k - 1):
-        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for end, (total, path) in best.items():
-            for gap in gaps:
-                layer = end + gap
-                if layer <= last:
-                    found = (total + sensitivity[layer], (*path, layer))
-                    reached[layer] = max(reached.get(layer, found), found)
-        best = reached
-    return best.get(last)
+    return job.finish(scores, order=chosen, k=k)
 
 
 def check_count(k: int, num_layers: int) -> None:
@@ -131,3 +84,20 @@ def check_count(k: int, num_layers: int) -> None:
         raise ValueError(
             f"k={k!r} layers cannot be chosen from a model with {num_layers}; pass an integer in 0..{num_layers}."
         )
+
+
+RULES = tuple(
+    ScoringMethod(
+        name=rule,
+        score=by_position,
+        value="1 where it is taken by position",
+        source="rule of thumb",
+        measure="taken by position",
+        unit="1 or 0",
+        higher_is_better=True,
+        needs_student=False,
+        needs_k=True,
+        among_all=True,
+    )
+    for rule in POSITIONAL
+)

@@ -2,18 +2,19 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .both_attentions import BothAttentions
-from .distillation import DistillationTrainer, kl_of_batch
-from .losses import masked_mean
-from .modes import evaluating
-from .scores import LayerScore, LayerScores
-from .scoring_job import Job
+from hf_hybrid.trainers.both_attentions import BothAttentions
+from hf_hybrid.trainers.distillation import DistillationTrainer, kl_of_batch
+from hf_hybrid.trainers.losses import masked_mean
+from hf_hybrid.trainers.modes import evaluating
+from hf_hybrid.trainers.scores import LayerScore, LayerScores
+from hf_hybrid.trainers.scoring_job import Job
+from hf_hybrid.trainers.scoring_method import Range, ScoringMethod
 
 
 @contextlib.contextmanager
@@ -38,7 +39,9 @@ def gated(both: BothAttentions, gates: Any) -> Iterator[None]:
             handle.remove()
 
 
-def path_gradient(job: Job, *, points: int = 4, until: float = 1.0) -> LayerScores:
+def path_gradient(
+    job: Job, *, points: Annotated[int, Range(1)] = 4, until: Annotated[float, Range(0, 1)] = 1.0
+) -> LayerScores:
     """
     How much each layer takes part in the fall of the KL on the way from the all-linear student to the teacher's
     attention everywhere, all gates rising together: `phi_l = - integral over t from 0 to 1 of dKL/dg_l at g = t`, by
@@ -80,12 +83,16 @@ def path_gradient(job: Job, *, points: int = 4, until: float = 1.0) -> LayerScor
     scores = [LayerScore.of_rows(layer, list(rows[layer]), is_kl=False) for layer in job.layers]
     for score in scores:
         job.report(score)
-    about = {"measure": "share in the fall of the KL from all linear to all softmax", "unit": "nats per token"}
-    options = {"points": points, "until": until}
-    return job.finish("path-gradient", scores, higher_is_better=True, options=options, **about)
+    return job.finish(scores, options={"points": points, "until": until})
 
 
-def gates(job: Job, *, learning_rate: float = 0.05, penalty: float = 1.0, ramp: float = 0.5) -> LayerScores:
+def gates(
+    job: Job,
+    *,
+    learning_rate: Annotated[float, Range(0)] = 0.05,
+    penalty: Annotated[float, Range(0)] = 1.0,
+    ramp: Annotated[float, Range(0, 1)] = 0.5,
+) -> LayerScores:
     """
     One learnable gate a layer, `g_l = sigmoid(a_l)`, between the frozen softmax and linear branches, all learned
     together in one run: `KL(teacher || student) + penalty KL_0 max(0, sum_l g_l / k - 1)`, KL_0 being that of the
@@ -126,9 +133,8 @@ def gates(job: Job, *, learning_rate: float = 0.05, penalty: float = 1.0, ramp: 
     for score in scores:
         job.report(score)
     order = sorted(job.layers, key=lambda layer: (-found[layer], layer))[:k]
-    about = {"measure": "learned gate, 1 for softmax attention", "unit": "0 to 1", "higher_is_better": True}
     options = {"learning_rate": learning_rate, "penalty": penalty, "ramp": ramp}
-    return job.finish("gates", scores, order=order, k=k, options=options, **about)
+    return job.finish(scores, order=order, k=k, options=options)
 
 
 class _GateTrainer(DistillationTrainer):
@@ -155,3 +161,29 @@ def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+GATES = ScoringMethod(
+    name="gates",
+    score=gates,
+    value="`g_l` minimising `KL + w KL_0 max(0, sum g / K - 1)`, both branches frozen",
+    source="after FlashMorph, arXiv 2606.30562",
+    trained="R",
+    measure="learned gate, 1 for softmax attention",
+    unit="0 to 1",
+    higher_is_better=True,
+    trains=True,
+    needs_k=True,
+    least_k=1,
+    among_all=True,
+    keeps_student=True,
+)
+PATH_GRADIENT = ScoringMethod(
+    name="path-gradient",
+    score=path_gradient,
+    value="`- integral of dKL/dg_l` from all linear to all softmax",
+    source="integrated gradients, arXiv 1703.01365, over layers",
+    trained="4 E",
+    measure="share in the fall of the KL from all linear to all softmax",
+    higher_is_better=True,
+)

@@ -1,53 +1,19 @@
-"""Scores by evaluation alone: layers flipped in one student, aligned or distilled once, and sets built greedily."""
+"""Sets built greedily from one student, aligned, distilled once, or shared by all hybrids in one run."""
 
 import random
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from transformers import TrainerCallback
 
-from .both_attentions import BothAttentions
-from .scores import KL_MEASURE, LayerScore, LayerScores
-from .scoring_job import Job
-from .scoring_rules import smart_layers
+from hf_hybrid.trainers.both_attentions import BothAttentions
+from hf_hybrid.trainers.scores import KL_MEASURE, LayerScore, LayerScores
+from hf_hybrid.trainers.scoring_job import Job
+from hf_hybrid.trainers.scoring_method import Range, ScoringMethod
+from hf_hybrid.trainers.scoring_zero_shot import single_layers
 
 
-LINEAR_MEASURE = "held-out KL with only this layer linear"
-
-
-def zero_shot(job: Job) -> LayerScores:
-    """
-    GA-S2's question without its distillation: `KL(teacher || student)` on held-out rows of the aligned all-linear
-    student with layer l restored to the teacher's softmax attention. One evaluation a layer, no training.
-
-    Taylor-Calibrate's repository (arXiv 2606.16429) uses such a score by perplexity; its results there change with
-    the initialisation of the mixers, so this one stands and falls with the alignment.
-    """
-    with BothAttentions(job.student, job.teacher) as both:
-        return job.finish("zero-shot", single_layers(job, both))
-
-
-def single_layers(job: Job, both: BothAttentions, linear: bool = False) -> list[LayerScore]:
-    """Each layer alone restored to softmax, or (`linear`) alone linear, by held-out KL."""
-    scores = []
-    for layer in job.layers:
-        both.keep(set(job.all_layers) - {layer} if linear else [layer])
-        scores.append(job.score(layer, partial(_by_kl, job, layer)))
-        job.say(len(scores), len(job.layers), f"layer {layer}: KL {scores[-1]}")
-    return scores
-
-
-def zero_shot_linearise(job: Job) -> LayerScores:
-    """
-    The reverse of [`zero_shot`]: `KL(teacher || student)` of the teacher with the aligned mixer of layer l in the
-    place of its attention, all other layers softmax. The layers that cost most keep softmax. No training.
-    """
-    with BothAttentions(job.student, job.teacher) as both:
-        scores = single_layers(job, both, linear=True)
-    return job.finish("zero-shot-linearise", scores, measure=LINEAR_MEASURE, higher_is_better=True)
-
-
-def zero_shot_greedy(job: Job, *, swaps: int = 0) -> LayerScores:
+def zero_shot_greedy(job: Job, *, swaps: Annotated[int, Range(0)] = 0) -> LayerScores:
     """
     Greedy addition with [`zero_shot`]'s measure: from the aligned all-linear student, restore the layer that leaves
     the lowest held-out KL, keep it, and go on until k are restored: `l_t = argmin_l KL(S_{t-1} + l)`. Unlike the
@@ -58,10 +24,10 @@ def zero_shot_greedy(job: Job, *, swaps: int = 0) -> LayerScores:
             exchange lowers the KL most; it ends where none does.
     """
     with BothAttentions(job.student, job.teacher) as both:
-        return greedy(job, both, "zero-shot-greedy", swaps, {"swaps": swaps})
+        return greedy(job, both, swaps, {"swaps": swaps})
 
 
-def distilled_greedy(job: Job, *, swaps: int = 0) -> LayerScores:
+def distilled_greedy(job: Job, *, swaps: Annotated[int, Range(0)] = 0) -> LayerScores:
     """
     The all-linear student is distilled once (`tokens_per_layer` tokens), then as [`zero_shot_greedy`]. Ours: the
     short stage 2 that makes GA-S2's scores reliable, once for all layers and not once for each.
@@ -72,7 +38,7 @@ def distilled_greedy(job: Job, *, swaps: int = 0) -> LayerScores:
     with job.restored_afterwards():
         once_distilled(job)
         with BothAttentions(job.student, job.teacher) as both:
-            return greedy(job, both, "distilled-greedy", swaps, {"swaps": swaps})
+            return greedy(job, both, swaps, {"swaps": swaps})
 
 
 def once_distilled(job: Job) -> None:
@@ -85,9 +51,9 @@ def shared(
     *,
     train_softmax: bool = False,
     subset: Literal["sizes", "single"] = "sizes",
-    max_size: int | None = None,
+    max_size: Annotated[int, Range(1)] | None = None,
     select: Literal["greedy", "single"] = "greedy",
-    swaps: int = 0,
+    swaps: Annotated[int, Range(0)] = 0,
 ) -> LayerScores:
     """
     One run in the place of GA-S2's L. The student's mixers and the teacher's softmax attention live side by side; each
@@ -118,8 +84,8 @@ def shared(
         job.trained_once("shared", partial(job.distil, "shared", **many))
         both.register(False)
         if select == "single":
-            return job.finish("shared", single_layers(job, both), options=options)
-        return greedy(job, both, "shared", swaps, options)
+            return job.finish(single_layers(job, both), options=options, measure=KL_MEASURE)
+        return greedy(job, both, swaps, options)
 
 
 class _RandomSubset(TrainerCallback):
@@ -137,22 +103,7 @@ class _RandomSubset(TrainerCallback):
         self.both.keep([])  # a checkpoint is written next, and its names say which attention is which
 
 
-def smart(job: Job) -> LayerScores:
-    """
-    Zebra-Llama's SMART (arXiv 2505.17272): the sensitivity of a layer is the fall of the KL when it alone is restored
-    in the aligned all-linear student; of the nearly uniform sets, the one with the largest total is taken. The rule is
-    the reconstruction in [`smart_layers`].
-    """
-    k = job.wanted
-    with BothAttentions(job.student, job.teacher) as both:
-        scores = single_layers(job, both)
-    chosen = smart_layers([job.baseline - score.value for score in scores], k)
-    return job.finish("smart", scores, order=chosen, k=k)
-
-
-def greedy(
-    job: Job, both: BothAttentions, method: str, swaps: int, options: dict[str, Any], prefix: str = ""
-) -> LayerScores:
+def greedy(job: Job, both: BothAttentions, swaps: int, options: dict[str, Any]) -> LayerScores:
     """Greedy addition by held-out KL; a layer's score is the KL of the set in the round that took it, or the last."""
     k, order = job.wanted, list[int]()
     found: dict[int, list[float]] = {}
@@ -167,25 +118,19 @@ def greedy(
                 job.say(len(kls), len(rest), f"layer {number + 1} of {k}")
             return kls
 
-        rows = job.once(f"{prefix}round_{number:03d}", one_round)
+        rows = job.once(f"round_{number:03d}", one_round)
         found |= {int(layer): values for layer, values in rows.items()}
         order.append(min(rest, key=lambda layer: (sum(found[layer]), layer)))
         job.report(LayerScore.of_rows(order[-1], found[order[-1]]))
     nested = list(order)
     for number in range(swaps):
-        exchange = job.once(f"{prefix}swap_{number:03d}", partial(_best_swap, job, both, order))
+        exchange = job.once(f"swap_{number:03d}", partial(_best_swap, job, both, order))
         if exchange is None:
             break
         order = [layer for layer in order if layer != exchange["out"]] + [exchange["in"]]
         found[exchange["in"]] = exchange["rows"]
     scores = [LayerScore.of_rows(layer, rows) for layer, rows in found.items()]
-    measure = "held-out KL with the layer restored after those before it"
-    only = None if order == nested else k
-    return job.finish(method, scores, order=order, k=only, measure=measure if k else KL_MEASURE, options=options)
-
-
-def _by_kl(job: Job, layer: int) -> LayerScore:
-    return LayerScore.of_rows(layer, job.kl())
+    return job.finish(scores, order=order, k=None if order == nested else k, options=options)
 
 
 def _best_swap(job: Job, both: BothAttentions, order: list[int]) -> dict[str, Any] | None:
@@ -201,3 +146,42 @@ def _best_swap(job: Job, both: BothAttentions, order: list[int]) -> dict[str, An
                 best, exchange = sum(rows), {"out": out, "in": layer, "rows": rows}
         job.say(done, len(order), "exchanging layers")
     return exchange
+
+
+_GREEDY: dict[str, Any] = {
+    "measure": "held-out KL with the layer restored after those before it",
+    "needs_k": True,
+    "least_k": 1,
+}
+SHARED = ScoringMethod(
+    name="shared",
+    score=shared,
+    value="`KL(S + l)`, greedily, after one run in which each step restores a random subset",
+    source="once-for-all networks, arXiv 1908.09791; PostNAS, 2508.15884",
+    trained="R",
+    measured="about K L E",
+    trains=True,
+    keeps_student=True,
+    asks_k=lambda options: options.get("select") != "single",
+    follows_k=lambda options: options.get("max_size") is None,  # the largest subset follows from it
+    **_GREEDY,
+)
+DISTILLED_GREEDY = ScoringMethod(
+    name="distilled-greedy",
+    score=distilled_greedy,
+    value="`KL(S + l)`, greedily, after one run of the all-linear student",
+    source="ours",
+    trained="R",
+    measured="about K L E",
+    trains=True,
+    keeps_student=True,
+    **_GREEDY,
+)
+ZERO_SHOT_GREEDY = ScoringMethod(
+    name="zero-shot-greedy",
+    score=zero_shot_greedy,
+    value="`KL(S + l)`, greedily, aligned student",
+    source="ours",
+    measured="about K L E",
+    **_GREEDY,
+)
