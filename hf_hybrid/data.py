@@ -1,8 +1,11 @@
 """Text from anywhere, as packed rows of tokens: three sets that share no row, for training, scoring and reporting."""
 
+import dataclasses
 import math
+import shutil
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -11,12 +14,16 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_from_disk
 
+from hf_hybrid.trainers.durable import read_record, write_json
+
 from .text import open_text
 
 
 SETS = ("train", "score", "report")
 _SHARD_TOKENS = 2**22  # held in memory at once while rows are written to disk: about 130 MB
 _TEXTS_AT_ONCE = 128
+_PACKING = "packing.json"
+_PROBE = "text"
 
 
 @dataclass
@@ -130,14 +137,56 @@ def _check_part(config: DataConfig | SourceConfig, where: str) -> None:
         raise ValueError(f"{where} has text_column={config.text_column!r}; give the column with the text.")
 
 
+@dataclass(frozen=True)
+class Packing:
+    """
+    How documents became the rows of a run: rows that are made later must be made alike.
+
+    Args:
+        prefix (`list[int]`): what every document begins with, and every row that a model sees; see [`text_prefix`].
+        documents_apart (`bool`): whether no document has rows in two of the sets.
+    """
+
+    prefix: list[int] = field(default_factory=list)
+    documents_apart: bool = False
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Packing":
+        """That of the rows in `folder`; of rows that an earlier version made, which had neither."""
+        path = Path(folder, _PACKING)
+        return read_record(cls, path) if path.is_file() else cls()
+
+    def breaks(self, config: DataConfig) -> tuple[int, ...]:
+        """After how many rows the next one begins with a new document."""
+        return (config.held_out_rows, config.held_out_rows + config.report_rows) if self.documents_apart else ()
+
+
+class RowSets(dict[str, Dataset]):
+    """The rows of a run by the names of their sets, and how they were made."""
+
+    def __init__(self, sets: dict[str, Dataset], packing: Packing) -> None:
+        super().__init__(sets)
+        self.packing = packing
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text by itself: for Llama and Gemma a beginning-of-sequence token."""
+    whole, plain = (tokenizer(_PROBE, add_special_tokens=special)["input_ids"] for special in (True, False))
+    ends = range(len(whole) - len(plain) + 1)
+    start = next((start for start in ends if whole[start : start + len(plain)] == plain), 0)
+    return [int(token) for token in whole[:start]]
+
+
 def build_rows(
     config: DataConfig, tokenizer: Any, num_train_rows: int, seed: int, folder: Path, vocab_size: int | None = None
-) -> dict[str, Dataset]:
+) -> RowSets:
     """
     Returns the sets `train`, `score` and `report`, written to `folder` in shards and read from there.
 
-    The first rows of the text are held out (`score`, then `report`), training rows follow, so no row is in two sets.
-    Only as much text is read as is needed. Where it ends early, `train` has fewer rows than asked for.
+    The first documents of the text are held out (for `score`, then for `report`), training rows follow, and no
+    document is in two sets: what is left of one when a set is full is in none. A text of too few documents for that is
+    shared out by rows, which the sets' `packing` says. Only as much text is read as is needed. Where it ends early,
+    `train` has fewer rows than asked for.
 
     Args:
         config ([`DataConfig`]): the text.
@@ -153,9 +202,15 @@ def build_rows(
 
         made = {name: iter(demo_rows(tokenizer, config.block_size, n, seed, name)) for name, n in wanted.items()}
         counts = {name: _write(islice(rows, wanted[name]), folder / name, vocab_size) for name, rows in made.items()}
+        packing = Packing([], documents_apart=True)
     else:
-        rows = packed_rows(config, tokenizer, seed)
-        counts = {name: _write(islice(rows, n), folder / name, vocab_size) for name, n in wanted.items()}
+        packing = Packing(text_prefix(tokenizer), documents_apart=True)
+        counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing)
+        if counts["train"] == 0:
+            packing = dataclasses.replace(packing, documents_apart=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing)
+    write_json(folder / _PACKING, dataclasses.asdict(packing))
     _check_counts(counts, wanted, config)
     return load_rows(folder)
 
@@ -168,12 +223,13 @@ def first_rows(config: DataConfig, tokenizer: Any, num_rows: int, seed: int = 0)
     return Dataset.from_list(rows)
 
 
-def load_rows(folder: str | Path) -> dict[str, Dataset]:
+def load_rows(folder: str | Path) -> RowSets:
     """Reads, memory-mapped, what [`build_rows`] wrote to `folder`."""
-    return {
+    sets = {
         name: concatenate_datasets([load_from_disk(str(shard)) for shard in sorted(Path(folder, name).iterdir())])
         for name in SETS
     }
+    return RowSets(sets, Packing.load(folder))
 
 
 class CutRows:
@@ -183,14 +239,15 @@ class CutRows:
     Args:
         rows (`datasets.Dataset`): rows of one length with `input_ids` and optionally `position_ids`.
         block_size (`int`): a divisor of that length.
+        prefix (`list[int]`): what every row begins with, see [`Packing`].
     """
 
-    def __init__(self, rows: Dataset, block_size: int) -> None:
+    def __init__(self, rows: Dataset, block_size: int, prefix: SequenceOf[int] = ()) -> None:
         length = len(rows[0]["input_ids"])
         if length % block_size:
             raise ValueError(f"rows of {length} tokens cannot be cut into {block_size}; pass a divisor of {length}.")
         self.rows = rows.with_format("numpy")
-        self.block_size = block_size
+        self.block_size, self.prefix = block_size, prefix
         self.parts = length // block_size
 
     def __len__(self) -> int:
@@ -203,41 +260,70 @@ class CutRows:
             return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return cut_row(self.rows[index // self.parts], index % self.parts, self.block_size)
+        return cut_row(self.rows[index // self.parts], index % self.parts, self.block_size, self.prefix)
 
 
-def cut_row(row: dict[str, np.ndarray], part: int, block_size: int) -> dict[str, np.ndarray]:
-    """The `part`-th `block_size` tokens of a row, as int64, with positions of their own."""
+def cut_row(
+    row: dict[str, np.ndarray], part: int, block_size: int, prefix: SequenceOf[int] = ()
+) -> dict[str, np.ndarray]:
+    """
+    The `part`-th `block_size` tokens of a row, as int64, with positions of their own. Where a document goes on from
+    the part before, its first tokens here give way to `prefix`: a model that expects it fails without it.
+    """
     start = part * block_size
     cut = {name: np.asarray(column[start : start + block_size], np.int64) for name, column in row.items()}
     if "position_ids" in cut:
         cut["position_ids"] = _positions(np.diff(cut["position_ids"], prepend=-2) != 1)
+    _begin(cut["input_ids"], prefix)
     return cut
+
+
+def _begin(ids: np.ndarray, prefix: SequenceOf[int]) -> None:
+    """Makes the row `ids` begin with `prefix`, in place."""
+    ids[: len(prefix)] = prefix[: len(ids)]
 
 
 class PackedRows:
     """
     Iterator over rows of `block_size` tokens: documents one after the other, cut wherever a row is full.
 
+    Each row begins with the prefix of `packing`, and so does each document, but for those that run into each other.
+
     Args:
         config ([`DataConfig`]): the text.
         tokenizer (`PreTrainedTokenizerBase`): the teacher's. Documents are joined by its end-of-sequence token.
         seed (`int`): of the order of files.
         state (`dict`, *optional*): what [`PackedRows.state`] gave; the rows go on from there.
+        packing ([`Packing`], *optional*): by default with the tokenizer's prefix, and without care for sets.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        seed: int = 0,
+        state: dict[str, Any] | None = None,
+        packing: Packing | None = None,
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
+        packing = packing or Packing(text_prefix(tokenizer))
+        self.prefix, self.breaks = packing.prefix, packing.breaks(config)
+        if len(self.prefix) >= config.block_size:
+            raise ValueError(
+                f"data.block_size={config.block_size} leaves no room for text: the tokenizer puts {len(self.prefix)} "
+                "tokens before each; pass more."
+            )
         self.text = open_text(config, seed)
         self.rows = 0  # given out so far
         self._ids, self._starts = np.empty(0, np.int32), np.empty(0, bool)
         self._new_document = True
+        self._dropping = False  # the rest of a document that a full set began
         self._ready: deque[dict[str, np.ndarray]] = deque()
         self._taken: deque[dict[str, Any]] = deque()  # states, each from just before a batch of texts was read
         if state is not None:
             self.text.restore(state["text"])
             self._ids, self._starts = np.asarray(state["ids"], np.int32), np.asarray(state["starts"], bool)
-            self._new_document = state["new_document"]
+            self._new_document, self._dropping = state["new_document"], state.get("dropping", False)
             self.rows = state["row"]
             for _ in range(state["skip"]):
                 next(self)
@@ -264,7 +350,12 @@ class PackedRows:
         return {**self._taken[0], "skip": rows - self._taken[0]["row"]}
 
     def _now(self) -> dict[str, Any]:
-        left = {"ids": self._ids.tolist(), "starts": self._starts.tolist(), "new_document": self._new_document}
+        left: dict[str, Any] = {
+            "ids": self._ids.tolist(),
+            "starts": self._starts.tolist(),
+            "new_document": self._new_document,
+        }
+        left["dropping"] = self._dropping
         return {"text": self.text.state(), **left, "row": self.rows + len(self._ready), "skip": 0}
 
     def _read(self) -> None:
@@ -276,31 +367,67 @@ class PackedRows:
         self._taken.append(taken)
         end, size = self.tokenizer.eos_token_id, self.config.block_size
         tokens = self.tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        parts, marks = [self._ids], [self._starts]
+        parts, marks, length = [self._ids], [self._starts], len(self._ids)
         for (_, is_end), piece in zip(batch, tokens, strict=True):
-            part = np.asarray([*piece, end] if is_end and end is not None else piece, np.int32)
-            mark = np.zeros(len(part), bool)
+            if self._dropping:
+                self._dropping = not is_end
+                continue
+            ids = [*piece, end] if is_end and end is not None else piece
+            if ids and self._new_document and self.config.respect_documents:
+                ids = [*self.prefix, *ids]
+            mark = np.zeros(len(ids), bool)
             mark[:1] = self._new_document
-            self._new_document = is_end or (self._new_document and not len(part))
-            parts.append(part)
+            self._new_document = is_end or (self._new_document and not ids)
+            parts.append(np.asarray(ids, np.int32))
             marks.append(mark)
+            length += len(ids)
+            given = self.rows + len(self._ready)
+            full = next((rows for rows in self.breaks if rows > given), math.inf)
+            if given + length // size >= full:
+                # The set is full: the next begins with a document of its own.
+                self._pack(parts, marks, int(full) - given)
+                self._ids, self._starts = np.empty(0, np.int32), np.empty(0, bool)
+                parts, marks, length = [self._ids], [self._starts], 0
+                self._dropping, self._new_document = not is_end, True
+        self._pack(parts, marks, length // size)
+
+    def _pack(self, parts: list[np.ndarray], marks: list[np.ndarray], count: int) -> None:
+        """Makes `count` rows ready, and keeps what is left over."""
+        size = self.config.block_size
         ids, starts = np.concatenate(parts), np.concatenate(marks)
-        full = len(ids) // size * size
+        full = count * size
         for row, mark in zip(*(x[:full].reshape(-1, size) for x in (ids, starts)), strict=True):
+            _begin(row, self.prefix)
             columns = {"position_ids": _positions(mark)} if self.config.respect_documents else {}
             self._ready.append({"input_ids": row, **columns})
         self._ids, self._starts = ids[full:], starts[full:]
 
 
-def packed_rows(config: DataConfig, tokenizer: Any, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def packed_rows(
+    config: DataConfig, tokenizer: Any, seed: int = 0, packing: Packing | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields the rows of [`PackedRows`], from the first on."""
-    return PackedRows(config, tokenizer, seed)
+    return PackedRows(config, tokenizer, seed, packing=packing)
 
 
 def _positions(starts: np.ndarray) -> np.ndarray:
     """Position of each token in its document, for rows `[..., T]` of marks of first tokens; a row starts at 0."""
     index = np.arange(starts.shape[-1])
     return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+
+
+def _write_sets(
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    folder: Path,
+    wanted: dict[str, int],
+    vocab_size: int | None,
+    packing: Packing,
+) -> dict[str, int]:
+    """Writes the sets one after the other, in the order of `wanted`; returns how many rows each has."""
+    rows = packed_rows(config, tokenizer, seed, packing)
+    return {name: _write(islice(rows, n), folder / name, vocab_size) for name, n in wanted.items()}
 
 
 def _write(rows: Iterator[dict[str, Any]], folder: Path, vocab_size: int | None) -> int:

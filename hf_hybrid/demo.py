@@ -13,16 +13,17 @@ from typing import Any
 
 from hf_hybrid.trainers.durable import read_json, write_json
 from hf_hybrid.trainers.held_out import held_out_kl
+from hf_hybrid.trainers.precision import AS_LOADED
 
 from .data import load_rows
 from .embedded import embedded_teacher, embedded_tokenizer
+from .evaluation import recall_of, recall_task
 from .folder import check_place, publish
 from .loading import load_model
 from .recipe import Recipe, find_recipe
 from .run import run_recipe
 from .selection import uniform_layers
 from .stages import Event, Listener, cut_for, train
-from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
 
 
 PROMPT = "import os\nimport sys\n\ndef "
@@ -76,15 +77,13 @@ def run_demo(output: str | os.PathLike, seed: int = 0, progress: Listener | None
             seconds[f"distill_{name}"] = round(time.perf_counter() - start, 2)
     listener(Event("compare", "start"))
     start = time.perf_counter()
-    models = {"selected": folder / "run" / "model", "uniform": folder / "uniform", "all_linear": folder / "all_linear"}
-    generator = torch_generator(seed)
-    task = associative_recall(64, recipe.data.block_size, ordinary_token_ids(embedded_tokenizer()), generator)
-    hybrids = {}
-    for name, path in models.items():
-        model = load_model(path)
-        kl = held_out_kl(model, teacher, cut_for(recipe, "distill", rows["report"]), 16)
-        accuracy = task_accuracy(model, *task)
-        hybrids[name] = {"layers": layers[name], "kl": kl.mean, "sem": kl.sem, "recall": accuracy}
+    measured = run["evaluation"]  # as in the run's card: one measurement of each model
+    hybrids = {"selected": {"kl": measured["kl"], "sem": measured["kl_sem"], "recall": measured["recall"]}}
+    for name in ("uniform", "all_linear"):
+        model = load_model(folder / name)
+        kl = held_out_kl(model, teacher, cut_for(recipe, "distill", rows["report"], rows.packing.prefix), 8)
+        recall = recall_of(model, recall_task(model.config, embedded_tokenizer(), seed=seed), 8, AS_LOADED)
+        hybrids[name] = {"kl": kl.mean, "sem": kl.sem, "recall": recall}
     reload = reload_elsewhere(folder / "run" / "model")
     seconds["compare"] = round(time.perf_counter() - start, 2)
     shutil.copyfile(folder / "run" / "scores.png", folder / "scores.png")
@@ -92,8 +91,8 @@ def run_demo(output: str | os.PathLike, seed: int = 0, progress: Listener | None
         "scores": run["scores"],
         "selected": layers["selected"],
         "uniform": layers["uniform"],
-        "hybrids": hybrids,
-        "teacher": {"recall": task_accuracy(teacher, *task)},
+        "hybrids": {name: {"layers": layers[name], **figures} for name, figures in hybrids.items()},
+        "teacher": {"recall": measured["teacher_recall"]},
         "tokens": run["tokens"],
         "seconds": seconds,
         "reload": reload,
@@ -101,13 +100,6 @@ def run_demo(output: str | os.PathLike, seed: int = 0, progress: Listener | None
     write_json(folder / "report.json", report)
     listener(Event("compare", "done", text=f"{seconds['compare']:.1f} s"))
     return report
-
-
-def torch_generator(seed: int) -> Any:
-    """The generator of the demo's recall task, away from those of all rows."""
-    import torch
-
-    return torch.Generator().manual_seed(10**6 + seed)
 
 
 def _distill(
@@ -123,7 +115,15 @@ def _distill(
         listener(replace(event, stage=name))
 
     checkpoints = folder / f"{name}_checkpoints"
-    train(recipe, "distill", student, teacher, cut_for(recipe, "distill", rows["train"]), checkpoints, rename)
+    train(
+        recipe,
+        "distill",
+        student,
+        teacher,
+        cut_for(recipe, "distill", rows["train"], rows.packing.prefix),
+        checkpoints,
+        rename,
+    )
     with publish(folder / name) as partial:
         student.save_pretrained(partial)
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -20,6 +20,7 @@ from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
+from .data import text_prefix
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
 
 
@@ -103,17 +104,14 @@ def evaluate_model(
             result.kl, result.kl_sem = kl.mean, kl.sem
             result.teacher_perplexity = perplexity(teacher, rows, batch_size, precision)
         result.tokens = sum(int(counted_tokens(batch)) for batch in batches(rows, batch_size, torch.device("cpu")))
+    task = None
     if tokenizer is not None:
-        ids = ordinary_token_ids(tokenizer)
-        ids = ids[ids < model.config.get_text_config().vocab_size]
-        length = min(recall_length, limit, 2 * ids.numel()) // 4 * 4
-        if length >= 16:
-            generator = torch.Generator().manual_seed(seed)
-            tokens, answers = associative_recall(recall_rows, length, ids, generator)
-            result.recall_length, result.recall_answers = length, int(answers.sum())
-            result.recall = task_accuracy(model, tokens, answers, batch_size, precision)
-            if teacher is not None:
-                result.teacher_recall = task_accuracy(teacher, tokens, answers, batch_size, precision)
+        task = recall_task(model.config, tokenizer, recall_rows, recall_length, seed=seed)
+    if task is not None:
+        result.recall_length, result.recall_answers = task.length, int(task.answers.sum())
+        result.recall = recall_of(model, task, batch_size, precision)
+        if teacher is not None:
+            result.teacher_recall = recall_of(teacher, task, batch_size, precision)
     result.cache_bytes = cache_bytes(model, result.cache_context)
     result.cache_bytes_per_token = result.cache_bytes - cache_bytes(model, result.cache_context - 1)
     if teacher is not None:
@@ -122,6 +120,37 @@ def evaluate_model(
             teacher, result.cache_context - 1
         )
     return result
+
+
+class RecallTask(NamedTuple):
+    """Rows of associative recall, `tokens [N, P + length]`: P that the tokenizer puts before a text, then the task."""
+
+    tokens: torch.Tensor
+    answers: torch.Tensor
+    length: int
+
+
+def recall_task(config: Any, tokenizer: Any, rows: int = 64, length: int = 256, *, seed: int = 0) -> RecallTask | None:
+    """
+    Multi-query associative recall of ordinary tokens, made shorter where the vocabulary or the positions of a model
+    with `config` are few; None where nothing of 16 tokens fits.
+    """
+    config = config.get_text_config()
+    prefix = torch.tensor(text_prefix(tokenizer), dtype=torch.int64).expand(rows, -1)
+    limit = (getattr(config, "max_position_embeddings", None) or 32_768) - prefix.shape[1]
+    ids = ordinary_token_ids(tokenizer)
+    ids = ids[ids < config.vocab_size]
+    length = min(length, limit, 2 * ids.numel()) // 4 * 4
+    if length < 16:
+        return None
+    tokens, answers = associative_recall(rows, length, ids, torch.Generator().manual_seed(seed))
+    no_answers = torch.zeros(prefix.shape, dtype=answers.dtype)
+    return RecallTask(torch.cat((prefix, tokens), 1), torch.cat((no_answers, answers), 1), length)
+
+
+def recall_of(model: PreTrainedModel, task: RecallTask | None, batch_size: int, precision: Precision) -> float | None:
+    """The share of right answers of `model` in `task`."""
+    return None if task is None else task_accuracy(model, task.tokens, task.answers, batch_size, precision)
 
 
 @torch.no_grad()

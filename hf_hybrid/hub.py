@@ -27,6 +27,7 @@ from . import __version__
 from .card import HERE, PLOT, Provenance, named_base, write_card
 from .evaluation import Evaluation
 from .folder import ARTEFACTS
+from .origin import ORIGIN
 from .recipe import Recipe
 
 
@@ -118,7 +119,7 @@ def push(
         sources = {name: model / name for name in names}
         sources |= {path.name: path for path in _made_for_hub(model, run, Path(made), repo_id, base_model)}
         sizes = {name: sources[name].stat().st_size for name in sorted(sources)}
-        result = Push(repo_id, sizes, sorted(present - sources.keys()))
+        result = Push(repo_id, sizes, sorted(present - sources.keys() - {ORIGIN}))
         if not dry_run:
             with _explained(repo_id, revision):
                 _upload(HfApi(token=token), sources, result, private, revision, commit_message)

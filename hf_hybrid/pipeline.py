@@ -23,11 +23,12 @@ from hf_hybrid.trainers.sharding import is_sharded, keep_class_name
 from . import __version__
 from .card import save_model
 from .conversion import check_teacher, convert
-from .data import build_rows, load_rows
+from .data import CutRows, RowSets, build_rows, load_rows
 from .evaluation import Evaluation, evaluate_model
 from .folder import ARTEFACTS, check_whole, publish
 from .inputs import check_inputs, load_run_pair
 from .loading import load_model
+from .origin import ORIGIN, origin_of, read_artefact, write_artefact
 from .plots import plot_scores
 from .recipe import Recipe
 from .score import check_score_stage, choose, choose_within, needs_alignment, score_stage
@@ -160,9 +161,13 @@ class Pipeline:
         return self._pair[1]
 
     @functools.cached_property
-    def rows(self) -> dict[str, Any]:
+    def rows(self) -> RowSets:
         check_whole(self.folder / ARTEFACTS["data"], "data")
         return load_rows(self.folder / ARTEFACTS["data"])
+
+    def _cut(self, stage: str, of: str) -> CutRows:
+        """The rows of the set `of` as `stage` wants them."""
+        return cut_for(self.recipe, stage, self.rows[of], self.rows.packing.prefix)
 
     @property
     def selected(self) -> list[int]:
@@ -191,9 +196,9 @@ class Pipeline:
     def _train(self, name: str, student: Any) -> None:
         rows: Any = None
         if streams(self.recipe, name):
-            rows = stream_for(self.recipe, name, self.tokenizer)
+            rows = stream_for(self.recipe, name, self.tokenizer, self.rows.packing)
         else:
-            rows = cut_for(self.recipe, name, self.rows["train"])
+            rows = self._cut(name, "train")
             needed, there = steps_of(self.recipe, name) * self.recipe.stages()[name].batch_size, len(rows)
             if needed > there:
                 text = f"the text has {there} rows, {needed} are trained on: each is used {needed / there:.1f} times"
@@ -214,12 +219,22 @@ class Pipeline:
             student.save_pretrained(partial, state_dict=weights)
             state.save_to_json(str(partial / TRAINER_STATE_NAME))
             check_finite(partial)
+            self._sign(name, partial)
+
+    def _sign(self, name: str, partial: Path) -> None:
+        write_json(partial / ORIGIN, origin_of(self.recipe, self.folder, name))
 
     def _data(self) -> None:
         with publish(self.folder / ARTEFACTS["data"], listed=True) as partial:
             vocabulary = self.teacher.config.vocab_size
             needed = rows_needed(self.recipe)
             rows = build_rows(self.recipe.data, self.tokenizer, needed, self.recipe.seed, partial, vocabulary)
+            if not rows.packing.documents_apart:
+                text = (
+                    "the text has too few documents to hold whole ones out, so one may go on from the held-out rows "
+                )
+                text += "into those that are trained on; give more files, or a .jsonl file with a document a line"
+                self.listener(Event("data", "note", text=text))
             stored = {name: s for name, s in self.recipe.stages().items() if not streams(self.recipe, name)}
             for name, stage in stored.items():
                 available = len(cut_for(self.recipe, name, rows["train"]))
@@ -228,6 +243,7 @@ class Pipeline:
                         f"the text leaves {available} training rows for {name}, less than its "
                         f"batch_size={stage.batch_size}; give more text or a smaller batch_size."
                     )
+            self._sign("data", partial)
 
     def _align(self) -> None:
         r = self.recipe
@@ -240,7 +256,7 @@ class Pipeline:
         if self.recipe.score is None:
             return
         scores = self.measure_scores()
-        on_main(lambda: scores.save(self.folder / ARTEFACTS["score"]))
+        on_main(lambda: write_artefact(self.recipe, self.folder, "score", scores.to_dict()))
 
     def measure_scores(self, layers: Iterable[int] | None = None) -> LayerScores:
         """Scores all or some layers; what is measured is kept in the run's folder `scores` as it comes."""
@@ -256,7 +272,7 @@ class Pipeline:
             layers = choose_within(r, scores, self.teacher, self._student_of("align"))
         if scores is not None:
             plot_scores(scores, layers, self.folder / "scores.png")
-        write_json(self.folder / ARTEFACTS["select"], {"selector": r.select.rule, "layers": layers})
+        write_artefact(r, self.folder, "select", {"selector": r.select.rule, "layers": layers})
 
     def _distill(self) -> None:
         student = self._student_of("align")
@@ -276,13 +292,13 @@ class Pipeline:
             self._finished_student(self.recipe.kernel),
             self.teacher,
             self.tokenizer,
-            cut_for(self.recipe, "distill", self.rows["report"]),
+            self._cut("distill", "report"),
             batch_size=stage.micro_batch_size or stage.batch_size,
             seed=self.recipe.seed,
         )
         if evaluation.kl is not None and not math.isfinite(evaluation.kl):
             raise ValueError(f"the finished model has a held-out KL of {evaluation.kl}; no card is written of that.")
-        on_main(lambda: evaluation.save(self.folder / ARTEFACTS["evaluate"]))
+        on_main(lambda: write_artefact(self.recipe, self.folder, "evaluate", evaluation.to_dict()))
 
     def _model(self) -> None:
         evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])
@@ -290,6 +306,7 @@ class Pipeline:
             card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe, "tokens": self._tokens()}
             # Which kernels ran here is no matter of the model's.
             save_model(self._finished_student("auto"), self.tokenizer, partial, **card)
+            self._sign("model", partial)
 
     def _tokens(self) -> dict[str, int]:
         """The tokens that each stage trained on."""
@@ -315,11 +332,11 @@ class Pipeline:
             "selector": "explicit" if r.select.layers is not None else r.select.selector,
             "selected": self.selected,
             "scores": without_nan(listed),
-            "evaluation": read_json(self.folder / ARTEFACTS["evaluate"]),
+            "evaluation": read_artefact(self.folder, "evaluate"),
             "tokens": self._tokens(),
             "hf_hybrid": __version__,
             "rows": {"found": len(self.rows["train"]), "needed": rows_needed(r)},
             "seconds": read_json(self.folder / "seconds.json"),
             "model": ARTEFACTS["model"],
         }
-        write_json(self.folder / ARTEFACTS["report"], report)
+        write_artefact(r, self.folder, "report", report)

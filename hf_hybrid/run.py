@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_hybrid.trainers import LayerScores
-from hf_hybrid.trainers.durable import read_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
 
 from .folder import ARTEFACTS, check_place, claim, explained, keep_execution, locked, remove_partials
+from .origin import check_origin, read_artefact
 from .pipeline import Pipeline, scores_in, stages_of
 from .recipe import Recipe
 from .score import check_divisible, needs_alignment
@@ -100,13 +100,15 @@ def run_recipe(
             if done[name] == "found":
                 # A kill may have come after the artefact and before this.
                 on_main(functools.partial(pipeline.clean, name))
+                if not already_finished:
+                    on_main(functools.partial(check_origin, recipe, folder, name))
                 pipeline.listener(Event(name, "found"))
             else:
                 pipeline.make(name)
             if name == stop_after:
                 break
     finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
-    selection, report = (read_json(folder / ARTEFACTS[name]) for name in ("select", "report"))
+    selection, report = (read_artefact(folder, name) for name in ("select", "report"))
     selected = None if selection is None else selection["layers"]
     return RunResult(folder, done, finished, already_finished, selected, report)
 
@@ -136,6 +138,8 @@ def score_part(
             f"--stop-after {needed[-1]}."
         )
     on_main(lambda: claim(folder, recipe))
+    for name in needed:
+        on_main(functools.partial(check_origin, recipe, folder, name))
     return Pipeline(recipe, folder, _in_main(progress)).measure_scores(layers)
 
 

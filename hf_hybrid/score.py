@@ -9,7 +9,7 @@ from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
 from hf_hybrid.trainers.scoring import METHODS, check_request, method_of
 
 from .conversion import convert
-from .data import DataConfig
+from .data import DataConfig, RowSets
 from .evaluation import layer_cache_bytes
 from .inputs import load_run_pair
 from .recipe import AlignStage, DistillStage, Recipe, ScoreStage, SelectStage
@@ -130,7 +130,7 @@ def score_stage(
     student: Any,
     teacher: Any,
     tokenizer: Any,
-    rows: dict[str, Any],
+    rows: RowSets,
     folder: Path,
     listener: Listener,
     *,
@@ -150,8 +150,8 @@ def score_stage(
     return score_layers(
         student,
         teacher,
-        cut_for(recipe, "score", rows["train"]),
-        cut_for(recipe, "score", rows["score"]),
+        cut_for(recipe, "score", rows["train"], rows.packing.prefix),
+        cut_for(recipe, "score", rows["score"], rows.packing.prefix),
         args=cast(DistillationConfig, training_arguments(recipe, "score", folder.with_name("score_checkpoints"))),
         tokens_per_layer=stage.tokens_per_layer,
         layers=layers,

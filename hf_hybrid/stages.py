@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,7 @@ from hf_hybrid.trainers.processes import num_processes, on_main
 from hf_hybrid.trainers.scoring import check_placement
 from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
 
-from .data import CutRows
+from .data import CutRows, Packing
 from .recipe import DistillStage, Recipe, StageConfig
 from .stream import KeepPosition, PackedStream, go_on
 
@@ -97,16 +97,16 @@ def streams(recipe: Recipe, name: str) -> bool:
     return recipe.data.on_the_fly and name != "score"
 
 
-def stream_for(recipe: Recipe, name: str, tokenizer: Any) -> PackedStream:
-    """The rows of a stage that [`streams`]."""
+def stream_for(recipe: Recipe, name: str, tokenizer: Any, packing: Packing) -> PackedStream:
+    """The rows of a stage that [`streams`], made as the held-out ones were."""
     block = recipe.stages()[name].block_size or recipe.data.block_size
-    return PackedStream(recipe.data, tokenizer, recipe.seed, block, labels=name == "finetune")
+    return PackedStream(recipe.data, tokenizer, recipe.seed, block, labels=name == "finetune", packing=packing)
 
 
-def cut_for(recipe: Recipe, name: str, rows: Any) -> CutRows:
-    """`rows` as a stage wants them; for the fine-tuning with labels."""
+def cut_for(recipe: Recipe, name: str, rows: Any, prefix: Sequence[int] = ()) -> CutRows:
+    """`rows` as a stage wants them, each beginning with `prefix`; for the fine-tuning with labels."""
     block = recipe.stages()[name].block_size or recipe.data.block_size
-    return LabelledRows(rows, block) if name == "finetune" else CutRows(rows, block)
+    return LabelledRows(rows, block, prefix) if name == "finetune" else CutRows(rows, block, prefix)
 
 
 class LabelledRows(CutRows):

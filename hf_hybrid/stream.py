@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hybrid.trainers.durable import read_json, write_json
 
-from .data import DataConfig, PackedRows, cut_row
+from .data import DataConfig, PackedRows, Packing, cut_row, text_prefix
 
 
 _FILE = "stream.json"
@@ -27,13 +27,22 @@ class PackedStream(IterableDataset):
         seed (`int`): of the order of files.
         block_size (`int`): tokens of a row, a divisor of `config.block_size`.
         labels (`bool`): give `labels` too: the tokens, but for each document's first, which nothing predicts.
+        packing ([`Packing`], *optional*): that of the held-out rows; by default the tokenizer's prefix.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Any, seed: int, block_size: int, *, labels: bool = False
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        seed: int,
+        block_size: int,
+        *,
+        labels: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.block_size, self.labels = block_size, labels
+        self.packing = packing or Packing(text_prefix(tokenizer))
         self.parts = config.block_size // block_size
         self.held_out = config.held_out_rows + config.report_rows
         self._start: dict[str, Any] | None = None
@@ -44,7 +53,8 @@ class PackedStream(IterableDataset):
         start, self._start = self._start, None
         before, skip = (0, 0) if start is None else (start["before"], start["part"])
         while True:
-            rows = PackedRows(self.config, self.tokenizer, self.seed, None if start is None else start["rows"])
+            state = None if start is None else start["rows"]
+            rows = PackedRows(self.config, self.tokenizer, self.seed, state, self.packing)
             self._passes = [*self._passes[-1:], (rows, before)]
             for row in rows:
                 if rows.rows <= self.held_out:
@@ -61,7 +71,7 @@ class PackedStream(IterableDataset):
             start = None
 
     def _cut(self, row: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
-        cut = cut_row(row, part, self.block_size)
+        cut = cut_row(row, part, self.block_size, self.packing.prefix)
         if self.labels:
             first = cut["position_ids"] == 0 if "position_ids" in cut else False
             cut["labels"] = np.where(first, -100, cut["input_ids"])

@@ -263,7 +263,7 @@ OPTIONS = {
     "score embedded --seed -1": "--seed -1 is out of range",
     "score embedded --block-size 1": "--block-size 1 is out of range; pass at least 2",
     "score embedded --rows 0": "--rows 0 is out of range",
-    "score embedded --method magic": "--method 'magic' is unknown",
+    "score embedded --method magic": "--method='magic' is unknown",
     "score embedded --option rounds": "--option 'rounds' is no NAME=VALUE",
     "score embedded --k 2 --fraction 0.5": "select gives k and fraction",
     "score embedded --layers 0-2": "--layers needs --recipe",

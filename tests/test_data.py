@@ -81,7 +81,7 @@ def test_sets_are_disjoint_and_in_order(
 ) -> None:
     monkeypatch.setattr(data_module, "_SHARD_TOKENS", 64)  # four rows
     config = config_of(save_texts(tmp_path / "texts") / "*")
-    rows = list(islice(packed_rows(config, tokenizer, seed=1), 15))
+    rows = list(islice(packed_rows(config, tokenizer, 1, data_module.Packing([], True)), 15))
     built = build_rows(config, tokenizer, 10, 1, tmp_path / "rows", vocab_size=300)
     assert {name: len(rows) for name, rows in built.items()} == {"score": 3, "report": 2, "train": 10}
     assert len(list((tmp_path / "rows" / "train").iterdir())) == 3

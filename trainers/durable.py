@@ -86,8 +86,13 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_record(kind: type[Record], path: str | os.PathLike) -> Record:
-    """The dataclass `kind` of a JSON file with its fields; a `ValueError` that names the file where it has others."""
+    """
+    The dataclass `kind` of a JSON file with its fields; a `ValueError` that names the file where it has others. The
+    key `origin`, by which the artefacts of a run say what they came from, is left out.
+    """
     data = read_json(path)
+    if isinstance(data, dict):
+        data = {name: value for name, value in data.items() if name != "origin"}
     try:
         return kind(**data)
     except TypeError as error:

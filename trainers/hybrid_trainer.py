@@ -91,6 +91,21 @@ class HybridTrainer(Trainer):
         # The library leaves this to the forward that accelerate puts on the model, which is gone after training.
         return self.precision.running(self.accelerator.device)
 
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """
+        As the parent's, but for an epoch's end: where `dataloader_drop_last` is on, rows that do not fill an optimizer
+        step are left out, as those that do not fill a batch are. Otherwise other micro-batches of one batch size would
+        give steps other rows, from the second epoch on.
+        """
+        found = super().set_initial_training_values(args, dataloader)
+        epochs, updates, examples, samples, batch_size, micro_batches, max_steps = found
+        accumulation = args.gradient_accumulation_steps
+        rest = micro_batches % accumulation
+        if not (args.dataloader_drop_last and args.max_steps > 0 and rest and micro_batches > accumulation):
+            return found
+        updates = micro_batches // accumulation
+        return -(-max_steps // updates), updates, examples, samples, batch_size, micro_batches - rest, max_steps
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
