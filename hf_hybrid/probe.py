@@ -6,30 +6,29 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_hybrid.trainers.modes import evaluating
-from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 
 PROBE_TOKENS = 16
 
 
 @torch.no_grad()
-def probe(model: Any, precision: Precision) -> torch.Tensor:
+def probe(model: Any, autocast: bool) -> torch.Tensor:
     """Logits in fp32 `[1, tokens, vocabulary]` over a few tokens from all over the vocabulary."""
     length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
     ids = torch.arange(length, device=model.device) * (model.config.vocab_size // length)
-    with evaluating(model), precision.running(model.device):
+    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
         return model(ids[None], use_cache=False).logits.float()
 
 
-def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, Precision]:
-    """The teacher's logits, and what it runs in: under autocast only where its layers of several dtypes need that."""
-    precision = AS_LOADED
+def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, bool]:
+    """The teacher's logits, and whether autocast is needed for them, as it is for layers of several dtypes."""
+    autocast = False
     try:
         try:
-            logits = probe(teacher, precision)
+            logits = probe(teacher, autocast)
         except RuntimeError:
-            precision = Precision(torch.bfloat16)
-            logits = probe(teacher, precision)
+            autocast = True
+            logits = probe(teacher, autocast)
     except Exception as error:  # whatever its code makes of a config that cannot be
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -37,4 +36,4 @@ def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, Precision]:
         ) from error
     if not torch.isfinite(logits).all():
         raise ValueError("the teacher's logits are not finite; give a sound teacher, or another dtype.")
-    return logits, precision
+    return logits, autocast

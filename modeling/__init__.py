@@ -1,6 +1,6 @@
 """The hybrid model: what travels with each checkpoint. Importing this registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_hybrid import HybridConfig
@@ -8,15 +8,17 @@ from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
 from .linear_attention import LinearAttention, LinearAttentionOptions
-from .modeling_hybrid import MIXERS, HybridForCausalLM
+from .modeling_hybrid import MIXERS, HybridForCausalLM, HybridModel
 from .sliding_window_attention import SlidingWindowAttention
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
 # Trainer looks up by name for which classes it has to shift the labels before it smooths them.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridForCausalLM.__name__
 HybridConfig.register_for_auto_class()
+HybridModel.register_for_auto_class("AutoModel")
 HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "GatedLinearAttention",
     "HybridConfig",
     "HybridForCausalLM",
+    "HybridModel",
     "KimiDeltaAttention",
     "LinearAttention",
     "LinearAttentionOptions",

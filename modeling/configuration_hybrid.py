@@ -33,7 +33,7 @@ _MIRRORED = frozenset(
 )
 # Read from either config, so kept in both.
 _SET_ON_BOTH = frozenset({"output_attentions", "output_hidden_states"})
-_NOT_INHERITED = frozenset({"text_config", "per_layer_config"})
+_NOT_INHERITED = frozenset({"text_config", "per_layer_config", "auto_map"})
 
 
 class HybridConfig(PreTrainedConfig):

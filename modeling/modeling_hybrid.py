@@ -1,18 +1,19 @@
 """A hybrid of softmax and linear attention, built around the teacher's own transformers class.
 
 `HybridForCausalLM(config)` is the teacher's `...ForCausalLM` with `layers[i].self_attn` replaced where
-`config.layer_types[i] == "linear_attention"`. Everything else (embeddings, norms, MLPs or experts, soft-capping,
-scaling, tied heads, parameter names) is the teacher's code. Nothing here knows a model family by name.
+`config.layer_types[i] == "linear_attention"`; `HybridModel(config)` is the same without the head. Everything else
+(embeddings, norms, MLPs or experts, soft-capping, scaling, tied heads, parameter names) is the teacher's code. Nothing
+here knows a model family by name.
 """
 
 import copy
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .adopted_attention import hand_over, positional_names, takes_keywords
@@ -35,14 +36,11 @@ MIXERS: dict[str, type[LinearAttention]] = {
 }
 
 
-class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class HybridPreTrainedModel(PreTrainedModel):
     """
-    A causal language model in which some layers keep the teacher's softmax attention and the rest are linear.
+    What a hybrid is with or without its head: the teacher's layers, some of them with linear attention.
 
-    Calling the class gives an instance of a class that also inherits the teacher's own `...ForCausalLM`.
-
-    Args:
-        config (`HybridConfig`): which layers are linear, which mixer, and the teacher's config.
+    Calling a subclass gives an instance of a class that also inherits the teacher's own, see [`of_the_teacher`].
     """
 
     config: HybridConfig
@@ -57,17 +55,22 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = False  # the chunked recurrences, by which a prompt runs, are left out of graphs
 
-    def __new__(cls, config: HybridConfig | None = None, *args: Any, **kwargs: Any) -> "HybridForCausalLM":
+    def __new__(cls, config: HybridConfig | None = None, *args: Any, **kwargs: Any) -> Self:
         # Copying and unpickling call this on a class that is already specialised, without a config.
         if config is None or issubclass(cls, _Specialised):
             return super().__new__(cls)
         own: Any = cls
-        return super().__new__(_specialise(own, teacher_class(config.text_config)))
+        return super().__new__(_specialise(own, *own.of_the_teacher(config.text_config)))
 
-    def __init__(self, config: HybridConfig) -> None:
-        check_mixers(config, self.mixers)
-        super().__init__(backbone_view(config))
+    @classmethod
+    def of_the_teacher(cls, text_config: Any) -> tuple[Any, Any]:
+        """The library's class that a hybrid of such a teacher inherits, and the one whose forward it has."""
+        raise NotImplementedError
+
+    def _become_hybrid(self, config: HybridConfig) -> None:
+        """Makes a hybrid of the teacher's modules, which are there; called at the end of the constructor."""
         self.config = config
         self.name_or_path = config.name_or_path  # adapters record it as their base model
         backbone, layers = decoder(self), decoder_layers(self)
@@ -85,20 +88,14 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         self._keep_in_fp32_modules_strict = self._kept_in_fp32()
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """The teacher's forward, which takes its place in an instance; see the library's docs of the teacher."""
-        raise NotImplementedError  # only its signature is ever used
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As the library's; both `AutoModel` and `AutoModelForCausalLM` find their class in what is saved."""
+        file = __name__.rpartition(".")[2]
+        if type(self).__module__ == __name__:  # a subclass from another file has mixers that `HybridModel` lacks
+            names = {"AutoModel": HybridModel.__name__, "AutoModelForCausalLM": HybridForCausalLM.__name__}
+            own = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = own | {auto: f"{file}.{name}" for auto, name in names.items()}
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def linear_attention_layers(self) -> list[int]:
@@ -179,6 +176,69 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
                     self._initialize_weights(module)
         mixer.init_weights()
 
+
+class HybridModel(HybridPreTrainedModel):
+    """
+    A hybrid without its head: hidden states instead of logits. The backbone is the module that it is in the teacher's
+    `...ForCausalLM`, under the same name, so both load each other's checkpoints.
+
+    Args:
+        config (`HybridConfig`): as for [`HybridForCausalLM`].
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        check_mixers(config, self.mixers)
+        super().__init__(backbone_view(config))
+        backbone = backbone_class(config.text_config)(backbone_view(config))
+        setattr(self, self.base_model_prefix, backbone)
+        self._become_hybrid(config)
+
+    @classmethod
+    def of_the_teacher(cls, text_config: Any) -> tuple[Any, Any]:
+        """What the teacher's `...Model` and `...ForCausalLM` have in common: names and rules, but no modules."""
+        backbone = backbone_class(text_config)
+        common = next(base for base in teacher_class(text_config).__mro__ if base in backbone.__mro__)
+        return common, backbone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's forward; see the library's docs of the teacher's `...Model`."""
+        return self.base_model(*args, **kwargs)
+
+
+class HybridForCausalLM(PushedWithCard, HybridPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """
+    A causal language model in which some layers keep the teacher's softmax attention and the rest are linear.
+
+    Calling the class gives an instance of a class that also inherits the teacher's own `...ForCausalLM`.
+
+    Args:
+        config (`HybridConfig`): which layers are linear, which mixer, and the teacher's config.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        check_mixers(config, self.mixers)
+        super().__init__(backbone_view(config))
+        self._become_hybrid(config)
+
+    @classmethod
+    def of_the_teacher(cls, text_config: Any) -> tuple[Any, Any]:
+        return teacher_class(text_config), teacher_class(text_config)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """The teacher's forward, which takes its place in an instance; see the library's docs of the teacher."""
+        raise NotImplementedError  # only its signature is ever used
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
@@ -218,9 +278,8 @@ class HybridForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):  # ty
         return torch.cat([attention_mask, attention_mask[:, -1:].expand(-1, unused)], dim=1)
 
 
-# What `HybridForCausalLM` says of itself in general and an instance in particular.
+# What the classes say of themselves in general and an instance in particular.
 _OF_THE_TEACHER = (
-    "forward",
     "base_model_prefix",
     "supports_gradient_checkpointing",
     "_supports_sdpa",
@@ -234,9 +293,9 @@ _OF_THE_TEACHER = (
 
 
 class _Specialised:
-    """Marks the classes that `HybridForCausalLM` makes of itself and a teacher's class."""
+    """Marks the classes that [`HybridPreTrainedModel`] makes of a subclass and a teacher's class."""
 
-    _made_of: ClassVar[tuple[Any, Any]]
+    _made_of: ClassVar[tuple[Any, Any, Any]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as what its class is made of, which has no name of its own to be found by."""
@@ -270,19 +329,41 @@ def teacher_class(text_config: Any) -> Any:
     return mapping[type(text_config)]
 
 
+def backbone_class(text_config: Any) -> Any:
+    """The library's `...Model` for the teacher's config: what its `...ForCausalLM` has below the head."""
+    mapping: Any = AutoModel._model_mapping
+    if type(text_config) not in mapping:
+        raise ValueError(
+            f"transformers has no model without a head for a {type(text_config).__name__}; load the checkpoint with "
+            "AutoModelForCausalLM and take its base_model."
+        )
+    return mapping[type(text_config)]
+
+
+def _call_of(backbone: Any) -> Any:
+    """[`HybridModel.forward`] with the signature of the backbone's, which tells callers what they may pass."""
+
+    @functools.wraps(backbone.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    return forward
+
+
 @functools.cache
-def _specialise(cls: Any, teacher: Any) -> Any:
+def _specialise(cls: Any, teacher: Any, called: Any) -> Any:
     # The name and module are what save_pretrained writes into config.json and where it finds the code to copy.
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "config_class": cls.config_class}
     namespace |= {name: getattr(teacher, name) for name in _OF_THE_TEACHER}
+    namespace["forward"] = called.forward if called is teacher else _call_of(called)
     # A copy that keeps every softmax layer does what its teacher does: assisted decoding too.
     namespace["_is_stateful"] = property(lambda model: bool(model.linear_attention_layers))
-    return type(cls.__name__, (cls, teacher, _Specialised), namespace | {"_made_of": (cls, teacher)})
+    return type(cls.__name__, (cls, teacher, _Specialised), namespace | {"_made_of": (cls, teacher, called)})
 
 
-def _new(cls: Any, teacher: Any) -> Any:
+def _new(cls: Any, teacher: Any, called: Any) -> Any:
     """A hybrid of class `cls` without any state, for a teacher's class."""
-    specialised = _specialise(cls, teacher)
+    specialised = _specialise(cls, teacher, called)
     return specialised.__new__(specialised)
 
 

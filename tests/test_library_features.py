@@ -8,6 +8,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -209,6 +210,57 @@ def test_four_bits(layers, mixer, tmp_path):
         teacher.save_pretrained(tmp_path / "teacher")
         same = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", quantization_config=quantization)
         assert torch.equal(logits(same, ids), found)
+
+
+class TestGraphs:
+    """What of a forward without a cache is one graph: docs/generation.md."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    @staticmethod
+    @torch.no_grad()
+    def export(module, lengths=(), **options):
+        """The exported module against the original, at `lengths`."""
+        exported = torch.export.export(module, (tokens(1, 12),), **options).module()
+        for length in lengths:
+            torch.testing.assert_close(exported(tokens(1, length)), module(tokens(1, length)), rtol=0, atol=0)
+
+    LENGTH: ClassVar = {"dynamic_shapes": ({1: torch.export.Dim("length", min=2, max=512)},)}
+
+    @staticmethod
+    def model(layers, mixer="gated_deltanet"):
+        torch.manual_seed(1)
+        return hh.convert(tiny_teacher(num_hidden_layers=2), layers, mixer=mixer).eval()
+
+    def test_a_copy_is_one_graph(self):
+        self.export(self.Logits(self.model([0, 1])), [12, 37], strict=True, **self.LENGTH)
+
+    @pytest.mark.parametrize("mixer", MIXERS)
+    def test_a_hybrid_is_exported_at_one_length(self, mixer):
+        self.export(self.Logits(self.model([1], mixer)), [12], strict=False)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("mixer", MIXERS)
+    def test_a_hybrid_is_not_exported_for_every_length(self, mixer):
+        with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+            self.export(self.Logits(self.model([1], mixer)), strict=False, **self.LENGTH)
+
+    def test_a_prompt_through_a_chunked_recurrence_is_not(self):
+        """When this fails, a prompt has become one graph: say so in the docs and in `_can_compile_fullgraph`."""
+        model = self.model([1])
+        assert model._can_compile_fullgraph is False and hh.HybridForCausalLM._can_compile_fullgraph is False
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+            self.export(self.Logits(model), strict=True)
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+            compiled(tokens(1, 12), use_cache=False)
 
 
 class TestTheClass:

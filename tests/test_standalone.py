@@ -79,6 +79,7 @@ def test_checkpoint_is_flat_and_complete(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "configuration_hybrid.HybridConfig",
+        "AutoModel": "modeling_hybrid.HybridModel",
         "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
     }
     assert config["architectures"] == ["HybridForCausalLM"]

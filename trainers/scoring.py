@@ -45,10 +45,8 @@ METHODS: dict[str, ScoringMethod] = {
     for method in (GA_S2, VERIFIED, GA_S1, ZERO_SHOT, ZERO_SHOT_LINEARISE, ZERO_SHOT_REMOVAL, ABLATION_KL, *RULES)
 }
 # Were here before; they exist to be compared with, and are chosen by none who saw docs/selection.md.
-_MOVED: tuple[str, ...] = (
-    *("gr-s2", "avg-s2", "shared", "distilled-greedy", "zero-shot-greedy", "gates", "path-gradient", "smart"),
-    *("ablation-ppl", "ablation-recall", "attention-mse", "block-influence"),
-)
+_MOVED = ("gr-s2", "avg-s2", "shared", "distilled-greedy", "zero-shot-greedy", "gates", "path-gradient", "smart")
+_MOVED += ("ablation-ppl", "ablation-recall", "attention-mse", "block-influence")
 
 
 def method_of(method: str | ScoringMethod, given_as: str = "method") -> ScoringMethod:
