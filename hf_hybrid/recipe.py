@@ -127,7 +127,8 @@ class StageConfig:
             also the default. It belongs to the execution, see [`Recipe`].
         block_size (`int`, *optional*): tokens of a row, a divisor of `data.block_size`, which is also the default.
         learning_rate (`float`): of all parameters that train, or all but the mixers.
-        mixer_learning_rate (`float`, *optional*): of the linear-attention mixers; by default `learning_rate`.
+        mixer_learning_rate (`float`, *optional*): of the linear-attention mixers; by default `learning_rate`. With
+            `training.learning_rate_groups: attention`, of all attention and the norms before it, as the paper's code.
         lr_scheduler_type (`str`): as in [`~transformers.TrainingArguments`], or `"stable-cosine-stable"` of RADLADS
             (arXiv 2505.03005, table 2): constant until 83.3% of the steps, then along a cosine to
             `final_learning_rate` at 87.5%, and constant again.

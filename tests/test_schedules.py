@@ -111,3 +111,24 @@ def test_a_stage_may_have_longer_rows_than_the_others(tmp_path: Path) -> None:
     assert lengths == {"align": 32, "score": 128, "distill": 32, "finetune": 128}
     assert [len(cut_for(parsed, name, long)) for name in ("distill", "finetune")] == [16, 4]
     assert isinstance(cut_for(parsed, "finetune", long), CutRows)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_paper_s_groups_of_learning_rates(family: str, tmp_path: Path) -> None:
+    """All attention, kept softmax too, and the norm before it have the higher rate, the mixers alone by default."""
+    student = hh.convert(tiny_teacher(family), [1, 2]).requires_grad_(True)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    faster = {}
+    for groups in ("mixers", "attention"):
+        args = hh.DistillationConfig(
+            str(tmp_path), learning_rate=7e-6, mixer_learning_rate=1e-4, learning_rate_groups=groups, use_cpu=True
+        )
+        optimizer = hh.DistillationTrainer(model=student, teacher=tiny_teacher(family), args=args).create_optimizer()
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates.keys() == set(names.values()) and set(rates.values()) == {7e-6, 1e-4}
+        faster[groups] = {name for name, rate in rates.items() if rate == 1e-4}
+    assert faster["mixers"] == {n for n in rates if ".self_attn." in n and n.split(".")[2] in ("0", "3")}
+    assert faster["attention"] == {n for n in rates if ".self_attn." in n or ".input_layernorm." in n}
+    assert {n.split(".")[2] for n in faster["attention"]} == {"0", "1", "2", "3"}
+    with pytest.raises(ValueError, match="learning_rate_groups='all' is unknown; choose 'mixers' or 'attention'"):
+        hh.DistillationConfig(str(tmp_path), learning_rate_groups="all")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -25,9 +25,12 @@ class HybridTrainingArguments(TrainingArguments):
 
     Args:
         mixer_learning_rate (`float`, *optional*):
-            Learning rate of the linear-attention mixers; `learning_rate` is that of all other parameters. Both follow
-            the same schedule. None gives the mixers `learning_rate`.
-
+            Learning rate of the linear-attention mixers, or of all that `learning_rate_groups` names; `learning_rate`
+            is that of all other parameters. Both follow the same schedule. None gives all `learning_rate`.
+        learning_rate_groups (`str`):
+            What `mixer_learning_rate` is for. `"mixers"`: those alone. `"attention"`: in every decoder layer the
+            attention, a mixer or the softmax that is kept, and the norm before it, as in the code of arXiv 2512.20569,
+            whose rule is any parameter with "attn" in its name.
         final_learning_rate (`float`, *optional*):
             Where both rates end: they stay as they are, after the warm-up, until the share `decay_window[0]` of all
             steps, fall along a cosine until `decay_window[1]`, and stay at `final_learning_rate`. In place of
@@ -41,6 +44,10 @@ class HybridTrainingArguments(TrainingArguments):
 
     mixer_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the linear-attention mixers; by default learning_rate."}
+    )
+    learning_rate_groups: Literal["mixers", "attention"] = field(
+        default="mixers",
+        metadata={"help": "What mixer_learning_rate is for: the mixers, or all attention with the norm before it."},
     )
     final_learning_rate: float | None = field(
         default=None, metadata={"help": "Where both learning rates end; None leaves lr_scheduler_type in charge."}
@@ -60,6 +67,10 @@ class HybridTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         window = self.decay_window
+        if self.learning_rate_groups not in ("mixers", "attention"):
+            raise ValueError(
+                f"learning_rate_groups={self.learning_rate_groups!r} is unknown; choose 'mixers' or 'attention'."
+            )
         if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
             raise ValueError(f"decay_window={window} is no part of the steps; pass two ascending shares from 0 to 1.")
 
@@ -112,7 +123,8 @@ class HybridTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         rate = self.args.mixer_learning_rate
         if fresh and rate is not None:
-            mixers = {id(parameter) for parameter in mixer_parameters(student)}
+            of = mixer_parameters if self.args.learning_rate_groups == "mixers" else attention_parameters
+            mixers = {id(parameter) for parameter in of(student)}
             for group in list(optimizer.param_groups):
                 moved = [parameter for parameter in group["params"] if id(parameter) in mixers]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mixers]
@@ -221,3 +233,14 @@ def mixer_parameters(student: Any) -> list[nn.Parameter]:
     student = hybrid_of(student)
     layers = decoder_layers(student)
     return [p for i in student.linear_attention_layers for p in layers[i].self_attn.parameters()]
+
+
+def attention_parameters(student: Any) -> list[nn.Parameter]:
+    """All parameters of the attention of every decoder layer, and of the norm before it, where there is one."""
+    parts = [
+        part
+        for layer in decoder_layers(hybrid_of(student))
+        for name, part in layer.named_children()
+        if part is layer.self_attn or name == "input_layernorm"  # the library's one name for it
+    ]
+    return [parameter for part in parts for parameter in part.parameters()]

@@ -251,7 +251,14 @@ def _settings(args: DistillationConfig, method: str, tokens_per_layer: int | Non
     """What of the arguments decides a score."""
     names: tuple[str, ...] = ("seed", "learning_rate", "mixer_learning_rate", "max_steps", "num_train_epochs")
     names += ("warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16", "final_learning_rate", "decay_window")
-    names += ("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "train_sampling_strategy")
+    names += (
+        "learning_rate_groups",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "data_seed",
+        "train_sampling_strategy",
+    )
     # However many processes share it.
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings = {"method": method, "tokens_per_layer": tokens_per_layer, "batch_size": batch_size}
