@@ -52,6 +52,15 @@ class ConversionReport:
     logit_difference: float | None = None
     notes: list[str] = field(default_factory=list)
 
+    def follow(self, student: HybridForCausalLM) -> None:
+        """Brings the report up to date with `student`, some of whose layers changed their kind."""
+        tensors, teachers = student.state_dict(), self.copied | self.not_carried
+        self.full_attention_layers = student.full_attention_layers
+        self.linear_attention_layers = student.linear_attention_layers
+        self.copied = {name: size for name, size in teachers.items() if name in tensors}
+        self.not_carried = {name: size for name, size in teachers.items() if name not in tensors}
+        self.created = _sizes(tensors, [name for name in tensors if name not in teachers])
+
     def __str__(self) -> str:
         lines = [
             f"{self.teacher}: softmax attention kept in layers {self.full_attention_layers}, linear in "

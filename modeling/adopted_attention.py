@@ -28,6 +28,7 @@ _GATES = ("gate_proj", "g_proj", "q_gate_proj")
 # What belongs to the softmax alone: it is not carried over, and conversion reports it.
 _SOFTMAX_PARAMETERS = ("sinks",)
 _SOFTMAX_MODULES = ("indexer",)
+SOFTMAX_ALONE = (*_SOFTMAX_PARAMETERS, *_SOFTMAX_MODULES)
 _REFUSED = {
     "lambda_q1": "subtracts two softmaxes (differential attention), which one recurrence does not replace",
     "dt_proj": "learns a mask over its values, which a recurrence has no use for",

@@ -91,7 +91,7 @@ def run_chunks(
     with no_autocast(state.device):
         chunked = [_to_chunks(x.to(dtype), chunk_size) for x in inputs]
         widest = max(chunk_size, *state.shape[-2:])
-        cell = batch * heads * chunk_size * widest * (torch.finfo(dtype).bits // 8)
+        cell = max(1, batch) * heads * chunk_size * widest * (torch.finfo(dtype).bits // 8)
         on_cpu = state.device.type == "cpu"
         budget = _CPU_SEGMENT_BYTES * torch.get_num_threads() if on_cpu else _ACCELERATOR_SEGMENT_BYTES
         # Two chunks at least: the saved states are then no larger than half the keys and values of square heads.

@@ -55,7 +55,8 @@ class HybridConfig(PreTrainedConfig):
             `{"rope": False, "gated_deltanet": {"short_convolution": 4}}`.
         kernel (`str`, *optional*, defaults to `"auto"`):
             `"auto"` runs fla's kernels on CUDA tensors where fla can be used and our torch forms everywhere else;
-            `"torch"` and `"fla"` force one (a forced `"fla"` raises the reason when it cannot run).
+            `"torch"` and `"fla"` force one (a forced `"fla"` raises the reason when it cannot run). It may be set at
+            any time and is not saved.
         teacher_name_or_path (`str`, *optional*):
             Where the teacher came from; for the reader and the model card only, never loaded. What is saved of a path
             is its last part.
@@ -113,8 +114,7 @@ class HybridConfig(PreTrainedConfig):
                 f"mixer lists {len(self.mixer)} names, but the model has {self.text_config.num_hidden_layers} decoder "
                 "layers; pass one name, or one per layer (None for a layer that keeps softmax)."
             )
-        if self.kernel not in ("auto", "torch", "fla"):
-            raise ValueError(f"kernel={self.kernel!r} is unknown; choose 'auto', 'torch' or 'fla'.")
+        check_kernel(self.kernel)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -125,7 +125,9 @@ class HybridConfig(PreTrainedConfig):
                 f"this is the config of a {model_type!r} model, not of a hybrid; convert the model with "
                 "hf_hybrid.convert, or pass config=HybridConfig.from_teacher(its config, full_attention_layers)."
             )
-        return super().from_dict(config_dict, **kwargs)
+        # Earlier releases stored it.
+        stored = {key: value for key, value in config_dict.items() if key != "kernel"}
+        return super().from_dict(stored, **kwargs)
 
     @classmethod
     def from_teacher(
@@ -142,9 +144,13 @@ class HybridConfig(PreTrainedConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """As the library's, with a teacher's folder by its name: the path is nobody else's business."""
+        """
+        As the library's, with a teacher's folder by its name, for the path is nobody else's business; and without the
+        kernel, which is a choice of whoever runs the model.
+        """
         name = self.teacher_name_or_path
-        return super().to_dict() | {"teacher_name_or_path": None if name is None else _without_path(str(name))}
+        stored = super().to_dict() | {"teacher_name_or_path": None if name is None else _without_path(str(name))}
+        return {key: value for key, value in stored.items() if key != "kernel"}
 
     @property
     def full_attention_layers(self) -> list[int]:
@@ -172,6 +178,8 @@ class HybridConfig(PreTrainedConfig):
         return common | (options.get(mixer) or {} if mixer else {})
 
     def __setattr__(self, key: str, value: Any) -> None:
+        if key == "kernel":
+            check_kernel(value)
         nested = isinstance(self.__dict__.get("text_config"), PreTrainedConfig)
         of_the_teacher = nested and (key in _MIRRORED or self._is_a_setting_of_the_teacher(key))
         if of_the_teacher or (nested and key in _SET_ON_BOTH):
@@ -214,9 +222,16 @@ def _softmax_layer_types(text_config: PreTrainedConfig) -> list[str]:
     return [own[i] if kind == LINEAR_ATTENTION else kind for i, kind in enumerate(kinds)]
 
 
+def check_kernel(kernel: Any) -> None:
+    """Raises a `ValueError` where `kernel` is none of those that there are."""
+    if kernel not in ("auto", "torch", "fla"):
+        raise ValueError(f"kernel={kernel!r} is unknown; choose 'auto', 'torch' or 'fla'.")
+
+
 def check_layers(layers: Any, num_layers: int) -> list[int]:
     """Returns `layers` sorted as plain integers, or raises a `ValueError` that says what is wrong with them."""
     try:
+        layers = list(layers)  # a generator can be read once
         given = [int(layer) for layer in layers]
         exact = all(int(layer) == layer and not isinstance(layer, bool) for layer in layers)
     except (TypeError, ValueError):

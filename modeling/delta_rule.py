@@ -37,7 +37,7 @@ def recurrent_gated_delta_rule(
     Args:
         q, k: `[B, T, H, K]`, expanded to all heads and of unit length over K (which the caller sees to).
         v: `[B, T, H, V]`.
-        g: `[B, T, H]`, log decay in nats per token, at most 0.
+        g: `[B, T, H]`, log decay in nats per token, at most 0; -inf forgets.
         beta: `[B, T, H]`, write strength in (0, 2).
         scale: factor of the output; `K ** -0.5` if None.
         initial_state: `[B, H, K, V]`, the state before the first token; zeros if None. It is not modified.
@@ -102,6 +102,10 @@ def chunk_gated_delta_rule(
     check_inputs(q, k, v, g, beta, initial_state, seq_idx)
     chunk_size = fit_chunk_size(chunk_size, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[0] == 0:  # no rows: nothing to cut into blocks
+        return recurrent_gated_delta_rule(
+            q, k, v, g=g, beta=beta, scale=scale, initial_state=initial_state, seq_idx=seq_idx
+        )
     state = first_state(q, v, initial_state, compute_dtype(q, k, v))
     documents = None if seq_idx is None else _documents(seq_idx, chunk_size)
     with no_autocast(q.device):

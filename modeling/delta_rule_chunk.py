@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 
 # Wider blocks are inverted by doubling; triangular substitution is exact but slow, products of blocks are fast.
 _BASE_BLOCK = 16
+# exp of it is 0 in every dtype, and sums over a chunk keep their digits; -inf would be NaN in differences.
+_FORGETS_ALL = -1e3
 # Bytes of one [chunks, rows, C, D] intermediate per thread: about fifteen of them are alive at a time.
 _CPU_SEGMENT_BYTES = 512 * 1024
 _ACCELERATOR_SEGMENT_BYTES = 64 * 1024 * 1024
@@ -214,7 +216,7 @@ def _segment(
     beta = beta.unsqueeze(-1)
     wide = dtype if g.device.type == "mps" else torch.float64  # MPS has no float64
     visible, carried = _masks(documents, block, chunk_size, g.device)
-    decay, from_start = _decays(_load(g, block, chunk_size, wide), visible, carried, dtype)
+    decay, from_start = _decays(_load(g, block, chunk_size, wide).clamp_(min=_FORGETS_ALL), visible, carried, dtype)
     to_end = decay[..., -1, :].unsqueeze(-1).contiguous()
     key_products = _product(k, k.mT).mul_(decay)
     scores = _product(q, k.mT).mul_(decay)

@@ -63,6 +63,8 @@ class GatedLinearAttention(LinearAttention):
         if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
             log_decay = log_decay * padding_mask[..., None]
             key = key * padding_mask[..., None, None]
+        if value.dtype == torch.float16:
+            value = value.float()  # the sum is bounded by nothing: it is wide until the norm has brought it back
         return gated_linear_attention(
             query,
             key,

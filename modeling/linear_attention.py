@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D ke
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import nn
@@ -52,6 +52,12 @@ class LinearAttentionOptions:
         unknown = sorted(set(options or {}) - set(known))
         if unknown:
             raise ValueError(f"mixer_options {unknown} are unknown to {mixer or cls.__name__}; choose from {known}.")
+        kinds = get_type_hints(cls)
+        for name, value in (options or {}).items():
+            # In Python True is a 1, and every number that is not 0 is true.
+            if not isinstance(value, kinds[name]) or isinstance(value, bool) != (kinds[name] is bool):
+                kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
+                raise ValueError(f"mixer_options[{name!r}]={value!r} is of type {type(value).__name__}; pass {kind}.")
         parsed = cls(**(options or {}))
         if parsed.output_gate is not None and parsed.output_gate not in _GATES:
             raise ValueError(
@@ -166,7 +172,7 @@ class LinearAttention(AdoptedAttention):
         super().__init__(attention, layer_idx)
         mixer = config.layer_mixers[layer_idx]
         self.options = self.options_class.from_dict(config.options_of(mixer), mixer)
-        self.kernel = config.kernel
+        self.hybrid_config = config
         eps = getattr(config.text_config, "rms_norm_eps", None) or 1e-6
         self.o_norm = HeadRMSNorm(self.value_dim, eps) if self.options.output_norm else None
         self.output_gate = None if self.has_output_gate else self.options.output_gate
@@ -176,6 +182,11 @@ class LinearAttention(AdoptedAttention):
         if self.options.short_convolution:
             channels = self.num_heads * self.head_dim + self.num_kv_heads * (self.head_dim + self.value_dim)
             self.conv = ShortConvolution(channels, self.options.short_convolution)
+
+    @property
+    def kernel(self) -> str:
+        """`config.kernel` as it is now."""
+        return self.hybrid_config.kernel
 
     def init_weights(self) -> None:
         """Initialises what the teacher does not have; called after the library's own initialisation."""
@@ -225,7 +236,7 @@ class LinearAttention(AdoptedAttention):
             output = self.o_norm(output)
         if self.output_gate is not None:
             output = output * _GATES[self.output_gate](self.g_proj(call.hidden_states)).view_as(output)
-        return output
+        return output.to(value.dtype)
 
     def _convolve(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall

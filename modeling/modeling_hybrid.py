@@ -6,7 +6,6 @@
 here knows a model family by name.
 """
 
-import copy
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self, cast
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from .adopted_attention import hand_over, positional_names, takes_keywords
+from .adopted_attention import AdoptedAttention, hand_over, positional_names, takes_keywords
 from .configuration_hybrid import LINEAR_ATTENTION, HybridConfig, backbone_view, check_layers
 from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
@@ -25,6 +24,7 @@ from .library import cache_argument, take_cache
 from .linear_attention import LinearAttention, check_cache, count_tokens_in
 from .model_card import PushedWithCard
 from .packing import document_positions, packed_documents, padding_mask_of, positions_that_part
+from .restoring import check_fits, check_is_teacher, copied_attention
 from .sliding_window_attention import SlidingWindowAttention
 
 
@@ -46,6 +46,8 @@ class HybridPreTrainedModel(PreTrainedModel):
     config: HybridConfig
     # Names of mixers in a config. A subclass adds its own: `mixers = MIXERS | {"mine": Mine}`.
     mixers: ClassVar[dict[str, type[LinearAttention]]] = MIXERS
+    # What the conversion did with each tensor, for a model that was converted here and not loaded.
+    conversion_report: Any = None
     # A recurrent state cannot be rolled back: the library then refuses assisted decoding. An instance is asked.
     _is_stateful = True
     # For whoever asks the class before there is a teacher; an instance has its teacher's own, see `_specialise`.
@@ -116,28 +118,24 @@ class HybridPreTrainedModel(PreTrainedModel):
 
         Args:
             layers (`Iterable[int]`): indices of the layers to keep softmax.
-            teacher (`PreTrainedModel`, *optional*): needed where a linear layer becomes softmax.
+            teacher (`PreTrainedModel`, *optional*): needed where a linear layer becomes softmax: the model that the
+                hybrid was made from.
         """
-        keep = check_layers(layers, len(decoder_layers(self)))
+        check_layers_are_as_configured(decoder(self))
+        own = decoder_layers(self)
+        keep = check_layers(layers, len(own))
         now = set(self.full_attention_layers)
         restored, linearised = sorted(set(keep) - now), sorted(now - set(keep))
-        own = decoder_layers(self)
-        sources: Sequence[Any] = []
+        if restored and teacher is None:
+            raise ValueError(f"layers {restored} are linear now; pass teacher= to restore their softmax attention.")
         if restored:
-            if teacher is None:
-                raise ValueError(
-                    f"layers {restored} are linear now; pass teacher= to restore their softmax attention."
-                )
-            sources = decoder_layers(teacher)
-            if len(sources) != len(own):
-                raise ValueError(
-                    f"the teacher has {len(sources)} decoder layers, the hybrid {len(own)}; pass its teacher."
-                )
+            check_is_teacher(teacher, self.config, teacher_class(self.config.text_config))
+            sources = decoder_layers(cast(PreTrainedModel, teacher))
+            for i in restored:
+                check_fits(sources[i].self_attn, own[i].self_attn, i)
         for i in restored:
-            projection = _projection(own[i].self_attn)
-            attention = copy.deepcopy(sources[i].self_attn).to(projection.device, projection.dtype)
+            attention: Any = copied_attention(sources[i].self_attn, like=_projection(own[i].self_attn))
             attention.config = decoder(self).config
-            attention.requires_grad_(True)
             own[i].self_attn = attention.train(self.training)
         for i in linearised:
             projection = _projection(own[i].self_attn)
@@ -147,6 +145,13 @@ class HybridPreTrainedModel(PreTrainedModel):
             own[i].self_attn = _cast(mixer, projection.dtype).train(self.training)
         self.config.full_attention_layers = keep
         self._keep_in_fp32_modules_strict = self._kept_in_fp32()
+        if self.conversion_report is not None:
+            self.conversion_report.follow(self)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; what a config says that was changed beside the model could not be loaded again."""
+        check_layers_are_as_configured(decoder(self))
+        return super().state_dict(*args, **kwargs)
 
     def _kept_in_fp32(self) -> set[str]:
         """Names of what is never loaded in half precision: the teacher's, and the decay parameters of the mixers."""
@@ -393,6 +398,21 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[Any]:
     return cast(Sequence[Any], layers)
 
 
+def check_layers_are_as_configured(backbone: Any) -> None:
+    """Raises a `ValueError` where the config says of a layer of `backbone` that it is linear or not, and it is not."""
+    kinds = backbone.config._hybrid.text_config.layer_types
+    for i, layer in enumerate(backbone.layers):
+        expected = kinds[i] == LINEAR_ATTENTION
+        if isinstance(layer.self_attn, AdoptedAttention) == expected:
+            continue
+        # An adapter that trains the whole mixer wraps it.
+        if any(isinstance(module, AdoptedAttention) for module in layer.self_attn.modules()) != expected:
+            raise ValueError(
+                f"the config says that layer {i} has {kinds[i]}, but it has {type(layer.self_attn).__name__}: "
+                "changing the config does not change the model. Use set_full_attention_layers(layers, teacher)."
+            )
+
+
 def _projection(attention: nn.Module) -> torch.Tensor:
     """A weight of `attention` that has the model's dtype, which decay parameters may not have."""
     return next(parameter for child in attention.children() for parameter in child.parameters())
@@ -425,6 +445,7 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
     if inputs is None:
         return (), kwargs  # the backbone raises its own error
     config = backbone.config._hybrid.text_config
+    check_layers_are_as_configured(backbone)
     linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
     if not linear:
         return (), kwargs  # a copy of the teacher: its backbone knows what to do, with packed rows and caches too

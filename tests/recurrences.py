@@ -216,6 +216,14 @@ class RecurrenceTests:
 
         assert_close(with_gradients(leaves, *checkpoint(call, *leaves.values(), use_reentrant=reentrant)), expected)
 
+    @pytest.mark.parametrize("tokens", [1, 70])
+    def test_no_rows(self, tokens: int) -> None:
+        inputs = self.inputs(tokens, batch=0)
+        for form in self.forms():
+            found = run(form, inputs)
+            assert found["o"].shape == (0, tokens, 3, 12) and found["final_state"].shape == (0, 3, 8, 12)
+            assert found["d_k"].shape == inputs["k"].shape
+
     def test_strided_inputs(self) -> None:
         inputs = self.inputs(70)
         strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}

@@ -180,6 +180,7 @@ DECAYS = {
     "none": lambda g: g * 0,
     "near 1": lambda g: g * 1e-6,
     "near 0": lambda g: g - 15,
+    "forgets all": lambda g: torch.where(g < g.median(), -torch.inf, g),
     "-50 per token": lambda g: g * 0 - 50,
     "-1e4 per token": lambda g: g * 0 - 1e4,
     "strong bursts": lambda g: torch.where(g < -0.7, -50.0, g * 0.01),
@@ -276,6 +277,14 @@ def test_prefill_then_decode():
         steps.append(step)
     torch.testing.assert_close(torch.cat(steps, dim=1), o, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, final_state, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_rows(form, tokens):
+    inputs = {name: x[:0] for name, x in make_inputs(tokens).items()}
+    found = run(form, inputs)
+    assert found["o"].shape == inputs["v"].shape and found["d_k"].shape == inputs["k"].shape
 
 
 def test_views_are_accepted():

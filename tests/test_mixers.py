@@ -1,5 +1,6 @@
 """Every mixer in a model: caches, padding, packing, beams, storage and training change nothing that they must not."""
 
+import copy
 import re
 
 import pytest
@@ -240,6 +241,15 @@ class TestMixedMixers:
                 r"\['rope'\] are unknown to sliding_window; choose from \['window'\]",
             ),
             ({"mixer_options": {"sliding_window": {"window": 8}}}, "the model's mixers are"),
+            ({"mixer_options": {"rope": "no"}}, r"mixer_options\['rope'\]='no' is of type str; pass bool"),
+            ({"mixer_options": {"output_norm": 1}}, r"mixer_options\['output_norm'\]=1 is of type int; pass bool"),
+            (
+                {"mixer_options": {"short_convolution": True}},
+                "=True is of type bool; pass int",
+            ),
+            ({"mixer_options": {"short_convolution": 4.0}}, r"\['short_convolution'\]=4.0 is of type float; pass int"),
+            ({"mixer_options": {"output_gate": False}}, r"\['output_gate'\]=False is of type bool; pass str \| None"),
+            ({"mixer_options": {"output_gate": "relu"}}, r"\['output_gate'\]='relu' is unknown"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -286,3 +296,17 @@ def test_new_tensors_are_initialised_when_a_teachers_checkpoint_is_loaded(family
     elif mixer != "sliding_window":
         step = torch.nn.functional.softplus(attention.dt_bias)
         assert ((attention.A_log >= 0) & (attention.A_log <= 3)).all() and ((step > 9e-4) & (step < 0.11)).all()
+
+
+def test_large_keys_in_half_precision():
+    """The sum of gated linear attention is bounded by nothing, and fp16 ends at 65,504; the norm brings it back."""
+    wide = hh.convert(tiny_teacher("llama"), [], mixer="gated_linear_attention")
+    with torch.no_grad():
+        for layer in wide.base_model.layers:
+            layer.self_attn.k_proj.weight.mul_(1e4)
+    half, ids = copy.deepcopy(wide).half(), tokens(2, 70)
+    expected = wide(ids).logits
+    torch.testing.assert_close(half(ids).logits.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    out = half(ids[:, :69], use_cache=True)
+    last = half(ids[:, 69:], past_key_values=out.past_key_values).logits
+    torch.testing.assert_close(last.float(), expected[:, 69:], rtol=0.02, atol=0.02 * expected.abs().max().item())

@@ -1,11 +1,13 @@
 """The model: a softmax-only copy is the teacher; caches, padding and packing change nothing for any hybrid."""
 
 import copy
+import json
 import multiprocessing
 import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from teachers import FAMILIES, tiny_teacher, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -22,6 +24,21 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def hybrid(family, layers, dtype=torch.float64, **options):
     torch.manual_seed(1)
     return hh.convert(tiny_teacher(family, dtype), layers, mixer_options=options)
+
+
+def with_adapter(teacher):
+    return get_peft_model(teacher, LoraConfig(target_modules=["q_proj"])).get_base_model()
+
+
+def quantised(teacher):
+    weight = teacher.base_model.layers[0].self_attn.q_proj.weight
+    teacher.base_model.layers[0].self_attn.q_proj.weight = torch.nn.Parameter(weight.to(torch.int8), False)
+    return teacher
+
+
+def offloaded(teacher):
+    teacher.base_model.layers[3].self_attn.to("meta")
+    return teacher
 
 
 def logits_of(model, ids):
@@ -193,6 +210,58 @@ class TestLayers:
         own = student.base_model.layers[1].self_attn.q_proj.weight
         assert own.data_ptr() != teacher.base_model.layers[1].self_attn.q_proj.weight.data_ptr()
 
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (lambda: tiny_teacher(num_key_value_heads=4), r"num_key_value_heads \(4, the hybrid's 2\)"),
+            (lambda: tiny_teacher(rms_norm_eps=1e-3), r"rms_norm_eps \(0.001, the hybrid's 1e-06\)"),
+            (lambda: tiny_teacher(rope_parameters={"rope_type": "default", "rope_theta": 500.0}), "rope_parameters"),
+            (lambda: tiny_teacher(num_hidden_layers=5), r"num_hidden_layers \(5, the hybrid's 4\)"),
+            (lambda: tiny_teacher("llama"), "a LlamaForCausalLM, the hybrid's is a Qwen3ForCausalLM"),
+            (lambda: hh.convert(tiny_teacher(), [1]), "the teacher is a hybrid itself"),
+            (lambda: torch.nn.Linear(2, 2), "no model of transformers"),
+            (lambda: with_adapter(tiny_teacher()), "q_proj.*without adapters"),
+            (lambda: quantised(tiny_teacher()), "q_proj.weight of the teacher's layer 0 is torch.int8"),
+            (lambda: offloaded(tiny_teacher()), "is not in memory"),
+        ],
+        ids=["heads", "norm", "angles", "layers", "family", "hybrid", "module", "adapter", "quantised", "offloaded"],
+    )
+    def test_another_teacher_is_refused(self, other, message):
+        student, ids = hh.convert(tiny_teacher(), [1]), tokens(1, 8)
+        expected = student(ids).logits
+        with pytest.raises(ValueError, match=message):
+            student.set_full_attention_layers([0, 1, 3], other())
+        assert student.full_attention_layers == [1] and torch.equal(student(ids).logits, expected)
+
+    def test_a_restored_layer_is_the_teachers_after_loading_too(self, tmp_path):
+        """Of a teacher that is evaluated, frozen and hooked, and made for another length."""
+        teacher, ids = tiny_teacher(max_position_embeddings=2048), tokens(2, 12)
+        calls = []
+        teacher.base_model.layers[0].self_attn.register_forward_hook(lambda *args: calls.append(1))
+        teacher.base_model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *args: calls.append(2))
+        teacher.requires_grad_(False)
+        student = hh.convert(tiny_teacher(), [])
+        student.save_pretrained(tmp_path / "linear")
+        student = hh.HybridForCausalLM.from_pretrained(tmp_path / "linear")
+        student.set_full_attention_layers([0, 2], teacher)
+        expected = hh.convert(tiny_teacher(), [0, 2])
+        for layer in (0, 2):
+            found, wanted = (model.base_model.layers[layer].self_attn for model in (student, expected))
+            assert type(found) is type(wanted) and found.state_dict().keys() == wanted.state_dict().keys()
+            for name, parameter in found.named_parameters():
+                assert torch.equal(parameter, wanted.get_parameter(name)) and parameter.requires_grad
+        logits = student(ids).logits
+        assert not calls
+        student.save_pretrained(tmp_path / "restored")
+        assert torch.equal(hh.HybridForCausalLM.from_pretrained(tmp_path / "restored")(ids).logits, logits)
+
+    def test_the_report_follows(self):
+        teacher, student = tiny_teacher(), hh.convert(tiny_teacher(), [1])
+        student.set_full_attention_layers([0, 2], teacher)
+        expected = hh.convert(teacher, [0, 2]).conversion_report
+        assert str(student.conversion_report) == str(expected)
+        assert student.conversion_report.created == expected.created
+
     def test_restoring_needs_the_teacher(self):
         student = hh.convert(tiny_teacher("qwen3"), [])
         with pytest.raises(ValueError, match="pass teacher="):
@@ -211,7 +280,14 @@ class TestLayers:
 class TestErrors:
     @pytest.mark.parametrize(
         ("layers", "message"),
-        [([31], "outside 0..3"), ([-1], "outside 0..3"), ([1, 1], "twice"), (["x"], "not a list"), (5, "not a list")],
+        [
+            ([31], "outside 0..3"),
+            ([-1], "outside 0..3"),
+            ([1, 1], "twice"),
+            (["x"], "not a list"),
+            (5, "not a list"),
+            ((layer for layer in (1.5, 2.5)), "not a list of layer indices"),
+        ],
     )
     def test_layers(self, layers, message):
         with pytest.raises(ValueError, match=message):
@@ -228,6 +304,36 @@ class TestErrors:
             hh.convert(tiny_teacher(), [], kernel="cuda")
         with pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
             hh.convert(tiny_teacher(), [], kernel="fla")(tokens(1, 4))
+
+    def test_the_kernel_is_whoever_runs_the_models(self, tmp_path):
+        """It may be set on a model that there is, and is in no checkpoint; earlier releases stored it."""
+        model, ids = hh.convert(tiny_teacher(), [1]), tokens(1, 4)
+        model.config.kernel = "fla"
+        with pytest.raises(RuntimeError, match="tensors are on 'cpu'"):
+            model(ids)
+        with pytest.raises(ValueError, match="'auto', 'torch' or 'fla'"):
+            model.config.kernel = "cuda"
+        model.save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "config.json").read_text())
+        assert "kernel" not in stored
+        (tmp_path / "config.json").write_text(json.dumps(stored | {"kernel": "fla"}))
+        assert hh.HybridForCausalLM.from_pretrained(tmp_path).config.kernel == "auto"
+        given = hh.HybridForCausalLM.from_pretrained(tmp_path, kernel="torch")
+        assert given.config.kernel == given.base_model.layers[0].self_attn.kernel == "torch"
+        model.config.kernel = "torch"
+        assert torch.equal(given(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize("full_attention_layers", [[], [0, 1, 3]])
+    def test_a_config_that_is_changed_on_a_model(self, full_attention_layers, tmp_path):
+        model = hh.convert(tiny_teacher(), [1])
+        model.config.full_attention_layers = full_attention_layers
+        layer = 1 if not full_attention_layers else 0
+        for use in (lambda: model(tokens(1, 4)), lambda: model.save_pretrained(tmp_path)):
+            with pytest.raises(ValueError, match=f"layer {layer} has .*Use set_full_attention_layers"):
+                use()
+        assert not list(tmp_path.glob("*.safetensors"))
+        model.config.full_attention_layers = [1]
+        model(tokens(1, 4))
 
     def test_teacher_without_self_attention(self):
         from transformers import GPT2Config
