@@ -23,7 +23,7 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     if text and not (options.dataset or options.data_files):
         option = next(name for name in TEXT_FIELDS if getattr(options, name) is not None).replace("_", "-")
         raise ValueError(f"--{option} was given without a text to measure on; add --data-files or --dataset.")
-    if options.teacher_revision is not None and not options.teacher:
+    if options.teacher_revision is not None and options.teacher is None:
         raise ValueError(f"--teacher-revision {options.teacher_revision!r} needs --teacher, the model it is one of.")
     check_numbers(options, batch_size=(1, math.inf))
     import torch
@@ -37,7 +37,7 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     model = load_model(options.model, trust_remote_code=remote, revision=options.revision).to(device)
     tokenizer = load_tokenizer(options.model, trust_remote_code=remote, revision=options.revision)
     teacher = None
-    if options.teacher:
+    if options.teacher is not None:
         teacher = load_pair(options.teacher, trust_remote_code=remote, revision=options.teacher_revision)[0].to(device)
     rows = None
     if text:

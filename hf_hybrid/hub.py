@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from hf_hybrid.modeling import HybridConfig
+from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.modeling.model_card import GENERATED
 from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.durable import read_json, read_record
@@ -148,6 +149,8 @@ def _find(folder: Path) -> tuple[Path, Path | None]:
 def _check(model: Path) -> set[str]:
     """The names of the weights and of the code of a model, or a `ValueError` that says what it lacks."""
     config = _read(model / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{model / 'config.json'} is a {type(config).__name__}; save the model again.")
     if config.get("model_type") != HybridConfig.model_type:
         raise ValueError(f"{model} holds a {config.get('model_type')!r} model, no hybrid; push it with transformers.")
     if not (model / "tokenizer_config.json").is_file():
@@ -168,7 +171,23 @@ def _check(model: Path) -> set[str]:
             raise _lacks(model, name)
     if not config.get("auto_map"):
         raise ValueError(f"{model} has no code, so nobody could load it; save it with save_pretrained().")
+    if config.get("architectures") == [HybridForCausalLM.__name__]:
+        _check_size(model, config)
     return names
+
+
+def _check_size(model: Path, config: dict[str, Any]) -> None:
+    """Raises a `ValueError` where the weights are fewer than the config asks for, without loading them."""
+    if not isinstance(config.get("text_config"), dict):
+        raise ValueError(f"the config.json of {model} has lost its text_config, the teacher's; save the model again.")
+    with torch.device("meta"):
+        skeleton = HybridForCausalLM(AutoConfig.from_pretrained(model))
+    wanted, there = sum(parameter.numel() for parameter in skeleton.parameters()), _parameters(model)
+    if there < wanted:
+        raise ValueError(
+            f"the weights in {model} do not fill its config.json: it asks for {wanted:,} parameters, they are "
+            f"{there:,}. Save the model again."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

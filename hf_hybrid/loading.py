@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-import hf_hybrid.modeling  # noqa: F401  registers the hybrid with the Auto classes
+from hf_hybrid.modeling import HybridConfig  # which registers the hybrid with the Auto classes
 
 from .adapters import merged
 from .embedded import embedded_teacher, embedded_tokenizer
@@ -125,12 +125,16 @@ def _load(
     if adapter is not None:
         return _load_merged(path, Path(adapter).parent, dtype, trust_remote_code, revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    with _explained(path):
+        stored = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+    if not isinstance(stored, dict):
+        raise ValueError(f"the config.json of {path} is a {type(stored).__name__}; restore the one of the model.")
+    if stored.get("model_type") == HybridConfig.model_type and not isinstance(stored.get("text_config"), dict):
+        # Otherwise the defaults of Llama, a model of billions of parameters, all of them random.
+        raise ValueError(f"the config.json of {path} has lost its text_config, the teacher's; restore that file.")
     method = None
-    if dequantise:
-        with _explained(path):
-            stored = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
-            quantisation = stored.get("quantization_config") if isinstance(stored, dict) else None
-            method = None if quantisation is None else str(quantisation.get("quant_method"))
+    if dequantise and stored.get("quantization_config") is not None:
+        method = str(stored["quantization_config"].get("quant_method"))
         if method in _DEQUANTISED_WHILE_LOADING:
             options["quantization_config"] = _DEQUANTISED_WHILE_LOADING[method](dequantize=True)
     with _explained(path), _without_report(), warnings.catch_warnings():

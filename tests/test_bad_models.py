@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import tiny_recipe
 from safetensors.torch import load_file, save_file
 from teachers import tiny_teacher
 from transformers import (
@@ -202,7 +203,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no model type": (configured(model_type=None), "holds no model that transformers knows"),
     "an unknown model type": (configured(model_type="qwen99"), "is of the type 'qwen99', which transformers"),
     "an empty config": (written("config.json", b"{}"), "holds no model that transformers knows"),
-    "a config that is a list": (written("config.json", b"[1, 2]"), "holds no model that transformers knows"),
+    "a config that is a list": (written("config.json", b"[1, 2]"), "the config.json of mine is a list"),
     "a config that is empty": (written("config.json", b""), "is not a valid JSON file"),
     "a config cut off": (written("config.json", b'{"model_type": "qwen3", '), "is not a valid JSON file"),
     "a config of bytes": (written("config.json", bytes(range(128, 256))), "is not a valid JSON file"),
@@ -335,3 +336,111 @@ def test_a_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkey
             load(name)
         assert NAMES[name] in str(raised.value)
     assert time.monotonic() - start < 15
+
+
+# A few kinds for each of the other commands: they load models the same way.
+KINDS = [
+    "more layers in the config",
+    "fewer layers in the config",
+    "another vocabulary",
+    "weights cut off",
+    "a shard missing",
+    "a config cut off",
+    "no model type",
+    "no config",
+    "an empty folder",
+    "no tokenizer",
+    "an encoder-decoder",
+    "NaN in the weights",
+]
+
+
+def commands(teacher: str, texts: Path) -> dict[str, list[str]]:
+    Path("recipe.yaml").write_text(json.dumps(tiny_recipe(teacher, str(texts))))
+    score = ["score", teacher, "--method", "zero-shot", "--k", "1", "--data-files", f"{texts}/*"]
+    return {
+        "run": ["run", "recipe.yaml", "--output", "out"],
+        "score": [*score, "--block-size", "32", "--output", "out"],
+        "evaluate": ["evaluate", teacher],
+        "evaluate beside it": ["evaluate", "good", "--teacher", teacher],
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_folder_given_to_the_other_commands(
+    name: str, bad: Callable[[str], str], sources: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    message = bad(name)
+    Path("good").symlink_to(sources[0])
+    for command, arguments in commands("mine", sources[1]).items():
+        assert message in sentence(capsys, *arguments), command
+
+
+@pytest.mark.parametrize("name", ["./nope", "nope.gguf", "model.gguf", "", "two words"])
+def test_a_name_given_to_the_other_commands(
+    name: str,
+    sources: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good").symlink_to(sources[0])
+    Path("model.gguf").write_bytes(b"GGUF")
+    for command, arguments in commands(name, sources[1]).items():
+        line = sentence(capsys, *arguments)
+        assert NAMES[name] in line or (name == "" and "teacher" in line), (command, line)
+
+
+# What is done to the folder of a finished hybrid, and what `push` and `evaluate` then say.
+HYBRIDS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights cut off": (truncated, "damaged"),
+    "no weights": (without("model.safetensors"), "model.safetensors"),
+    "no config": (without("config.json"), "config.json"),
+    "a config cut off": (written("config.json", b'{"model_type": '), "JSON"),
+    "a config that is a list": (written("config.json", b"[]"), "the config.json of mine is a list"),
+    "another model's config": (configured(model_type="llama"), "mine"),
+    "other layers linear": (
+        lambda folder: nested(folder, layer_types=["full_attention", *["linear_attention"] * 3]),
+        "mine",
+    ),
+    "an unknown mixer": (configured(mixer="rwkv9"), "mixer='rwkv9' is unknown"),
+    "no teacher's config": (configured(text_config=None), "the config.json of mine has lost its text_config"),
+    "a tensor lost": (tensors(lambda w: w.pop("model.layers.0.self_attn.A_log")), "A_log) is missing"),
+}
+
+
+def nested(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    configured(text_config=config["text_config"] | changes)(folder)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_that_is_damaged(
+    name: str,
+    sources: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", str(sources[0]), "--full-attention-layers", "1", "--output", "mine"]) == 0
+    change, message = HYBRIDS[name]
+    change(Path("mine"))
+    assert message in sentence(capsys, "evaluate", "mine")
+    if name != "other layers linear":  # as many layers of each kind: only loading it shows
+        sentence(capsys, "push", "mine", "me/mine", "--dry-run")
+
+
+def test_a_folder_that_may_not_be_read(bad: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root nothing is forbidden, so the system's refusal is made up."""
+    bad("no tokenizer")
+
+    def refuse(*args: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "mine")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(
+        ValueError, match=r"the folder mine cannot be read \(Permission denied\); change its permissions"
+    ):
+        hh.convert("mine", [1])
