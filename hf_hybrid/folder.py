@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from hf_hybrid.trainers.checkpoints import damage, seal
 from hf_hybrid.trainers.durable import PARTIAL, read_json, sync_directory, sync_tree, write_json
-from hf_hybrid.trainers.scoring import method_of
+from hf_hybrid.trainers.scoring import MOVED, method_of
 
 from .recipe import Recipe
 
@@ -137,7 +137,9 @@ def _first_stage(there: Recipe, here: Recipe) -> str:
     decides = {"mixer": "align", "mixer_options": "align", "training": "align"}
     stages = [decides.get(key, key if key in ARTEFACTS else "data") for key in changed]
     scored = [recipe.score for recipe in (there, here) if recipe.score is not None]
-    if "select" in changed and any(method_of(score.method).depends_on_k(score.options) for score in scored):
+    if "select" in changed and any(
+        score.method in MOVED or method_of(score.method).depends_on_k(score.options) for score in scored
+    ):
         stages.append("score")  # these scores are of sets of as many layers as are kept
     return min(stages, key=list(ARTEFACTS).index)
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_hybrid.trainers import AlignmentConfig, DistillationConfig
 from hf_hybrid.trainers.durable import write_text
-from hf_hybrid.trainers.scoring import method_of
+from hf_hybrid.trainers.scoring import MOVED, method_of
 
 from .data import DataConfig
 from .schema import parse, read_yaml, typed, unknown_key
@@ -230,7 +230,8 @@ class SelectStage:
     context: int | None = None
 
     def __post_init__(self) -> None:
-        check_selector(self.selector)
+        if self.selector not in MOVED:
+            check_selector(self.selector)
         ways = ("k", "fraction", "layers", "cache_bytes")
         given = [name for name in ways if getattr(self, name) is not None]
         if len(given) != 1:
@@ -381,7 +382,7 @@ class Recipe:
 
     def _check_scores(self) -> None:
         method = None if self.score is None else self.score.method
-        if method is not None:
+        if method is not None and method not in MOVED:  # what an earlier version ran can be told, and not run
             method_of(method, "score.method")
         selector = self.select.selector
         if self.select.layers is not None or selector in POSITIONAL or selector == method:

@@ -75,7 +75,7 @@ def scoring_recipe(
 
 def needs_alignment(recipe: Recipe) -> bool:
     """Whether the score stage of `recipe` starts from an aligned student."""
-    return recipe.score is None or method_of(recipe.score.method).needs_student
+    return recipe.score is None or method_of(recipe.score.method, "score.method").needs_student
 
 
 def check_score_stage(recipe: Recipe, teacher: Any) -> None:

@@ -1,17 +1,22 @@
 """What a folder of scores takes for its own, and where a killed run inside of one layer goes on."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
 import datasets
 import pytest
 import torch
+from runs import copy_run
 from scored import LAYERS, LENGTH, Stop, arguments, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import run_recipe, score_part
 from hf_hybrid.trainers.durable import held
+from hf_hybrid.trainers.scoring_job import Job
 
 
 STEPS = 4
@@ -44,6 +49,30 @@ class TestOrigin:
         assert not (folder / "layer_002.json").exists() and not (tmp_path / "aside" / "layer_002.json").exists()
         found = score(*pair, tmp_path, "ga-s2", **long)
         assert [s.tokens for s in found.scores] == [4 * 4 * LENGTH] * LAYERS and found.notes == []
+
+    def test_nor_does_a_job_of_the_command_line(self, finished, tmp_path, monkeypatch):
+        """`--layers 2` is training while `--from score` makes scores of four times the tokens."""
+        copy_run(finished.folder, tmp_path / "run", "score")
+        short = Recipe.load(tmp_path / "run" / "recipe.yaml")
+        long = dataclasses.replace(short, score=dataclasses.replace(short.score, tokens_per_layer=8 * 4 * 64))
+        distil, outlived = Job.distil, []
+
+        def outliving(job, name, **given):
+            distil(job, name, **given)
+            if not outlived:
+                outlived.append(name)
+                run_recipe(long, tmp_path / "run", start_from="score", stop_after="score")
+                (tmp_path / "run" / "scores.json").unlink()
+                (tmp_path / "run" / "scores" / "layer_002.json").unlink()
+
+        monkeypatch.setattr(Job, "distil", outliving)
+        (tmp_path / "run" / "scores").mkdir()  # so that there is something to set aside
+        with pytest.raises(
+            ValueError, match="was set aside, or has other scores, since this call began; its layer_002"
+        ):
+            score_part(short, tmp_path / "run", [2])
+        result = run_recipe(long, tmp_path / "run", stop_after="score")
+        assert [s.tokens for s in result.scores.scores] == [8 * 4 * 64] * 4
 
     def test_nor_is_it_taken_where_it_wrote_after_all(self, pair, tmp_path):
         for name, steps in (("short", 1), ("long", 4)):

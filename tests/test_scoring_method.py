@@ -6,9 +6,14 @@ from typing import Annotated, Literal
 
 import pytest
 from compared import COMPARED
+from runs import copy_run
 from scored import DEAD, LENGTH, Stop, arguments, rows, score
 
 import hf_hybrid as hh
+from hf_hybrid.folder import claim
+from hf_hybrid.hub import provenance_of
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import run_recipe
 from hf_hybrid.trainers import LayerScore
 from hf_hybrid.trainers.scoring import METHODS, Range, ScoringMethod, check_placement, check_request, method_of
 from hf_hybrid.trainers.scoring_method import table
@@ -118,6 +123,26 @@ def test_what_moved_says_where_it_went(name):
     ):
         method_of(name)
     assert name not in METHODS and method_of(COMPARED[name]) is COMPARED[name]
+
+
+def test_a_run_of_before_is_known_and_goes_on_by_another_method(finished, tmp_path):
+    """It can be pushed, and its scores made by another method; the old one is refused before anything is done."""
+    folder = tmp_path / "run"
+    copy_run(finished.folder, folder, "distill")
+    for name in ("recipe.yaml", "scores.json"):
+        text = (folder / name).read_text().replace("ga-s2", "gates")
+        (folder / name).write_text(text)
+    old = provenance_of(folder)
+    assert (old.recipe.score.method, old.recipe.select.selector, old.scores.method) == ("gates", "gates", "gates")
+    for given in ({}, {"start_from": "score"}):
+        with pytest.raises(ValueError, match="score.method='gates' is no longer in the package"):
+            run_recipe(old.recipe, folder, **given)
+    new = Recipe.load(finished.folder / "recipe.yaml")
+    with pytest.raises(
+        ValueError, match="belongs to another recipe .*score.method: 'gates' here, 'ga-s2' there.*--from score"
+    ):
+        claim(folder, new)
+    assert "set_aside/1/scores.json" in claim(folder, new, "score")
 
 
 def test_names_are_those_of_the_records():

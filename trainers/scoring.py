@@ -29,6 +29,7 @@ from .teacher_trainer import check_pair
 
 __all__ = [
     "METHODS",
+    "MOVED",
     "LayerScore",
     "LayerScores",
     "Range",
@@ -45,15 +46,17 @@ METHODS: dict[str, ScoringMethod] = {
     for method in (GA_S2, VERIFIED, GA_S1, ZERO_SHOT, ZERO_SHOT_LINEARISE, ZERO_SHOT_REMOVAL, ABLATION_KL, *RULES)
 }
 # Were here before; they exist to be compared with, and are chosen by none who saw docs/selection.md.
-_MOVED = ("gr-s2", "avg-s2", "shared", "distilled-greedy", "zero-shot-greedy", "gates", "path-gradient", "smart")
-_MOVED += ("ablation-ppl", "ablation-recall", "attention-mse", "block-influence")
+MOVED: tuple[str, ...] = (
+    *("gr-s2", "avg-s2", "shared", "distilled-greedy", "zero-shot-greedy", "gates", "path-gradient", "smart"),
+    *("ablation-ppl", "ablation-recall", "attention-mse", "block-influence"),
+)
 
 
 def method_of(method: str | ScoringMethod, given_as: str = "method") -> ScoringMethod:
     """The record of a method, which is that record or the name of one in `METHODS`; else a `ValueError`."""
     if isinstance(method, ScoringMethod):
         return method
-    if method in _MOVED:
+    if method in MOVED:
         raise ValueError(
             f"{given_as}={method!r} is no longer in the package but with its benchmark, in benchmarks/compared: from "
             f"Python, pass COMPARED[{method!r}] of that folder to score_layers. Or choose one of {list(METHODS)}."

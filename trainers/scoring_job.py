@@ -320,6 +320,7 @@ class Job:
         path = self._checkpoints_of(name)
         if path is None:
             return None
+        self.check_claim(name)  # before it costs a run
         path.mkdir(parents=True, exist_ok=True)
         return path if stack.enter_context(held(path / ".lock")) else None
 
