@@ -131,7 +131,7 @@ def merged(model: PeftModel) -> tuple[PreTrainedModel, str]:
     how much its logits changed: a merged weight is rounded to the dtype of the model's.
     """
     kind = model.active_peft_config.peft_type
-    before, autocast = sound_logits(model)
+    before, precision = sound_logits(model)
     try:
         whole = model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, ValueError) as error:  # soft prompts, mixtures of adapters
@@ -139,7 +139,7 @@ def merged(model: PeftModel) -> tuple[PreTrainedModel, str]:
             f"the teacher's adapter of type {getattr(kind, 'value', kind)} cannot be merged into weights ({error}); "
             "give a teacher without one."
         ) from error
-    difference = (probe(whole, autocast) - before).abs().max().item()
+    difference = (probe(whole, precision) - before).abs().max().item()
     return (
         whole,
         f"its adapter was merged into its weights: its logits on {PROBE_TOKENS} tokens differ by {difference:.1e}",

@@ -271,12 +271,12 @@ def logit_difference(teacher: PreTrainedModel, student: HybridForCausalLM) -> fl
 
     Raises a `ValueError` where it is not 0, or, for a teacher whose logits differ from call to call, not of that size.
     """
-    wanted, autocast = sound_logits(teacher)
+    wanted, precision = sound_logits(teacher)
     with _softmax_everywhere(student, teacher):
-        difference = (probe(student, autocast) - wanted).abs().max().item()
+        difference = (probe(student, precision) - wanted).abs().max().item()
     if difference == 0:
         return difference
-    noise = (probe(teacher, autocast) - wanted).abs().max().item()
+    noise = (probe(teacher, precision) - wanted).abs().max().item()
     if not difference <= _TIMES_ITS_OWN_NOISE * noise:
         raise ValueError(
             f"the copy is not the teacher: with softmax in every layer its logits differ by {difference:.1e} (the "

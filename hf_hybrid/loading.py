@@ -102,20 +102,32 @@ def prepared_teacher(
 
 
 def load_model(
-    path: str | os.PathLike, *, dtype: Any = "auto", trust_remote_code: bool = False, revision: str | None = None
+    path: str | os.PathLike,
+    *,
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    kernel: str | None = None,
 ) -> Any:
     """
     Returns a causal language model in eval mode, from safetensors files only.
 
     `revision` is a branch, tag or commit of a model on the Hub, by default its main branch. A checkpoint that lacks
     some of the tensors that its config asks for, has more of them, or has them in another shape, is an error: the
-    library would fill the gaps with random numbers.
+    library would fill the gaps with random numbers. `kernel` is for a hybrid, see [`convert`]; by default that of its
+    config.
     """
-    return _load(path, dtype, trust_remote_code, revision, dequantise=False)[0]
+    return _load(path, dtype, trust_remote_code, revision, dequantise=False, kernel=kernel)[0]
 
 
 def _load(
-    path: str | os.PathLike, dtype: Any, trust_remote_code: bool, revision: str | None, *, dequantise: bool
+    path: str | os.PathLike,
+    dtype: Any,
+    trust_remote_code: bool,
+    revision: str | None,
+    *,
+    dequantise: bool,
+    kernel: str | None = None,
 ) -> tuple[Any, list[str]]:
     check_name(path)
     check_folder(path)
@@ -125,6 +137,8 @@ def _load(
     if adapter is not None:
         return _load_merged(path, Path(adapter).parent, dtype, trust_remote_code, revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if kernel is not None:
+        options["kernel"] = kernel
     with _explained(path):
         stored = PreTrainedConfig.get_config_dict(path, revision=revision)[0]
     if not isinstance(stored, dict):

@@ -6,29 +6,30 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_hybrid.trainers.modes import evaluating
+from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 
 PROBE_TOKENS = 16
 
 
 @torch.no_grad()
-def probe(model: Any, autocast: bool) -> torch.Tensor:
+def probe(model: Any, precision: Precision) -> torch.Tensor:
     """Logits in fp32 `[1, tokens, vocabulary]` over a few tokens from all over the vocabulary."""
     length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
     ids = torch.arange(length, device=model.device) * (model.config.vocab_size // length)
-    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+    with evaluating(model), precision.running(model.device):
         return model(ids[None], use_cache=False).logits.float()
 
 
-def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, bool]:
-    """The teacher's logits, and whether autocast is needed for them, as it is for layers of several dtypes."""
-    autocast = False
+def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, Precision]:
+    """The teacher's logits, and what it runs in: under autocast only where its layers of several dtypes need that."""
+    precision = AS_LOADED
     try:
         try:
-            logits = probe(teacher, autocast)
+            logits = probe(teacher, precision)
         except RuntimeError:
-            autocast = True
-            logits = probe(teacher, autocast)
+            precision = Precision(torch.bfloat16)
+            logits = probe(teacher, precision)
     except Exception as error:  # whatever its code makes of a config that cannot be
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -36,4 +37,4 @@ def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, bool]:
         ) from error
     if not torch.isfinite(logits).all():
         raise ValueError("the teacher's logits are not finite; give a sound teacher, or another dtype.")
-    return logits, autocast
+    return logits, precision
