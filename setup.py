@@ -71,7 +71,8 @@ setup(
         "trl>=1.16",
     ],
     extras_require={
-        "gpu": ["flash-linear-attention>=0.6,<0.7", "triton>=3.3"],
+        # Triton 3.4.0 to 3.7.0 computes wrong gradients on Hopper.
+        "gpu": ["flash-linear-attention>=0.6,<0.7", "triton>=3.7.1"],
         "test": TEST,
         "dev": [*TEST, "pre-commit"],
     },

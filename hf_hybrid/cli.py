@@ -62,7 +62,7 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, RuntimeError):
         if "PytorchStreamWriter" in text or "No space left" in text:
             return f"writing a checkpoint failed ({text}); free some space and run the same command again."
-        return text if text.startswith(("kernel=", "the main process failed")) else None
+        return text if text.startswith("the main process failed") else None
     return text
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from typing import Any
 
 from .cli_text import TEXT_FIELDS, add_text_options, check_numbers, text_of
@@ -29,12 +30,15 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     import torch
 
     from .data import DataConfig, first_rows
+    from .environment import describe_kernels
     from .evaluation import evaluate_model
     from .loading import load_model, load_pair, load_tokenizer
 
     remote = options.trust_remote_code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = load_model(options.model, trust_remote_code=remote, revision=options.revision).to(device)
+    if model.config.model_type == "hf_hybrid":
+        print(describe_kernels(device, model.config.kernel), file=sys.stderr)
     tokenizer = load_tokenizer(options.model, trust_remote_code=remote, revision=options.revision)
     teacher = None
     if options.teacher is not None:

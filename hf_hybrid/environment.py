@@ -19,10 +19,29 @@ _PACKAGES = {
 }
 
 
+# Of one layer, forward and backward, on an H100: docs/performance.md.
+TORCH_ON_CUDA = "7 to 9 times as slow as"
+
+
 def describe_environment() -> dict[str, Any]:
     """Returns versions (None for what is not installed), and for each device which kernel runs there and why."""
     versions = {"python": platform.python_version(), **{name: _version(dist) for name, dist in _PACKAGES.items()}}
     return {"platform": platform.platform(), "versions": versions, "devices": _devices()}
+
+
+def describe_kernels(device: Any, kernel: str = "auto") -> str:
+    """
+    Which implementation runs the recurrences on `device`, why, and what it costs; one sentence. Raises a `ValueError`
+    where `kernel="fla"` cannot run there.
+    """
+    from hf_hybrid.modeling.kernels import use_fla, why_not_fla
+
+    if use_fla(device, kernel):
+        return f"the recurrences run in fla's kernels on {device.type} (triton {_version('triton')})"
+    if device.type != "cuda":
+        return f"the recurrences run in torch on {device.type}; fla's kernels need a CUDA device"
+    reason = "kernel='torch' asks for it" if kernel == "torch" else why_not_fla()
+    return f"the recurrences run in torch on cuda, {TORCH_ON_CUDA} fla's kernels: {reason}"
 
 
 def _version(distribution: str) -> str | None:
@@ -48,10 +67,6 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _kernel(device: Any) -> dict[str, str]:
-    from hf_hybrid.modeling.kernels import use_fla, why_not_fla
+    from hf_hybrid.modeling.kernels import use_fla
 
-    if use_fla(device):
-        return {"kernel": "fla", "why": "a CUDA device, and fla's operators import"}
-    if device.type != "cuda":
-        return {"kernel": "torch", "why": f"fla's kernels need CUDA tensors, these are on {device.type}"}
-    return {"kernel": "torch", "why": why_not_fla() or "fla was not chosen"}
+    return {"kernel": "fla" if use_fla(device) else "torch", "why": describe_kernels(device)}

@@ -24,6 +24,7 @@ from . import __version__
 from .card import save_model
 from .conversion import check_teacher, convert
 from .data import CutRows, RowSets, build_rows, load_rows
+from .environment import describe_kernels
 from .evaluation import Evaluation, evaluate_model
 from .folder import ARTEFACTS, check_whole, publish
 from .inputs import check_inputs, load_run_pair
@@ -126,6 +127,7 @@ class Pipeline:
     def _check(self) -> None:
         """Finds what cannot work before hours are spent on the stages before it."""
         recipe = self.recipe
+        self.say_kernels()
         check_training(recipe, self.folder, self.teacher)
         check_teacher(self.teacher)
         changed = on_main(lambda: check_inputs(self.folder, self.teacher, self.tokenizer))
@@ -141,6 +143,10 @@ class Pipeline:
             select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
         check_score_stage(recipe, self.teacher)
         self.checked = True
+
+    def say_kernels(self) -> None:
+        """Says what will run the recurrences; a `ValueError` where the recipe asks for what cannot."""
+        self.listener(Event("run", "note", text=describe_kernels(self.device, self.recipe.kernel)))
 
     @functools.cached_property
     def device(self) -> torch.device:

@@ -140,7 +140,9 @@ def score_part(
     on_main(lambda: claim(folder, recipe))
     for name in needed:
         on_main(functools.partial(check_origin, recipe, folder, name))
-    return Pipeline(recipe, folder, _in_main(progress)).measure_scores(layers)
+    pipeline = Pipeline(recipe, folder, _in_main(progress))
+    pipeline.say_kernels()
+    return pipeline.measure_scores(layers)
 
 
 def _enter(folder: Path, recipe: Recipe, start_from: str | None, stack: contextlib.ExitStack) -> list[str]:

@@ -185,7 +185,7 @@ def use_fla(device: torch.device, kernel: str = "auto") -> bool:
     if reason is None:
         return True
     if kernel == "fla":
-        raise RuntimeError(f"kernel='fla' cannot run: {reason}. Use kernel='auto' or 'torch', or mend the cause.")
+        raise ValueError(f"kernel='fla' cannot run: {reason}. Use kernel='auto' or 'torch', or mend the cause.")
     return False
 
 

@@ -10,6 +10,8 @@ import json
 
 import pytest
 import torch
+from runs import tiny_recipe
+from safetensors import safe_open
 from scored import EVERY, LAYERS, arguments, rows, score, weak_student
 from teachers import tiny_teacher, tokens
 
@@ -17,6 +19,8 @@ import hf_hybrid as hh
 from hf_hybrid.evaluation import evaluate_model
 from hf_hybrid.modeling import MIXERS
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import run_recipe
 from hf_hybrid.trainers import HybridTrainer, HybridTrainingArguments
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
@@ -258,3 +262,25 @@ class TestWhatTrains:
         assert {loss.dtype for loss in found.values()} == {torch.float32}
         for layer, loss in found.items():
             assert loss.item() == pytest.approx(expected[layer].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("training", [{"bf16": True}, {}], ids=["autocast", "weights"])
+def test_a_run_from_a_bf16_teacher(training, sources, tmp_path):
+    """As the shipped recipes: the student trains in fp32 in every stage, and the finished model is in bf16."""
+    stage = {"batch_size": 4, "learning_rate": 7e-6, "mixer_learning_rate": 1e-3, "tokens": 2 * 4 * 32}
+    recipe = tiny_recipe(*sources, dtype="bfloat16", training={"use_cpu": True, **training})
+    recipe["data"]["block_size"] = 32
+    recipe |= {"align": stage, "distill": stage | {"teacher_topk": 20}, "finetune": stage}
+    recipe["score"] = {"method": "verified", "tokens_per_layer": 4 * 32, "batch_size": 4}
+    recipe["select"] = {"selector": "verified", "k": 1}
+    result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
+    assert result.scores.precision == f"{BF16 if training else AS_LOADED} (teacher bfloat16, student float32)"
+    stored = {}
+    for name in ("aligned", "distilled", "finetuned", "model"):
+        with safe_open(result.folder / name / "model.safetensors", "pt") as tensors:
+            stored[name] = tensors.get_tensor("model.layers.1.mlp.up_proj.weight")
+    assert [tensor.dtype for tensor in stored.values()] == [torch.float32] * 3 + [torch.bfloat16]
+    # Trained at the paper's rate, by steps that bf16 would have lost.
+    assert (stored["aligned"] != stored["distilled"]).float().mean() > 0.9
+    assert (stored["distilled"] != stored["finetuned"]).float().mean() > 0.9
+    assert (stored["aligned"].bfloat16() == stored["distilled"].bfloat16()).float().mean() > 0.9
