@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from teachers import tiny_teacher
 
 from hf_hybrid import cli
+from hf_hybrid.conversion import convert
 from hf_hybrid.environment import describe_kernels
 from hf_hybrid.folder import ARTEFACTS
+from hf_hybrid.loading import load_model
 from hf_hybrid.modeling import kernels
 
 
@@ -94,6 +97,13 @@ class TestWhatIsSaid:
     def test_the_extra_asks_for_a_triton_that_may_be_used(self):
         (triton,) = re.findall(r'"triton>=([\d.]+)"', Path(__file__).parents[1].joinpath("setup.py").read_text())
         assert tuple(map(int, triton.split("."))) == kernels._BROKEN_ON_HOPPER[1]
+
+
+@pytest.mark.parametrize("kernel", ["torch", "fla", None])
+def test_a_model_is_loaded_with_the_kernel_of_whoever_loads_it(kernel, tmp_path):
+    convert(tiny_teacher(), [1]).save_pretrained(tmp_path)
+    model = load_model(tmp_path, kernel=kernel)
+    assert model.config.kernel == model.model.layers[0].self_attn.kernel == (kernel or "auto")
 
 
 def test_commands_say_it_first(case):
