@@ -99,7 +99,7 @@ def card_text(
     if made.recipe is not None and _looks_public(made.recipe.data.dataset):
         data.datasets = [made.recipe.data.dataset]
     data.eval_results = _results(made) or None
-    data.model_name = (repo_id if repo_id != HERE else _teacher_name(config, base, made.recipe)).split("/")[-1]
+    data.model_name = repo_id.split("/")[-1] if repo_id != HERE else _unnamed(config, base)
     sections = [
         f"---\n{data.to_yaml()}\n---\n{plain.GENERATED}",
         plain.introduction(config, _teacher_name(config, base, made.recipe), parameters),
@@ -112,6 +112,16 @@ def card_text(
         plain.citation(),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def placed(card: str, repo_id: str) -> str:
+    """Returns a card of ours as that of the repository `repo_id`: in its example, and beside its results."""
+    card = card.replace(f'path = "{HERE}"', f'path = "{repo_id}"')
+    named = ModelCard(card)
+    if named.data.eval_results is None:
+        return card
+    named.data.model_name = repo_id.split("/")[-1]
+    return str(named)
 
 
 def named_base(card: str, base_model: str) -> str:
@@ -150,6 +160,12 @@ def _teacher_name(config: Any, base: str | None, recipe: "Recipe | None") -> str
     if name == "embedded" or (recipe is not None and recipe.teacher == "embedded"):
         return "the small teacher that ships with hf_hybrid"
     return _public(name) if name else "a softmax-attention model"
+
+
+def _unnamed(config: Any, base: str | None) -> str:
+    """What a hybrid is called that has no name on the Hub yet: not as its teacher, whose figures these are not."""
+    teacher = base or config.teacher_name_or_path
+    return f"{_public(teacher).split('/')[-1]}-hybrid" if teacher else "hybrid"
 
 
 def _looks_public(name: str | None) -> TypeGuard[str]:

@@ -25,7 +25,7 @@ from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.durable import read_json, read_record
 
 from . import __version__
-from .card import HERE, PLOT, Provenance, named_base, write_card
+from .card import PLOT, Provenance, named_base, placed, write_card
 from .evaluation import Evaluation
 from .folder import ARTEFACTS
 from .origin import ORIGIN
@@ -229,8 +229,8 @@ def _made_for_hub(model: Path, run: Path | None, made: Path, repo_id: str, base_
         return written
     if text is not None and run is None:
         # The run that it tells of is not here; only its place, and perhaps its teacher, are known better.
-        placed = text.replace(f'path = "{HERE}"', f'path = "{repo_id}"')
-        (made / "README.md").write_text(named_base(placed, base_model) if base_model else placed, "utf-8")
+        text = placed(text, repo_id)
+        (made / "README.md").write_text(named_base(text, base_model) if base_model else text, "utf-8")
         return [*written, made / "README.md"]
     made_by = Provenance() if run is None else provenance_of(run)
     write_card(made, config, _parameters(model), made_by, repo_id=repo_id, base_model=base_model)

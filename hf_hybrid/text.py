@@ -29,7 +29,7 @@ def _open(source: "SourceConfig", seed: int) -> "FileTexts | DatasetTexts":
 
 def check_sources(config: "DataConfig") -> None:
     """Raises a `ValueError` where the local files of `config` are none, or no text, from the beginning of each."""
-    for source in config.all_sources():
+    for source in [] if config.source else config.all_sources():
         if source.text_files:
             files = find_files(source.text_files)
             if not any([_begins_with_text(path, source.text_column) for path in files]):

@@ -13,7 +13,7 @@ from runs import tiny_recipe, tiny_tokenizer
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.card import Provenance, card_text, named_base, save_model, share_sem, write_card
+from hf_hybrid.card import Provenance, card_text, named_base, placed, save_model, share_sem, write_card
 from hf_hybrid.evaluation import Evaluation
 from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.modeling.model_card import GENERATED, licence_of, plain_card
@@ -224,3 +224,16 @@ def test_a_card_is_well_formed(hybrid: Any, run: Path, tmp_path: Path) -> None:
     path.write_text(card_of(hybrid, provenance_of(run), repo_id="me/mine"))
     card = ModelCard.load(path)
     assert card.data.eval_results and card.data.model_name == "mine" and GENERATED in card.content
+
+
+def test_results_are_not_under_the_teacher_s_name(hybrid: Any, run: Path) -> None:
+    """Before a hybrid has a name of its own, its results are of its teacher's hybrid; pushed, of the repository."""
+    made = provenance_of(run)
+    card = card_of(hybrid, made)
+    teacher = hybrid.config.teacher_name_or_path
+    assert metadata(card)["model-index"][0]["name"] == (f"{Path(teacher).name}-hybrid" if teacher else "hybrid")
+    assert metadata(card_of(hybrid, made, base_model="somebody/big"))["model-index"][0]["name"] == "big-hybrid"
+    there = placed(card, "me/mine")
+    assert metadata(there)["model-index"][0]["name"] == "mine" and 'path = "me/mine"' in there
+    assert metadata(there) | {"model-index": None} == metadata(card) | {"model-index": None}
+    assert placed(card_of(hybrid, Provenance()), "me/mine").count("model-index") == 0

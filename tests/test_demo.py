@@ -42,6 +42,12 @@ def test_report(report):
         hybrid = made["hybrids"][name]
         assert hybrid["layers"] == layers and hybrid["kl"] > 0 and 0 <= hybrid["recall"] <= 1
     assert made["teacher"]["recall"] > 0.95
+    measured = json.loads((folder / "run" / "evaluation.json").read_text())
+    selected = made["hybrids"]["selected"]
+    # One measurement of a model, and one number of it everywhere.
+    assert (selected["kl"], selected["recall"]) == (measured["kl"], measured["recall"])
+    assert made["teacher"]["recall"] == measured["teacher_recall"]
+    assert f"| {measured['recall']:.4f} ± " in (folder / "run" / "model" / "README.md").read_text()
     assert made["tokens"]["distill"] == 2 * 3 * 256 and made["tokens"]["score"] == 6 * 3 * 256
     assert (folder / "scores.png").stat().st_size > 10_000
 
