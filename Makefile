@@ -54,6 +54,14 @@ test: $(READY) ## run the tests, but for the slow ones
 test-slow: $(READY) ## run the slow tests: kills by the dozen, two processes, every scoring method, compiled decoding
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
 
+# What depends on the release of transformers: the model, generation, caches, packing, saving and loading, trainers.
+VERSION_TESTS := $(addprefix tests/test_,library_versions.py checkpoints.py auto_model.py standalone.py model.py \
+	generation.py packing.py trainers.py)
+
+.PHONY: test-versions
+test-versions: $(READY) ## run a part of the tests on the oldest and the newest transformers (.venv-floor, .venv-newest)
+	OMP_NUM_THREADS=1 WORKERS=$(WORKERS) $(BIN)/python tests/versions.py $(VERSION_TESTS) $(PYTEST_ARGS)
+
 .PHONY: test-fla
 test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(FLA_BIN)/python -m pytest tests_fla $(PYTEST_ARGS)
@@ -95,6 +103,6 @@ format: $(READY) ## fix lint and format
 	$(BIN)/ruff format .
 
 .PHONY: clean
-clean: ## remove builds, caches and the demo's output (.venv and .venv-fla stay)
+clean: ## remove builds, caches and the demo's output (.venv and its kind stay)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output selection_quick
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

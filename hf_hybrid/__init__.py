@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         write_teacher_topk,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. Imported on first use: torch and transformers take seconds, `--help` must not.
 _HOME = {

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier releases of this package give what they gave, and carry this release's code once saved again."""
+"""Checkpoints of earlier releases give what they gave, and carry this release's code once they are saved again."""
 
 from pathlib import Path
 

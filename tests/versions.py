@@ -69,7 +69,9 @@ def run(name: str, version: str, tests: list[str]) -> bool:
         raise RuntimeError(f"{name} has transformers {found.strip()} and not {version}; remove the folder.")
     command = [python, "-m", "pytest", "-q", "-m", "not slow", "-n", os.environ.get("WORKERS", "2")]
     passed = subprocess.run([*command, "--dist", "loadscope", *tests], cwd=ROOT).returncode == 0
-    print(f"== transformers {version}: {'passed' if passed else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"== transformers {version}: {'passed' if passed else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True
+    )
     return passed
 
 
@@ -87,8 +89,10 @@ def main(tests: list[str]) -> int:
     for version, is_error in failed.items():
         if not is_error:
             print("!" * 100)
-            print(f"!! transformers {version}, newer than the {pin} that this release was made for, FAILS the tests above.")
-            print("!! setup.py admits it, so every new installation gets it. Nothing is blocked; mend it first of all.")
+            print(
+                f"!! transformers {version}, newer than the {pin} that this release was made for, FAILS tests above."
+            )
+            print("!! setup.py admits it: every new installation gets it. Nothing is blocked; mend it first of all.")
             print("!" * 100, flush=True)
     return int(any(failed.values()))
 
