@@ -35,6 +35,8 @@ BATCH, HEADS, KEY, VALUE = 2, 2, 16, 32
 DECAYS = {"near 1": lambda g: g * 1e-4, "near 0": lambda g: g - 8}
 # fp32: what both chunked forms lose grows with the decay summed over a chunk.
 TOLERANCE = 2e-5
+# fp16 has 11 bits.
+HALF_TOLERANCE = 4e-3
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,36 @@ class TestAgainstFla:
         found = dict(zip("os", entry(**inputs, seq_idx=seq_idx, kernel="fla"), strict=True))
         expected = reference(**{n: x.double() for n, x in inputs.items()}, seq_idx=seq_idx)
         assert_close(found, dict(zip("os", expected, strict=True)), TOLERANCE)
+        assert called == [f"fused_recurrent_{kind}"]
+
+    @pytest.mark.parametrize(("tokens", "packed"), [(20, False), (70, True)])
+    def test_dtypes_that_autocast_mixes(self, called: list[str], kind: str, tokens: int, packed: bool) -> None:
+        """
+        q and k in fp32 from rotary embeddings and norms, v in half precision: the kernels get v's dtype, and gradients
+        come back in each input's own. fp16 stands for bf16, of which the interpreter computes with the raw bits.
+        """
+        entry, reference, _ = ENTRIES[kind]
+        inputs = make_inputs(kind, tokens, state=not packed)
+        rounded = {name: x if name in ("g", "initial_state") else x.half() for name, x in inputs.items()}
+        options = {"seq_idx": torch.stack([seq_idx_of([3, tokens - 3]), seq_idx_of([tokens])])} if packed else {}
+        expected = run(reference, {name: x.double() for name, x in rounded.items()}, **options)
+        mixed = rounded | {name: rounded[name].float() for name in ("q", "k")}
+        for kernel in ("torch", "fla"):
+            found = run(entry, mixed, kernel=kernel, **options)
+            assert found["o"].dtype == torch.float16 and found["final_state"].dtype == torch.float32
+            assert all(found[f"d_{name}"].dtype == x.dtype for name, x in mixed.items())
+            assert_close(found, expected, HALF_TOLERANCE)
+        assert called == [f"chunk_{kind}"]
+
+    @torch.no_grad()
+    def test_half_precision_token_by_token(self, called: list[str], kind: str) -> None:
+        entry, reference, _ = ENTRIES[kind]
+        inputs = make_inputs(kind, 5)
+        mixed = inputs | {"v": inputs["v"].half()}
+        expected = reference(**{name: x.double() for name, x in mixed.items()})
+        found = entry(**mixed, kernel="fla")
+        assert found[0].dtype == torch.float16 and found[1].dtype == torch.float32
+        assert_close(dict(zip("os", found, strict=True)), dict(zip("os", expected, strict=True)), HALF_TOLERANCE)
         assert called == [f"fused_recurrent_{kind}"]
 
     @torch.no_grad()
