@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
+from hf_hybrid.modeling.adopted_attention import SOFTMAX_ALONE
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 
 from .adapters import merged
@@ -24,7 +25,7 @@ from .probe import PROBE_TOKENS, probe, sound_logits
 # it differs from itself.
 _TIMES_ITS_OWN_NOISE = 10
 # Why a tensor of the teacher's attention has no place in a linear layer, by the first part of its name.
-_SOFTMAX_ALONE = {"sinks": "a share of the softmax", "indexer": "picks the tokens of a sparse softmax"}
+_WHY_NOT_CARRIED = {"sinks": "a share of the softmax", "indexer": "picks the tokens of a sparse softmax"}
 
 
 @dataclass
@@ -70,7 +71,7 @@ class ConversionReport:
             f"  new: {len(self.created)} tensors, {sum(self.created.values()):,} parameters" + _suffixes(self.created),
             f"  not carried over: {len(self.not_carried)} tensors" + _suffixes(self.not_carried),
             *(
-                f"    {part}: {_SOFTMAX_ALONE[part]}"
+                f"    {part}: {_WHY_NOT_CARRIED[part]}"
                 for part in sorted({_place(name)[1] for name in self.not_carried})
             ),
         ]
@@ -256,7 +257,7 @@ def _check_accounts(report: ConversionReport, student: HybridForCausalLM) -> Non
             )
     for name in report.not_carried:
         owner, part = _place(name)
-        if owner not in mixers or part not in _SOFTMAX_ALONE:
+        if owner not in mixers or part not in SOFTMAX_ALONE:
             raise ValueError(
                 f"{name} is in the teacher and has no place in the hybrid; the teacher's weights do not fit its own "
                 "config."

@@ -24,11 +24,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     FineGrainedFP8Config,
-    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import find_adapter_config_file
+from transformers.utils.quantization_config import Mxfp4Config
 
 from hf_hybrid.modeling import HybridConfig  # which registers the hybrid with the Auto classes
 
@@ -153,7 +153,7 @@ def _load(
             options["quantization_config"] = _DEQUANTISED_WHILE_LOADING[method](dequantize=True)
     with _explained(path), _without_report(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -162,6 +162,7 @@ def _load(
             output_loading_info=True,
             **options,
         )
+    model, info = loaded
     _check_filled(path, info)
     notes = []
     if method is not None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
@@ -21,7 +20,7 @@ def probe(model: Any, precision: Precision) -> torch.Tensor:
         return model(ids[None], use_cache=False).logits.float()
 
 
-def sound_logits(teacher: PreTrainedModel) -> tuple[torch.Tensor, Precision]:
+def sound_logits(teacher: Any) -> tuple[torch.Tensor, Precision]:
     """The teacher's logits, and what it runs in: under autocast only where its layers of several dtypes need that."""
     precision = AS_LOADED
     try:

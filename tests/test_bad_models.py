@@ -444,3 +444,39 @@ def test_a_folder_that_may_not_be_read(bad: Callable[[str], str], monkeypatch: p
         ValueError, match=r"the folder mine cannot be read \(Permission denied\); change its permissions"
     ):
         hh.convert("mine", [1])
+
+
+def tied(folder: Path) -> None:
+    replaced(lambda: tiny_teacher("qwen2", vocab_size=300))(folder)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+def tied_and_stored(folder: Path) -> None:
+    tied(folder)
+    tensors(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))(folder)
+
+
+def in_shards(folder: Path) -> None:
+    replaced(lambda: tiny_teacher("qwen3", vocab_size=300))(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="150KB")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        tied,
+        tied_and_stored,
+        in_shards,
+        # Checkpoints of before hold a table of angles in each layer.
+        tensors(
+            lambda w: w.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(12) for i in range(4)})
+        ),
+    ],
+)
+def test_what_is_no_mistake(change: Callable[[Path], None], sources: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(sources[0], folder)
+    change(folder)
+    assert hh.convert(folder, [1]).conversion_report.logit_difference == 0
