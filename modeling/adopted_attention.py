@@ -116,8 +116,8 @@ class AdoptedAttention(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as what its class is made of, which has no name of its own to be found by."""
-        _, _, *state = super().__reduce_ex__(2)
-        return (_new, (self.mixer_class, self.teacher_class), *state)
+        state: Any = super().__reduce_ex__(2)
+        return (_new, (self.mixer_class, self.teacher_class), *state[2:])
 
     def __init__(self, attention: Any, layer_idx: int) -> None:
         nn.Module.__init__(self)  # not the teacher's, which would build its modules a second time

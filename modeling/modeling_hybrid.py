@@ -304,8 +304,8 @@ class _Specialised:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as what its class is made of, which has no name of its own to be found by."""
-        _, _, *state = super().__reduce_ex__(2)
-        return (_new, self._made_of, *state)
+        state: Any = super().__reduce_ex__(2)
+        return (_new, self._made_of, *state[2:])
 
 
 def check_mixers(config: HybridConfig, mixers: dict[str, type[LinearAttention]] = MIXERS) -> None:

@@ -102,7 +102,7 @@ def without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is None or bool(mask.all()):
         return {**inputs, "attention_mask": None}
-    if packed_documents(position_ids, mask) is None:
+    if position_ids is None or packed_documents(position_ids, mask) is None:
         return inputs
     return {**inputs, "attention_mask": None, "position_ids": positions_that_part(position_ids, mask)}
 
