@@ -12,7 +12,6 @@ cannot run is said.
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import importlib.metadata
 import json
@@ -20,10 +19,8 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2Config
 
 import hf_hybrid as hh
+from hf_hybrid.kernel_tuning import alone_on_the_device, side_by_side
 from hf_hybrid.modeling import kernels
 
 
@@ -66,8 +64,9 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
     results = Results(args)
-    for part in args.part:
-        globals()[part](args, results)
+    with side_by_side() if "fla" in args.kernels else contextlib.nullcontext():
+        for part in args.part:
+            globals()[part](args, results)
     sys.stdout.write(f"{json.dumps(results.parts['environment'])}\n")
 
 
@@ -101,34 +100,7 @@ def parse_args() -> argparse.Namespace:
     if reason is not None and "fla" in args.kernels:
         sys.stderr.write(f"fla is left out: {reason}\n")
         args.kernels = [name for name in args.kernels if name != "fla"]
-    if "fla" in args.kernels:
-        quicken_autotuning()
     return args
-
-
-def quicken_autotuning() -> None:
-    """fla tries dozens of configurations of each kernel: compiled side by side and timed briefly, it saves minutes."""
-    from triton.runtime import driver
-    from triton.runtime.autotuner import Autotuner
-    from triton.testing import do_bench
-
-    def short_bench(call: Callable[[], Any], quantiles: Any) -> Any:
-        with alone_on_the_device():
-            return do_bench(call, warmup=5, rep=20, quantiles=quantiles)
-
-    type(driver.active).get_benchmarker = lambda self: short_bench
-    pool, prune = ThreadPoolExecutor(os.cpu_count()), Autotuner.prune_configs
-
-    def prune_and_compile(self: Any, kwargs: dict[str, Any]) -> list[Any]:
-        configs = prune(self, kwargs)
-        # What does not compile fails again when it is timed, where the autotuner deals with it.
-        wait(
-            pool.submit(self.fn.run, *self.nargs.values(), **{**kwargs, **config.all_kwargs(), "warmup": True})
-            for config in configs
-        )
-        return configs
-
-    Autotuner.prune_configs = prune_and_compile
 
 
 class Results:
@@ -192,14 +164,6 @@ def median_ms(
         if i >= warmup:
             times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times), result
-
-
-@contextlib.contextmanager
-def alone_on_the_device() -> Iterator[None]:
-    """Processes that measure at the same time (one compiles while another measures) take turns."""
-    with Path(tempfile.gettempdir(), "hf_hybrid_gpu.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def peak_mb(args: argparse.Namespace, function: Callable[[], object], over: int = 0) -> float | None:

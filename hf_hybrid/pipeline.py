@@ -16,6 +16,7 @@ from hf_hybrid.modeling import HybridConfig
 from hf_hybrid.modeling.modeling_hybrid import check_mixers
 from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.durable import read_json, read_record, write_json
+from hf_hybrid.trainers.precision import Precision
 from hf_hybrid.trainers.processes import on_main
 from hf_hybrid.trainers.scores import without_nan
 from hf_hybrid.trainers.sharding import is_sharded, keep_class_name
@@ -28,6 +29,7 @@ from .environment import describe_kernels
 from .evaluation import Evaluation, evaluate_model
 from .folder import ARTEFACTS, check_whole, publish
 from .inputs import check_inputs, load_run_pair
+from .kernel_tuning import tune_kernels
 from .loading import load_model
 from .origin import ORIGIN, origin_of, read_artefact, write_artefact
 from .plots import plot_scores
@@ -213,11 +215,23 @@ class Pipeline:
         teacher = self.teacher if topk is None else None
         if teacher is None:
             del self._pair  # what it says is on disk; the next stage loads it again
+        self._tune_kernels(name, student)
         trainer = train(self.recipe, name, student, teacher, rows, self._checkpoints(name), self.listener, topk)
         weights = trainer.whole_state_dict()
         on_main(lambda: self._publish_student(name, student, trainer.state, weights))
         if topk is None and is_sharded(self.teacher):
             del self._pair  # the next stage may want it whole
+
+    def _tune_kernels(self, name: str, student: Any) -> None:
+        """Does at once, and says, what the first step of a stage would wait for in silence."""
+        args = training_arguments(self.recipe, name, self.folder)
+        kernels: dict[str, Any] = {"rows": args.per_device_train_batch_size, "precision": Precision.of(args)}
+        kernels["packed"] = self.recipe.data.respect_documents
+
+        def say(text: str) -> None:
+            self.listener(Event(name, "note", text=text))
+
+        on_main(lambda: tune_kernels(student, **kernels, say=say))
 
     def _publish_student(self, name: str, student: Any, state: TrainerState, weights: dict[str, Any] | None) -> None:
         keep_class_name(student)
@@ -268,6 +282,8 @@ class Pipeline:
         """Scores all or some layers; what is measured is kept in the run's folder `scores` as it comes."""
         r, kept = self.recipe, self.folder / "scores"
         student = self._student_of("align") if needs_alignment(r) else None
+        if student is not None:
+            self._tune_kernels("score", student)
         return score_stage(r, student, self.teacher, self.tokenizer, self.rows, kept, self.listener, layers=layers)
 
     def _select(self) -> None:

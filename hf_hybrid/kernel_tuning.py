@@ -1,0 +1,130 @@
+"""
+fla's kernels made ready before the first step of a run.
+
+fla tries dozens of configurations of each of its kernels on the shapes that it meets first, and Triton compiles them
+one after the other: minutes in which a training seems to hang. Here they are compiled side by side and timed briefly,
+on random tensors of the run's shapes, by the main process alone. Triton keeps the kernels and fla the choices in
+Triton's cache, where other processes and later runs find both.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_hybrid.modeling.kernels import use_fla
+from hf_hybrid.modeling.linear_attention import LinearAttention
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.trainers.precision import Precision
+
+
+_TOKENS = 192  # several chunks, the last one not full; kernels are not tuned for a length
+
+
+def tune_kernels(student: Any, *, rows: int, packed: bool, precision: Precision, say: Callable[[str], None]) -> bool:
+    """
+    Compiles and tunes what the mixers of `student` run on their device, forward and backward; returns whether there
+    was anything to do, which is so on CUDA where fla runs.
+
+    Args:
+        student ([`HybridForCausalLM`]): on its device.
+        rows (`int`): rows of a forward pass.
+        packed (`bool`): whether rows hold several documents.
+        precision ([`Precision`]): that of the training.
+        say (`Callable`): gets a line before the work and one after it.
+    """
+    mixers = _mixers_by_shape(student)
+    if not mixers or not use_fla(student.device, student.config.kernel):
+        return False
+    shapes = ", ".join(f"{mixer.num_heads} heads of {mixer.head_dim} x {mixer.value_dim}" for mixer in mixers)
+    say(f"compiling and tuning fla's kernels for {shapes} on {os.cpu_count()} cores; later runs find them")
+    start = time.perf_counter()
+    with side_by_side():
+        for mixer in mixers:
+            run_once(mixer, rows=rows, packed=packed, precision=precision)
+    torch.cuda.synchronize(student.device)
+    say(f"fla's kernels are ready after {time.perf_counter() - start:.0f} s")
+    return True
+
+
+def _mixers_by_shape(student: Any) -> list[Any]:
+    """One linear mixer of each kind and shape; those without a recurrence have nothing to compile."""
+    layers = decoder_layers(student)
+    found: dict[tuple[Any, ...], Any] = {}
+    for mixer in (layers[i].self_attn for i in student.linear_attention_layers):
+        kind: Any = type(mixer)
+        if kind.mix is not LinearAttention.mix:
+            found.setdefault((kind.__mro__[1], mixer.num_heads, mixer.head_dim, mixer.value_dim), mixer)
+    return list(found.values())
+
+
+def run_once(mixer: Any, *, rows: int, packed: bool, precision: Precision) -> None:
+    """Calls the recurrence of `mixer` as a training step and as a measurement do, on tensors that mean nothing."""
+    weight = next(parameter for name, parameter in mixer.named_parameters() if name not in mixer.decay_parameters)
+    device, dtype = weight.device, precision.autocast or weight.dtype
+    generator = torch.Generator(device).manual_seed(0)  # the global one decides what a run draws
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(rows, _TOKENS, *shape, device=device, dtype=dtype, generator=generator)
+
+    heads = mixer.num_heads
+    tensors = [new(heads, mixer.head_dim), new(heads, mixer.head_dim), new(heads, mixer.value_dim)]
+    hidden = new(mixer.hidden_size).to(weight.dtype)
+    documents = torch.arange(_TOKENS, device=device).expand(rows, -1) // 100 if packed else None
+    for gradients in (True, False):
+        leaves = [tensor.clone().requires_grad_(gradients) for tensor in tensors]
+        with torch.set_grad_enabled(gradients), precision.running(device):
+            output, _ = mixer.mix(*leaves, hidden, None, None, documents)
+        if gradients:
+            torch.autograd.grad(output.float().sum(), leaves)
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[None]:
+    """
+    Inside, Triton's autotuner compiles the configurations of a kernel side by side, times each for 25 ms in the place
+    of 125, and takes turns with other processes on this machine.
+    """
+    from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
+
+    active: Any = type(driver.active)
+    prune, get_benchmarker = Autotuner.prune_configs, active.get_benchmarker
+
+    def short_bench(call: Callable[[], Any], quantiles: Any) -> Any:
+        with alone_on_the_device():
+            return do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def prune_and_compile(self: Any, kwargs: dict[str, Any]) -> list[Any]:
+            configs = prune(self, kwargs)
+            # What does not compile fails again when it is timed, where the autotuner deals with it.
+            wait(
+                pool.submit(self.fn.run, *self.nargs.values(), **{**kwargs, **config.all_kwargs(), "warmup": True})
+                for config in configs
+            )
+            return configs
+
+        Autotuner.prune_configs = prune_and_compile
+        active.get_benchmarker = lambda self: short_bench
+        try:
+            yield
+        finally:
+            Autotuner.prune_configs, active.get_benchmarker = prune, get_benchmarker
+
+
+@contextlib.contextmanager
+def alone_on_the_device() -> Iterator[None]:
+    """Processes that measure at the same time (one compiles while another measures) take turns."""
+    with Path(tempfile.gettempdir(), "hf_hybrid_gpu.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
