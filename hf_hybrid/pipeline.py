@@ -267,7 +267,7 @@ class Pipeline:
 
     def _align(self) -> None:
         r = self.recipe
-        student = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options, kernel=r.kernel)
+        student: Any = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options, kernel=r.kernel)
         student.config.teacher_name_or_path = r.teacher  # not where this machine keeps it
         student.to(self._training_dtype).requires_grad_(True)
         self._train("align", student)

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .kda import chunk_kda, recurrent_kda
 logger = logging.get_logger(__name__)
 
 KERNELS = ("auto", "torch", "fla")
+_Form = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # What fla 0.6.0 can do. Its products need 16 channels at least, and more than 256 key channels are refused by
 # the delta rules (fla/ops/common/chunk_delta_h.py, fla/ops/kda/chunk.py), not by gated linear attention. It says of
 # odd widths that Triton miscompiles them in 16 bits (fla/ops/common/chunk_o.py).
@@ -69,7 +71,7 @@ def gated_delta_rule(
     inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g, "beta": beta}, initial_state)
     if _runs_on_fla("gated_delta_rule", inputs, kernel):
         return _fla("gated_delta_rule", inputs, state, seq_idx)
-    form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
+    form: _Form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
     return form(**inputs, initial_state=state, seq_idx=seq_idx)
 
 
@@ -92,7 +94,7 @@ def gated_linear_attention(
     inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g}, initial_state)
     if _runs_on_fla("gla", inputs, kernel):
         return _fla("gla", inputs, state, seq_idx)
-    form = recurrent_gla if q.shape[1] == 1 else chunk_gla
+    form: _Form = recurrent_gla if q.shape[1] == 1 else chunk_gla
     return form(**inputs, initial_state=state, seq_idx=seq_idx)
 
 
@@ -115,7 +117,7 @@ def kimi_delta_attention(
     inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g, "beta": beta}, initial_state)
     if _runs_on_fla("kda", inputs, kernel):
         return _fla("kda", inputs, state, seq_idx)
-    form = recurrent_kda if q.shape[1] == 1 else chunk_kda
+    form: _Form = recurrent_kda if q.shape[1] == 1 else chunk_kda
     return form(**inputs, initial_state=state, seq_idx=seq_idx)
 
 
