@@ -12,6 +12,7 @@ from hf_hybrid.trainers.losses import (
     alignment_loss,
     check_logit_function,
     chunked_kl_per_token,
+    chunked_kl_sum,
     kl_per_token,
     logit_function,
     masked_mean,
@@ -59,6 +60,50 @@ class TestKL:
         )
         torch.testing.assert_close(pieces, whole)
         for got, want in zip(torch.autograd.grad((pieces * weight).sum(), (hidden_s, head_s)), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+
+    @pytest.mark.parametrize("chunk_tokens", [1, 4, 12, 13, None])
+    @pytest.mark.parametrize("trained", ["both", "hidden", "head"])
+    def test_gradients_made_in_the_forward_pass_are_those_of_the_backward_pass(self, chunk_tokens, trained):
+        head_t, head_s = torch.randn(30, 16).double(), torch.randn(30, 8).double().requires_grad_(trained != "hidden")
+        hidden_t, hidden_s = (
+            torch.randn(12, 16).double(),
+            torch.randn(12, 8).double().requires_grad_(trained != "head"),
+        )
+        weights = torch.rand(12).double() * (torch.arange(12) != 5)
+
+        def capped(hidden):
+            return 5 * torch.tanh(hidden @ head_s.T / 5)
+
+        leaves = [leaf for leaf in (hidden_s, head_s) if leaf.requires_grad]
+        whole = (kl_per_token(hidden_t @ head_t.T, capped(hidden_s)) * weights).sum()
+        wanted = torch.autograd.grad(3 * whole, leaves)
+        total = chunked_kl_sum(
+            hidden_t, hidden_s, lambda h: h @ head_t.T, capped, weights, [head_s], 30, chunk_tokens=chunk_tokens
+        )
+        torch.testing.assert_close(total, whole)
+        for got, want in zip(torch.autograd.grad(3 * total, leaves), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_masked_vocabulary_in_the_forward_pass(self):
+        """-inf in the teacher's logits, or in both, has no gradient and no nan."""
+        head, hidden = torch.randn(9, 4).double().requires_grad_(), torch.randn(7, 4).double().requires_grad_()
+        teacher = torch.randn(7, 9).double()
+        teacher[:, :3] = -torch.inf
+        mask = torch.zeros(9).double().index_fill(0, torch.tensor([0, 1]), -torch.inf)
+
+        def masked(hidden):
+            return hidden @ head.T + mask
+
+        weights = torch.full((7,), 1 / 7).double()
+        whole = (kl_per_token(teacher, masked(hidden)) * weights).sum()
+        wanted = torch.autograd.grad(whole, (hidden, head))
+        rows = torch.eye(7).double()
+        total = chunked_kl_sum(
+            rows, hidden, lambda h: teacher[h.argmax(-1)], masked, weights, [head], 9, chunk_tokens=3
+        )
+        torch.testing.assert_close(total, whole)
+        for got, want in zip(torch.autograd.grad(total, (hidden, head)), wanted, strict=True):
             torch.testing.assert_close(got, want)
 
     def test_never_holds_more_than_a_chunk_of_logits(self):

@@ -10,6 +10,7 @@ from .hybrid_trainer import hybrid_of
 from .losses import (
     check_logit_function,
     chunked_kl_per_token,
+    chunked_kl_sum,
     chunked_topk_kl_per_token,
     logit_function,
     masked_mean,
@@ -82,8 +83,7 @@ class DistillationTrainer(TeacherTrainer):
         if ROW in inputs:
             return self._topk_loss(student, inputs)
         teacher = self.accelerator.unwrap_model(self.teacher)
-        kl = kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
-        return masked_mean(kl, inputs.get("attention_mask"))
+        return mean_kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
 
     def _topk_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         topk = cast(TeacherTopK, self.topk)
@@ -130,6 +130,32 @@ def kl_of_batch(
             chunk_tokens=chunk_tokens,
         )
     return kl.view(hidden.shape[:2])
+
+
+def mean_kl_of_batch(
+    student: Any,
+    teacher: Any,
+    inputs: dict[str, torch.Tensor],
+    precision: Precision,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """The mean of [`kl_of_batch`] over tokens that are not padding, for training: see [`chunked_kl_sum`]."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
+    with precision.running(mask.device):
+        with torch.no_grad():
+            reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
+        hidden = final_hidden_states(student, inputs, precision)
+        counted = mask.flatten().float()
+        return chunked_kl_sum(
+            reference.flatten(0, 1),
+            hidden.flatten(0, 1),
+            logit_function(teacher, precision),
+            logit_function(student, precision),
+            counted / counted.sum().clamp(min=1),
+            list(student.get_output_embeddings().parameters()),
+            vocab_size=student.config.vocab_size,
+            chunk_tokens=chunk_tokens,
+        )
 
 
 def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:

@@ -3,10 +3,11 @@
 Shapes: B batch, T tokens, N tokens in a row of all batches, H hidden width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -17,6 +18,8 @@ from .precision import Precision
 
 # Logits of one chunk of tokens, of one model: 64 MiB in fp32.
 _CHUNK_ELEMENTS = 2**24
+# Where each chunk reads and writes the gradient of the whole head, and launches kernels, fewer of them are quicker.
+_CHUNKS_ON_CUDA = 4
 
 LogitFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -85,6 +88,87 @@ def chunked_kl_per_token(
         return kl_per_token(reference, student_logits(student_chunk))
 
     return _in_chunks(chunk_kl, (teacher_hidden, student_hidden), chunk_tokens)
+
+
+def chunked_kl_sum(
+    teacher_hidden: torch.Tensor,
+    student_hidden: torch.Tensor,
+    teacher_logits: LogitFunction,
+    student_logits: LogitFunction,
+    weights: torch.Tensor,
+    head: Sequence[torch.Tensor],
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """
+    `sum_i weights_i KL_i` of [`kl_per_token`], from final hidden states. What training minimises: as the weights are
+    known before, each chunk's gradients are made with its logits, which are made once and not once more in the
+    backward pass. The backward pass can be run once.
+
+    Args:
+        teacher_hidden, student_hidden, teacher_logits, student_logits: as in [`chunked_kl_per_token`].
+        weights: `[N]`, without gradients.
+        head: the tensors of `student_logits` that gradients may go to.
+        vocab_size: V, to size the chunks.
+        chunk_tokens: tokens in a chunk; by default as many as keep a chunk's logits within 64 MiB in fp32 per model,
+            on CUDA within 256 MiB.
+
+    Returns:
+        A scalar, in nats.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = tokens_per_chunk(vocab_size) * (_CHUNKS_ON_CUDA if student_hidden.is_cuda else 1)
+    functions = teacher_logits, student_logits, chunk_tokens
+    total: torch.Tensor = _KLSum.apply(functions, teacher_hidden, student_hidden, weights, *head)
+    return total
+
+
+class _KLSum(torch.autograd.Function):
+    """See [`chunked_kl_sum`]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        functions: tuple[LogitFunction, LogitFunction, int],
+        teacher_hidden: torch.Tensor,
+        student_hidden: torch.Tensor,
+        weights: torch.Tensor,
+        *head: torch.Tensor,
+    ) -> torch.Tensor:
+        teacher_logits, student_logits, chunk_tokens = functions
+        trained = [part for part, wanted in zip(head, ctx.needs_input_grad[4:], strict=True) if wanted]
+        needs_grad = ctx.needs_input_grad[2] or bool(trained)
+        d_hidden = torch.zeros_like(student_hidden)
+        # In fp32, for a sum of many chunks.
+        d_head = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        total = torch.zeros((), dtype=torch.promote_types(student_hidden.dtype, torch.float32), device=weights.device)
+        for place in torch.arange(len(weights)).split(chunk_tokens):
+            chunk = slice(int(place[0]), int(place[-1]) + 1)
+            log_teacher = widen(teacher_logits(teacher_hidden[chunk])).log_softmax(-1)
+            with torch.set_grad_enabled(needs_grad):
+                hidden = student_hidden[chunk].detach().requires_grad_(needs_grad)
+                logits = student_logits(hidden)
+            log_student = widen(logits.detach()).log_softmax(-1)
+            total += (_kl(log_teacher, log_student) * weights[chunk]).sum()
+            if needs_grad:
+                # The gradient of the logits, in the place of the student's log-probabilities. It is p_S - p_T as long
+                # as the teacher's probabilities add up to 1.
+                slope = log_student.exp_().sub_(log_teacher.exp_()).mul_(weights[chunk, None]).to(logits.dtype)
+                found = torch.autograd.grad(logits, [hidden, *trained], slope)
+                d_hidden[chunk] = found[0]
+                for gradient, part in zip(d_head, found[1:], strict=True):
+                    gradient += part
+        ctx.save_for_backward(d_hidden, *d_head)
+        ctx.head_dtypes = [part.dtype for part in trained]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden, *d_head = ctx.saved_tensors
+        scaled = iter([part.mul_(d_total).to(dtype) for part, dtype in zip(d_head, ctx.head_dtypes, strict=True)])
+        parts = [next(scaled) if wanted else None for wanted in ctx.needs_input_grad[4:]]
+        return None, None, d_hidden.mul_(d_total) if ctx.needs_input_grad[2] else None, None, *parts
 
 
 def _in_chunks(
