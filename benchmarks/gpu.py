@@ -5,7 +5,8 @@
 
 Parts: `correctness` holds fla's kernels and our torch forms against our torch forms in float64, gradients, packed rows
 and decoding included; `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation
-step, teacher and KL included, the optimizer not; `inference` times prefill and decoding. Hybrids keep softmax in the
+step, teacher and KL included, the optimizer not; `kl` its last part alone, from final hidden states on, with fp32
+weights under autocast; `inference` times prefill and decoding. Hybrids keep softmax in the
 last of every four layers. Every row is written to the file as soon as it is measured, in place of an earlier one. What
 cannot run is said.
 """
@@ -41,11 +42,12 @@ RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "gated_linear_attention": kernels.gated_linear_attention,
     "kimi_delta_attention": kernels.kimi_delta_attention,
 }
-PARTS = ("correctness", "recurrence", "training", "inference")
+PARTS = ("correctness", "recurrence", "kl", "training", "inference")
 # What makes a row of each part another row.
 KEYS = {
     "correctness": ("mixer", "kernel", "dtype", "case"),
     "recurrence": ("impl", "tokens", "mode"),
+    "kl": ("form", "chunk_tokens"),
     "training": ("model", "batch"),
     "inference": ("model", "context"),
 }
@@ -305,9 +307,42 @@ def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tup
         yield f"{mixer}, {kernel}", hh.convert(teacher, range(3, layers, 4), mixer=mixer, kernel=kernel)
 
 
+def kl(args: argparse.Namespace, results: Results) -> None:
+    """The KL of 2 rows and its gradients, with the logits made once, in one pass, or twice."""
+    from hf_hybrid.trainers.losses import chunked_kl_per_token, chunked_kl_sum, tokens_per_chunk
+
+    hidden_size, vocabulary = args.sizes["hidden_size"], args.sizes["vocab_size"]
+    count = 2 * args.train_tokens
+    new = functools.partial(torch.randn, device=args.device)
+    teacher_head = (new(vocabulary, hidden_size) / hidden_size**0.5).bfloat16()
+    head = teacher_head.float().requires_grad_()
+    teacher, student = new(count, hidden_size).bfloat16(), new(count, hidden_size).bfloat16().requires_grad_()
+    weights = torch.full((count,), 1 / count, device=args.device)
+    logits = functools.partial(F.linear, weight=teacher_head), functools.partial(F.linear, weight=head)
+
+    def twice(chunk: int) -> None:
+        with torch.autocast(args.device, torch.bfloat16):
+            values = chunked_kl_per_token(teacher, student, *logits, vocabulary, chunk)
+            (values * weights).sum().backward()
+        head.grad = student.grad = None
+
+    def once(chunk: int) -> None:
+        with torch.autocast(args.device, torch.bfloat16):
+            chunked_kl_sum(teacher, student, *logits, weights, [head], vocabulary, chunk).backward()
+        head.grad = student.grad = None
+
+    for times in (1, 4, 8, 16):
+        chunk = tokens_per_chunk(vocabulary) * times
+        for name, form in (("logits twice", twice), ("logits once", once)):
+            over = torch.cuda.memory_allocated() if args.device == "cuda" else 0
+            call = functools.partial(form, chunk)
+            ms, _ = median_ms(call, args, args.repeats)
+            results.add("kl", {"form": name, "chunk_tokens": chunk, "ms": ms, "peak_mb": peak_mb(args, call, over)})
+
+
 def training(args: argparse.Namespace, results: Results) -> None:
     """A distillation step without its optimizer: teacher forward, student forward, KL of all tokens, backward."""
-    from hf_hybrid.trainers.distillation import kl_of_batch
+    from hf_hybrid.trainers.distillation import mean_kl_of_batch
     from hf_hybrid.trainers.precision import AS_LOADED
 
     teacher = make_teacher(args).requires_grad_(False)
@@ -317,7 +352,7 @@ def training(args: argparse.Namespace, results: Results) -> None:
             ids = torch.randint(args.sizes["vocab_size"], (batch, args.train_tokens), device=args.device)
 
             def step(student: Any = student, ids: Tensor = ids) -> None:
-                kl_of_batch(student, teacher, {"input_ids": ids}, AS_LOADED).mean().backward()
+                mean_kl_of_batch(student, teacher, {"input_ids": ids}, AS_LOADED).backward()
                 student.zero_grad(set_to_none=True)
 
             try:
