@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -196,9 +196,9 @@ def layer_cache_bytes(model: PreTrainedModel, context: int) -> list[int]:
     """
     length = 8
     ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
-    cache = DynamicCache(config=model.config)
+    cache, model_class = DynamicCache(config=model.config), cast(Any, type(model))
     with evaluating(model), AS_LOADED.running(model.device):
-        model(input_ids=ids, use_cache=True, **{cache_argument(type(model)): cache})
+        model(input_ids=ids, use_cache=True, **{cache_argument(model_class): cache})
     sizes = []
     for layer in cache.layers:
         size = sum(state.nbytes for state in _states(layer))
