@@ -118,9 +118,9 @@ def placed(card: str, repo_id: str) -> str:
     """Returns a card of ours as that of the repository `repo_id`: in its example, and beside its results."""
     card = card.replace(f'path = "{HERE}"', f'path = "{repo_id}"')
     named = ModelCard(card)
-    if named.data.eval_results is None:
+    if named.data.get("eval_results") is None:
         return card
-    named.data.model_name = repo_id.split("/")[-1]
+    named.data["model_name"] = repo_id.split("/")[-1]
     return str(named)
 
 

@@ -45,9 +45,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is set in the recipe; change it there.")
         return Recipe.load(find_recipe(options.recipe))
-    at_least_one = (1, math.inf)
-    check_numbers(options, k=(0, math.inf), fraction=(0, 1), cache_bytes=at_least_one, context=at_least_one)
-    check_numbers(options, tokens_per_layer=at_least_one, align_tokens=at_least_one, seed=SEEDS)
+    check_numbers(options, k=(0, math.inf), fraction=(0, 1), seed=SEEDS)
     method = options.method or "ga-s2"
     method_of(method, "--method")
     return scoring_recipe(

@@ -22,8 +22,9 @@ def check_numbers(options: argparse.Namespace, **bounds: tuple[float, float]) ->
     for name, (low, high) in bounds.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            fits = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; pass {fits}.")
+            wrong = "too small; pass at least" if value < low else "out of range; pass a number of at least"
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ValueError(f"--{name.replace('_', '-')} {value} is {wrong} {low}{most}.")
 
 
 SEEDS = (0, 2**32 - 1)

@@ -78,10 +78,11 @@ def check_place(folder: str | os.PathLike, teacher: str | None = None) -> None:
     folder = Path(folder)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
-        inside = "" if place == folder.absolute() else f", so {folder} cannot be made"
-        raise ValueError(f"{place} is a file{inside}; choose another output folder.")
+        raise ValueError(f"{folder}: not a directory: {place} is a file; choose another output folder.")
     if not _is_run(folder) and not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be made: {place} may not be written to; choose another output folder.")
+        read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
+        reason = "read-only file system" if read_only else f"{place}: permission denied"
+        raise ValueError(f"{folder} cannot be written: {reason}. Choose another output folder.")
     if teacher and os.path.isdir(teacher):
         inner, outer = folder.resolve(), Path(teacher).resolve()
         if outer == inner or outer in inner.parents:

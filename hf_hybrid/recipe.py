@@ -481,6 +481,13 @@ def _argument_hints() -> Mapping[str, Any]:
     return typing.get_type_hints(AlignmentConfig) | typing.get_type_hints(DistillationConfig)
 
 
+@functools.cache
+def _argument_choices() -> dict[str, list[str]]:
+    """What the library takes for those of its fields that are one of several words."""
+    fields = dataclasses.fields(DistillationConfig)
+    return {field.name: list(field.metadata["choices"]) for field in fields if field.metadata.get("choices")}
+
+
 def _argument(where: str, name: str, value: Any, hints: Mapping[str, Any]) -> Any:
     """The value of one field of `training` or `execution`, or a `ValueError` that names it."""
     if name in _MANAGED:
@@ -488,9 +495,14 @@ def _argument(where: str, name: str, value: Any, hints: Mapping[str, Any]) -> An
     if name not in hints:
         known = sorted(set(hints) - _MANAGED)
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {where}.{near[0]}?" if near else f"{where} takes fields of TrainingArguments."
-        raise ValueError(f"unknown key {where}.{name}; {hint}")
-    value = typed(hints[name], value, f"{where}.{name}")
+        hint = f" Did you mean {where}.{near[0]}?" if near else ""
+        raise ValueError(f"unknown key in {where}: {name!r}; it takes fields of TrainingArguments.{hint}")
+    # A text in their place would be a file, which is no part of the recipe.
+    hint = dict[str, Any] | None if name.endswith("_kwargs") else hints[name]
+    value = typed(hint, value, f"{where}.{name}")
+    choices = _argument_choices().get(name)
+    if choices is not None and value not in (None, *choices):
+        raise ValueError(f"{where}.{name}={value!r} is unknown; choose one of {choices}.")
     number = isinstance(value, int | float) and not isinstance(value, bool)
     low, high = _BOUNDS.get(name, (0, math.inf))
     if number and name != "local_rank" and not low <= value <= high:

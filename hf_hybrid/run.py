@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_hybrid.trainers import LayerScores
+from hf_hybrid.trainers.durable import read_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
 
 from .folder import ARTEFACTS, check_place, claim, explained, keep_execution, locked, remove_partials
-from .origin import check_origin, read_artefact
+from .origin import check_origin
 from .pipeline import Pipeline, scores_in, stages_of
 from .recipe import Recipe
 from .score import check_divisible, needs_alignment
@@ -108,7 +109,7 @@ def run_recipe(
             if name == stop_after:
                 break
     finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
-    selection, report = (read_artefact(folder, name) for name in ("select", "report"))
+    selection, report = (read_json(folder / ARTEFACTS[name]) for name in ("select", "report"))
     selected = None if selection is None else selection["layers"]
     return RunResult(folder, done, finished, already_finished, selected, report)
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_hybrid.trainers import (
     AlignmentConfig,
@@ -176,10 +177,9 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
     general = {key: value for key, value in recipe.arguments().items() if key in known or key not in _OF_TEACHERS}
     try:
         return kind(**(values | general))
-    except TypeError as error:
-        raise ValueError(
-            f"training: {str(error).split('__init__() ')[-1]}; it takes fields of TrainingArguments."
-        ) from error
+    except (TypeError, ValueError, ImportError) as error:
+        said = " ".join(str(error).split("__init__() ")[-1].split())
+        raise ValueError(f"training and execution do not hold together: {said}") from error
 
 
 def check_arguments(recipe: Recipe, folder: Path) -> None:
@@ -187,7 +187,14 @@ def check_arguments(recipe: Recipe, folder: Path) -> None:
     if recipe.score is not None:
         check_placement(recipe.score.method, bool(recipe.arguments().get("shard_teacher")))
     for name in recipe.stages():
-        training_arguments(recipe, name, folder)
+        args = training_arguments(recipe, name, folder)
+        try:
+            where = "training.optim"
+            Trainer.get_optimizer_cls_and_kwargs(args)
+            where = "execution.report_to"
+            get_reporting_integration_callbacks(args.report_to)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{where} cannot be used as it is: {error}") from error
 
 
 def check_training(recipe: Recipe, folder: Path, teacher: Any) -> None:

@@ -33,7 +33,7 @@ def check_sources(config: "DataConfig") -> None:
         if source.text_files:
             files = find_files(source.text_files)
             if not any([_begins_with_text(path, source.text_column) for path in files]):
-                raise ValueError(f"text_files {source.text_files} is empty; give files that have text.")
+                raise ValueError(f"text_files {source.text_files} is empty; give one that has text.")
 
 
 def _begins_with_text(path: Path, text_column: str) -> bool:

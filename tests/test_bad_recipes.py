@@ -54,8 +54,8 @@ WRONG_VALUES = {
     "training__adam_beta1=1.5": "training.adam_beta1=1.5 is out of range",
     "training__adam_epsilon=[1e-8]": "training.adam_epsilon=['1e-8'] is not a number",
     "training__optim=zigzag": "training.optim='zigzag' is unknown; choose one of ['adamw_torch'",
-    "training__bf17=true": "unknown key training.bf17; did you mean training.bf16?",
-    "training__kernel=fla": "unknown key training.kernel; ",
+    "training__bf17=true": "unknown key in training: 'bf17'; it takes fields of TrainingArg",
+    "training__kernel=fla": "unknown key in training: 'kernel'; it takes fields of TrainingArguments.",
     "training__lr_scheduler_type=linear": "training.lr_scheduler_type is set from the recipe's own stages",
     "training=[bf16]": "training=['bf16'] is not keys with values",
     "training__fp16=true\ntraining__bf16=true": "training.bf16 and training.fp16 are both true",
@@ -72,7 +72,11 @@ WRONG_VALUES = {
     "execution__micro_batch_size={align: 4}": "align.micro_batch_size=2 and execution.micro_batch_size.align=4 differ",
     "execution__use_cpu=true": "training.use_cpu and execution.use_cpu are both set",
     "execution__auto_find_batch_size=true": "execution.auto_find_batch_size is set from the recipe's own stages",
-    "execution__kernle=fla": "unknown key execution.kernle; did you mean execution.kernel?",
+    "execution__kernle=fla": "unknown key in execution: 'kernle'; it takes fields of TrainingArg",
+    "training__lr_scheduler_kwargs=abc": "training.lr_scheduler_kwargs='abc' is not keys with values",
+    "training__train_sampling_strategy=zig": "training.train_sampling_strategy='zig' is unknown; choose one of ['rand",
+    "execution__log_level=loud": "execution.log_level='loud' is unknown; choose one of ['detail', 'debug'",
+    "execution__logging_strategy=weekly": "execution.logging_strategy='weekly' is unknown; choose one of ['no', 'ste",
     "align__lr_scheduler_type=zigzag": "align.lr_scheduler_type='zigzag' is unknown; choose one of ['stable-cos",
     "align__lr_scheduler_type=reduce_lr_on_plateau": "align.lr_scheduler_type='reduce_lr_on_plateau' is unknown",
     "align__lr_scheduler_type=warmup_stable_decay": "align.lr_scheduler_type='warmup_stable_decay' needs more than it",
@@ -141,6 +145,20 @@ def test_wrong_values(given: str, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert not (tmp_path / "run").exists()
 
 
+UNUSABLE = {
+    "training__optim_args=zz": "training.optim cannot be used as it is: not enough values to unpack",
+    "execution__report_to=zigzag": "execution.report_to cannot be used as it is: zigzag is not supported",
+    "execution__dataloader_prefetch_factor=2": "training and execution do not hold together: --dataloader_prefetch",
+    "execution__debug=zig": "training and execution do not hold together: zig is not a valid DebugOption",
+}
+
+
+@pytest.mark.parametrize("given", UNUSABLE)
+def test_what_the_library_refuses(given: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe_text(**dict([given.split("=", 1)])))
+    assert UNUSABLE[given] in said(capsys, "run", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+
+
 BROKEN_FILES = {
     "": "the recipe is None; expected keys with values",
     "- a\n- b\n": "the recipe is ['a', 'b']; expected keys with values",
@@ -182,8 +200,8 @@ def test_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {
-    "empty.txt": (b"", "is empty; give files that have text"),
-    "blank.txt": (b" \n\t\n", "is empty; give files that have text"),
+    "empty.txt": (b"", "is empty; give one that has text"),
+    "blank.txt": (b" \n\t\n", "is empty; give one that has text"),
     "model.bin": (b"ab\x00\x01cd", "model.bin is not UTF-8 text (it holds zero bytes); leave it out of text_files"),
     "latin.txt": (b"caf\xe9 au lait\n", "latin.txt is not UTF-8 text (invalid continuation byte)"),
     "rows.parquet": (b"PAR1\x15\x00\x15\xff", "rows.parquet is not UTF-8 text"),
@@ -235,7 +253,7 @@ def test_output_folders(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     recipe.write_text(recipe_text(teacher=str(teacher)))
     for place, message in {
         tmp_path / "file": "file is a file; choose another output folder",
-        tmp_path / "file" / "run": "file is a file, so ",
+        tmp_path / "file" / "run": "file is a file; choose another output folder",
         teacher / "run": f"lies in the teacher's folder {teacher}; choose an output folder elsewhere",
         tmp_path / "full": "no run and not empty (it holds 'thesis.txt')",
         "": "the output folder has no name",
@@ -249,20 +267,22 @@ def test_output_folders(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
                 assert message in line or "exists and is not an empty folder" in line
     assert "is a file" in said(capsys, "demo", "--output", tmp_path / "file")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert f"{tmp_path} may not be written to" in said(capsys, "run", recipe, "--output", tmp_path / "new")
+    assert f"{tmp_path}: permission denied. Choose another output folder" in said(
+        capsys, "run", recipe, "--output", tmp_path / "new"
+    )
 
 
 OPTIONS = {
-    "score embedded --k -1": "--k -1 is out of range; pass at least 0",
-    "score embedded --fraction 7": "--fraction 7.0 is out of range; pass a number from 0 to 1",
+    "score embedded --k -1": "--k -1 is too small; pass at least 0",
+    "score embedded --fraction 7": "--fraction 7.0 is out of range; pass a number of at least 0 and at most 1",
     "score embedded --fraction nan": "--fraction nan is out of range",
-    "score embedded --tokens-per-layer 0": "--tokens-per-layer 0 is out of range; pass at least 1",
-    "score embedded --align-tokens -5": "--align-tokens -5 is out of range",
-    "score embedded --cache-bytes 0 --context 9": "--cache-bytes 0 is out of range",
-    "score embedded --cache-bytes 9 --context 0": "--context 0 is out of range",
-    "score embedded --seed -1": "--seed -1 is out of range",
-    "score embedded --block-size 1": "--block-size 1 is out of range; pass at least 2",
-    "score embedded --rows 0": "--rows 0 is out of range",
+    "score embedded --tokens-per-layer 0": "score.tokens_per_layer=0 is too small; pass at least 1",
+    "score embedded --align-tokens -5": "align.tokens=-5 is too small",
+    "score embedded --cache-bytes 0 --context 9": "select.cache_bytes=0 is too small",
+    "score embedded --cache-bytes 9 --context 0": "select.context=0 is no sequence",
+    "score embedded --seed -1": "--seed -1 is too small",
+    "score embedded --block-size 1": "--block-size 1 is too small; pass at least 2",
+    "score embedded --rows 0": "--rows 0 is too small",
     "score embedded --method magic": "--method='magic' is unknown",
     "score embedded --option rounds": "--option 'rounds' is no NAME=VALUE",
     "score embedded --k 2 --fraction 0.5": "select gives k and fraction",
@@ -274,11 +294,11 @@ OPTIONS = {
     "score x": "scoring x needs text to measure on",
     "run demo --stop-after scores": "stop_after='scores' is no stage",
     "run demo --from everything": "start_from='everything' is no stage",
-    "evaluate x --batch-size 0": "--batch-size 0 is out of range; pass at least 1",
-    "evaluate x --rows -3 --data-files a": "--rows -3 is out of range",
-    "evaluate x --block-size 0 --data-files a": "--block-size 0 is out of range",
+    "evaluate x --batch-size 0": "--batch-size 0 is too small; pass at least 1",
+    "evaluate x --rows -3 --data-files a": "--rows -3 is too small",
+    "evaluate x --block-size 0 --data-files a": "--block-size 0 is too small",
     "evaluate x --rows 5": "--rows was given without a text to measure on",
-    "demo --seed -1": "--seed -1 is out of range; pass a number from 0 to 4294967295",
+    "demo --seed -1": "--seed -1 is too small; pass at least 0 and at most 4294967295",
     "convert x --full-attention-layers two": "--full-attention-layers 'two' is no list of layers",
     "convert x --full-attention-layers 3-1": "--full-attention-layers '3-1' is no list of layers",
 }

@@ -268,14 +268,16 @@ def test_code_of_a_teacher_is_refused_unless_allowed(
 ) -> None:
     config = json.loads((sources[0] / "config.json").read_text())
     config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "mine.py").write_text("raise SystemExit('code was run')\n")
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps(config))
+    (teacher / "mine.py").write_text("raise SystemExit('code was run')\n")
     output = tmp_path / "run"
-    recipe_file(tmp_path, sources, teacher=str(tmp_path))
+    recipe_file(tmp_path, sources, teacher=str(teacher))
     commands = (
-        ["convert", str(tmp_path), "--full-attention-layers", "1", "--output", str(output)],
+        ["convert", str(teacher), "--full-attention-layers", "1", "--output", str(output)],
         ["run", str(tmp_path / "recipe.yaml"), "--output", str(output)],
-        ["evaluate", str(tmp_path)],
+        ["evaluate", str(teacher)],
     )
     for command in commands:
         assert main(command) == 2

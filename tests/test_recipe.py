@@ -111,7 +111,10 @@ def test_stages_become_arguments_of_the_trainers(tmp_path: Path) -> None:
     assert (args.learning_rate, args.mixer_learning_rate, args.max_grad_norm, args.seed) == (1e-3, 3e-3, 0.5, 3)
     assert steps_of(recipe, "score") == 2 and steps_of(recipe, "finetune") == 4
     assert rows_needed(recipe) == 32
-    with pytest.raises(ValueError, match=r"unknown key training.bf17; did you mean training.bf16\?"):
+    with pytest.raises(
+        ValueError,
+        match="unknown key in training: 'bf17'; it takes fields of TrainingArguments. Did you mean training.bf16",
+    ):
         check_training(Recipe.from_dict(changed(training={"bf17": True})), tmp_path, tiny_teacher())
 
 

@@ -109,7 +109,7 @@ class HybridTrainer(Trainer):
         give steps other rows, from the second epoch on.
         """
         found = super().set_initial_training_values(args, dataloader)
-        epochs, updates, examples, samples, batch_size, micro_batches, max_steps = found
+        epochs, updates, examples, samples, batch_size, micro_batches, max_steps = cast(tuple[int, ...], found)
         accumulation = args.gradient_accumulation_steps
         rest = micro_batches % accumulation
         if not (args.dataloader_drop_last and args.max_steps > 0 and rest and micro_batches > accumulation):
