@@ -83,7 +83,7 @@ def check_place(folder: str | os.PathLike, teacher: str | None = None) -> None:
         read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
         reason = "read-only file system" if read_only else f"{place}: permission denied"
         raise ValueError(f"{folder} cannot be written: {reason}. Choose another output folder.")
-    if teacher and os.path.isdir(teacher):
+    if teacher and Path(teacher, "config.json").is_file():
         inner, outer = folder.resolve(), Path(teacher).resolve()
         if outer == inner or outer in inner.parents:
             raise ValueError(f"{folder} lies in the teacher's folder {teacher}; choose an output folder elsewhere.")

@@ -13,6 +13,7 @@ from hf_hybrid.trainers.durable import read_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
 
 from .folder import ARTEFACTS, check_place, claim, explained, keep_execution, locked, remove_partials
+from .loading import checked_revision
 from .origin import check_origin
 from .pipeline import Pipeline, scores_in, stages_of
 from .recipe import Recipe
@@ -81,6 +82,8 @@ def run_recipe(
     check_place(output_dir, recipe.teacher)
     stages, folder = stages_of(recipe), Path(output_dir)
     check_arguments(recipe, folder)
+    if recipe.teacher != "embedded":
+        checked_revision(recipe.teacher, recipe.revision)
     if stop_after is not None and stop_after not in stages:
         raise ValueError(f"stop_after={stop_after!r}, but the recipe has no {stop_after} stage; its stages: {stages}.")
     join(recipe, folder)

@@ -246,6 +246,7 @@ def test_a_text_that_turns_into_bytes_later(tmp_path: Path) -> None:
 def test_output_folders(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tmp_path / "teacher"
     teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
     (tmp_path / "file").write_text("a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("all of it")
