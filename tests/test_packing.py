@@ -9,6 +9,7 @@ import hf_hybrid as hh
 from hf_hybrid.modeling import MIXERS
 from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.distillation import final_hidden_states
+from hf_hybrid.trainers.precision import AS_LOADED
 
 
 LENGTHS = (13, 1, 30, 16)
@@ -196,8 +197,9 @@ def test_trainers_keep_padded_documents_apart_in_teacher_and_student(trained):
 
     def states(inputs):
         if trained == "teacher":
-            return [final_hidden_states(teacher, inputs)]
-        return [x for _, wanted, output, _ in mixer_outputs(student, teacher, inputs) for x in (wanted, output)]
+            return [final_hidden_states(teacher, inputs, AS_LOADED)]
+        outputs = mixer_outputs(student, teacher, inputs, AS_LOADED)
+        return [x for _, wanted, output, _ in outputs for x in (wanted, output)]
 
     packed = [x[:, torch.cat(slots)] for x in states(row)]
     alone = [torch.cat(x, 1) for x in zip(*(states({"input_ids": x}) for x in ids.split(LENGTHS, 1)), strict=True)]
