@@ -498,8 +498,8 @@ def _argument(where: str, name: str, value: Any, hints: Mapping[str, Any]) -> An
         hint = f" Did you mean {where}.{near[0]}?" if near else ""
         raise ValueError(f"unknown key in {where}: {name!r}; it takes fields of TrainingArguments.{hint}")
     # A text in their place would be a file, which is no part of the recipe.
-    hint = dict[str, Any] | None if name.endswith("_kwargs") else hints[name]
-    value = typed(hint, value, f"{where}.{name}")
+    kind = dict[str, Any] | None if name.endswith("_kwargs") else hints[name]
+    value = typed(kind, value, f"{where}.{name}")
     choices = _argument_choices().get(name)
     if choices is not None and value not in (None, *choices):
         raise ValueError(f"{where}.{name}={value!r} is unknown; choose one of {choices}.")
