@@ -77,10 +77,10 @@ def test_a_model_that_checkpoints_activations_makes_no_cache():
 
 
 def test_which_releases_are_run_beside_the_pinned_one():
-    assert versions.releases("5.18.0", "5.24.0", "5.24.0") == {"5.18.0": True}
-    assert versions.releases("5.18.0", "5.24.0", "5.25.0") == {"5.18.0": True, "5.25.0": False}
-    assert versions.releases("5.18.0", "5.24.0", "5.100.0") == {"5.18.0": True, "5.100.0": False}
-    assert versions.releases("5.18.0", "5.24.0", "5.23.1") == {"5.18.0": True, "5.23.1": True}
+    assert versions.releases("5.19.0", "5.24.0", "5.24.0") == {"5.19.0": True}
+    assert versions.releases("5.19.0", "5.24.0", "5.25.0") == {"5.19.0": True, "5.25.0": False}
+    assert versions.releases("5.19.0", "5.24.0", "5.100.0") == {"5.19.0": True, "5.100.0": False}
+    assert versions.releases("5.19.0", "5.24.0", "5.23.1") == {"5.19.0": True, "5.23.1": True}
 
 
 def test_the_range_of_setup_py_admits_what_is_tested():
@@ -88,13 +88,16 @@ def test_the_range_of_setup_py_admits_what_is_tested():
     oldest = versions.floor((root / "setup.py").read_text())
     pin = versions.pinned((root / "constraints.txt").read_text())
     assert versions.numbers(oldest) <= versions.numbers(pin) < (6,)
-    assert f"transformers {oldest.rpartition('.')[0]} up to" in (root / "README.md").read_text()
+    from_minor, to_minor = oldest.rpartition(".")[0], pin.rpartition(".")[0]
+    assert f"transformers {from_minor} up to" in (root / "README.md").read_text()
+    assert f"transformers {from_minor} to {to_minor}" in (root / "docs" / "hub.md").read_text()
 
 
 @pytest.mark.parametrize(("claimed", "code"), [(True, 1), (False, 0)])
 def test_a_failure_blocks_unless_the_release_is_newer_than_ours(claimed, code, monkeypatch, capsys):
     pin = versions.pinned((versions.ROOT / "constraints.txt").read_text())
-    latest = "5.19.0" if claimed else "5.99.0"
+    latest = "5.1.0" if claimed else "5.99.0"
+    monkeypatch.setattr(versions, "floor", lambda setup: "5.0.0")
     monkeypatch.setattr(versions, "newest", lambda: latest)
     monkeypatch.setattr(versions, "run", lambda name, version, tests: name == ".venv-floor")
     assert versions.main([]) == code
