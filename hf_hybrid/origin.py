@@ -12,7 +12,7 @@ from hf_hybrid.trainers.digests import rows_digest
 from hf_hybrid.trainers.durable import read_json, write_json
 
 from .data import load_rows
-from .folder import ARTEFACTS
+from .folder import ARTEFACTS, check_whole
 from .recipe import Recipe
 from .score import needs_alignment
 
@@ -75,6 +75,8 @@ def read_artefact(folder: Path, stage: str) -> Any:
 def artefact_digest(folder: Path, stage: str) -> str:
     """Of what later stages take from an artefact: sampled rows, sampled weights, or the contents of a JSON file."""
     path = folder / ARTEFACTS[stage]
+    if path.is_dir():
+        check_whole(path, stage)  # what is damaged is another one, too, but that says less
     if stage == "data":
         return _digest([[name, len(rows), rows_digest(_sample(rows))] for name, rows in load_rows(path).items()])
     if path.is_dir():

@@ -34,7 +34,11 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(path: str | os.PathLike) -> Any:
     """What a YAML file holds; a `ValueError` where it is none, or has a key twice in one place."""
     try:
-        return yaml.load(Path(path).read_text("utf-8"), _StrictLoader)  # noqa: S506  it is a SafeLoader
+        loader = _StrictLoader(Path(path).read_text("utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"it is not YAML: {' '.join(str(error).split())}.") from error
 

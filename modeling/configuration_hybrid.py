@@ -33,6 +33,10 @@ _MIRRORED = frozenset(
 )
 # Read from either config, so kept in both.
 _SET_ON_BOTH = frozenset({"output_attentions", "output_hidden_states"})
+_AUTO_CLASSES = {
+    "AutoModel": "modeling_hybrid.HybridModel",
+    "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
+}
 _NOT_INHERITED = frozenset({"text_config", "per_layer_config", "auto_map"})
 
 
@@ -145,11 +149,15 @@ class HybridConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """
-        As the library's, with a teacher's folder by its name, for the path is nobody else's business; and without the
-        kernel, which is a choice of whoever runs the model.
+        As the library's, with a teacher's folder by its name, for the path is nobody else's business; without the
+        kernel, which is a choice of whoever runs the model; and with both of the classes that the Auto classes load.
         """
         name = self.teacher_name_or_path
         stored = super().to_dict() | {"teacher_name_or_path": None if name is None else _without_path(str(name))}
+        auto_map = stored.get("auto_map") or {}
+        # The library names the class that is saved. A subclass from another file has mixers that `HybridModel` lacks.
+        if any(auto_map.get(auto) == own for auto, own in _AUTO_CLASSES.items()):
+            stored["auto_map"] = auto_map | _AUTO_CLASSES
         return {key: value for key, value in stored.items() if key != "kernel"}
 
     @property

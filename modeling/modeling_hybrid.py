@@ -90,15 +90,6 @@ class HybridPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = self._kept_in_fp32()
         self.post_init()
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As the library's; both `AutoModel` and `AutoModelForCausalLM` find their class in what is saved."""
-        file = __name__.rpartition(".")[2]
-        if type(self).__module__ == __name__:  # a subclass from another file has mixers that `HybridModel` lacks
-            names = {"AutoModel": HybridModel.__name__, "AutoModelForCausalLM": HybridForCausalLM.__name__}
-            own = getattr(self.config, "auto_map", None) or {}
-            self.config.auto_map = own | {auto: f"{file}.{name}" for auto, name in names.items()}
-        super().save_pretrained(*args, **kwargs)
-
     @property
     def linear_attention_layers(self) -> list[int]:
         """Indices of the layers with linear attention, ascending."""

@@ -70,10 +70,10 @@ def test_damaged_json(name: str, stage: str, case: Case) -> None:
 def test_a_damaged_recipe(case: Case) -> None:
     recipe = case.at("align").folder / "recipe.yaml"
     whole = recipe.read_bytes()
-    cut_short = whole[: whole.index(b"training:")]  # YAML still
+    cut_short = whole[: whole.index(b"finetune:")]  # YAML still
     for given, message in (
         (b"", "recipe.yaml is damaged"),
-        (cut_short, "belongs to another recipe (training"),
+        (cut_short, "belongs to another recipe (finetune"),
     ):
         recipe.write_bytes(given)
         assert message in case.fails()
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_told_and_the_run_goes_on(
     noise(checkpoints[-1] / "optimizer.pt")
     events: list[Event] = []
     run_recipe(recipe, case.folder, stop_after="align", progress=events.append)
-    notes = [event.text for event in events if event.kind == "note"]
+    notes = [event.text for event in events if (event.kind, event.stage) == ("note", "align")]
     assert notes[0].startswith(f"{checkpoints[-1].name} is damaged (optimizer.pt was not written by torch.save")
     assert notes[1:] == ([f"going on from {checkpoints[0].name}"] if left else [])
     case.ends("--stop-after", "align")
