@@ -158,14 +158,18 @@ class _KLSum(torch.autograd.Function):
                 d_hidden[chunk] = found[0]
                 for gradient, part in zip(d_head, found[1:], strict=True):
                     gradient += part
-        ctx.save_for_backward(d_hidden, *d_head)
+        # Not by save_for_backward, so that autograd can take them for gradients as they are, without a copy.
+        ctx.gradients = d_hidden, d_head
         ctx.head_dtypes = [part.dtype for part in trained]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_hidden, *d_head = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("a backward pass through this KL was run before, and its gradients are gone.")
+        d_hidden, d_head = ctx.gradients
+        ctx.gradients = None
         scaled = iter([part.mul_(d_total).to(dtype) for part, dtype in zip(d_head, ctx.head_dtypes, strict=True)])
         parts = [next(scaled) if wanted else None for wanted in ctx.needs_input_grad[4:]]
         return None, None, d_hidden.mul_(d_total) if ctx.needs_input_grad[2] else None, None, *parts
