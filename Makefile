@@ -57,6 +57,10 @@ test-slow: $(READY) ## run the slow tests: kills by the dozen, two processes, ev
 # What depends on the release of transformers: the model, generation, caches, packing, saving and loading, trainers.
 VERSION_TESTS := $(addprefix tests/test_,library_versions.py checkpoints.py auto_model.py standalone.py model.py \
 	generation.py packing.py trainers.py)
+# Not twice what takes seconds: scores are runs of the trainer that is tested beside them, and of two hybrids that load
+# with a checkpoint's own code alone one is enough.
+VERSION_TESTS += --deselect tests/test_trainers.py::TestScores \
+	--deselect "tests/test_standalone.py::test_loads_generates_and_saves_again[qwen2]"
 
 .PHONY: test-versions
 test-versions: $(READY) ## run a part of the tests on the oldest and the newest transformers (.venv-floor, .venv-newest)
