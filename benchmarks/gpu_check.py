@@ -5,8 +5,8 @@
 
 Shapes are tiny and models random; precision, kernels, schedules and methods are those that users run. The checks:
 
-- `kernels`: each recurrence, forward and backward, as the mixers call it, against our torch form in float64, at
-  awkward lengths, with a state carried in, packed, and with the dtypes that autocast makes;
+- `kernels` and `sizes`: each recurrence, forward and backward, as the mixers call it, against our torch form in
+  float64, at awkward lengths, with a state carried in, packed, and with the dtypes that autocast makes;
 - `mixers`: a hybrid of each mixer in the recipes' precision (fp32 masters, bf16 autocast) against the same hybrid in
   float64, logits and gradients; packed rows against single ones; cached decoding and generation against one pass;
 - `recipes`: each shipped recipe and the README's, from text to a checkpoint that loads without this package;
@@ -53,6 +53,7 @@ from hf_hybrid.trainers import losses
 ROOT = Path(__file__).parents[1]
 HEADS, WIDTH = 4, 64  # one shape for all checks, so that kernels are compiled once
 LENGTHS = (1, 63, 64, 65, 500)
+SHORTEST = 64  # tokens of a recipe's rows: for shorter ones, kernels of other chunks would be compiled
 RECURRENCES = {
     "gated_deltanet": kernels.gated_delta_rule,
     "gated_linear_attention": kernels.gated_linear_attention,
@@ -77,7 +78,11 @@ def main() -> int:
     for name, value in about.items():
         sys.stdout.write(f"{name}: {value}\n")
     sys.stdout.flush()
-    names = [*(f"kernels:{name}" for name in RECURRENCES), *(f"mixers:{name}" for name in MIXERS)]
+    names = [
+        *(f"kernels:{name}" for name in RECURRENCES),
+        *(f"mixers:{name}" for name in MIXERS),
+        "sizes:gated_deltanet",
+    ]
     names += [*(f"recipes:{name}" for name in RECIPES), "resume:distill"]
     if devices > 1:
         names += [f"processes:{name}" for name in ENGINES]
@@ -99,7 +104,7 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("kernels", "mixers", "recipes", "resume", "processes")
+    parts = ("kernels", "mixers", "sizes", "recipes", "resume", "processes")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--jobs", type=int, default=max(2, min(12, (os.cpu_count() or 2) // 2)), help="checks at once")
@@ -196,7 +201,7 @@ def run_child(args: argparse.Namespace) -> int:
     folder = Path(args.workdir)
     torch.cuda.set_device(0) if args.device == "cuda" else None
     # What starts runs leaves the tuning to them: it is a part of the product.
-    tunes = part in ("kernels", "mixers") and args.device == "cuda" and kernels.why_not_fla() is None
+    tunes = part in ("kernels", "mixers", "sizes") and args.device == "cuda" and kernels.why_not_fla() is None
     good = True
     with rows_path(folder, args.child).open("w") as stream, side_by_side() if tunes else contextlib.nullcontext():
         for case, work in check(name, args.device, folder):
@@ -246,14 +251,18 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def check_kernels(mixer: str, device: str, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    # Each dtype, each way to pack and each size of a chunk, which is smaller for one token, is another set of kernels
-    # to compile. One recurrence is checked with all of them.
-    every = mixer == "gated_deltanet"
-    for kind in TOLERANCE if every else ("bf16", "mixed"):
-        for tokens in LENGTHS[-1:] if kind == "fp32" else LENGTHS if every else LENGTHS[1:]:
+    for kind in ("bf16", "mixed"):
+        for tokens in LENGTHS[1:]:
             yield f"{kind}, {tokens} tokens, state", lambda k=kind, n=tokens: recurrence(mixer, device, k, n, "state")
         yield f"{kind}, packed", lambda k=kind: recurrence(mixer, device, k, LENGTHS[-1], "packed")
     yield "bf16, no gradients", lambda: without_gradients(mixer, device)
+
+
+def check_sizes(mixer: str, device: str, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """fp32, and one token, whose chunk is smaller: each is another set of kernels to compile, so of one mixer."""
+    yield "fp32, 500 tokens, state", lambda: recurrence(mixer, device, "fp32", LENGTHS[-1], "state")
+    yield "fp32, packed", lambda: recurrence(mixer, device, "fp32", LENGTHS[-1], "packed")
+    yield "mixed, 1 tokens, state", lambda: recurrence(mixer, device, "mixed", LENGTHS[0], "state")
 
 
 def recurrence(mixer: str, device: str, kind: str, tokens: int, case: str) -> str:
@@ -500,14 +509,14 @@ def shrunk(name: str, folder: Path, device: str) -> dict[str, Any]:
         data |= {"text_files": [f"{folder / 'texts'}/*.py"]}
     elif device == "cuda":  # its teacher's heads have another width, for which all would be compiled once more
         recipe["teacher"] = str(folder / "teachers" / "qwen3")
-    data |= {"block_size": data.get("block_size", 512) // 16, "held_out_rows": 8, "report_rows": 8}
+    data |= {"block_size": max(data.get("block_size", 512) // 16, SHORTEST), "held_out_rows": 8, "report_rows": 8}
     recipe["data"] = data
     for stage in ("align", "score", "distill", "finetune"):
         settings = recipe.get(stage)
         if not settings:
             continue
         if "block_size" in settings:
-            settings["block_size"] //= 16
+            settings["block_size"] = max(settings["block_size"] // 16, SHORTEST)
         settings["batch_size"] = 8
         if settings.get("warmup_steps"):
             settings["warmup_steps"] = 1

@@ -19,6 +19,7 @@ def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch,
     assert {part: len(results[part]) for part in gpu.PARTS} == {
         "correctness": 3,
         "recurrence": 8,
+        "kl": 8,
         "training": 4,
         "inference": 4,
     }

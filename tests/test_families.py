@@ -7,6 +7,7 @@ from family_models import tiny_model
 
 import hf_hybrid as hh
 from hf_hybrid.modeling.adopted_attention import AdoptedAttention
+from hf_hybrid.modeling.library import CACHE_NAMES
 
 
 # One of each kind: plain; soft-capped; rotary by layer type with q/k norm; fused projection; q/k norm over all heads
@@ -42,17 +43,18 @@ def test_every_check_passes(model_type):
     [
         ("padding_mask", family_checks.left_padding),
         ("seq_idx", family_checks.packed),
-        ("past_key_values", family_checks.cached),
+        ("cache", family_checks.cached),
     ],
 )
 def test_a_mixer_that_is_not_told_shows(lost, check, monkeypatch):
     """The checks fail where what the mixers need gets lost on its way, as it does in layers that hand nothing on."""
     forward = AdoptedAttention.forward
+    nothing = dict.fromkeys(CACHE_NAMES if lost == "cache" else (lost,))
 
     def forgetful(self, hidden_states, *args, **kwargs):
         if isinstance(row := kwargs["attention_mask"], dict):
             kwargs["attention_mask"] = {**row, lost: None}
-        return forward(self, hidden_states, *args, **{**kwargs, lost: None})
+        return forward(self, hidden_states, *args, **{**kwargs, **nothing})
 
     subject = family_checks.Subject("llama")
     check(subject)

@@ -188,9 +188,18 @@ class TestSlidingWindow:
         with torch.no_grad():
             torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("window", [0, -3, 2.5, True, "8"])
-    def test_a_window_is_a_number_of_tokens(self, window):
-        with pytest.raises(ValueError, match="pass 1 or more"):
+    @pytest.mark.parametrize(
+        ("window", "message"),
+        [
+            (0, "=0 is not a number of tokens; pass 1 or more"),
+            (-3, "=-3 is not a number of tokens; pass 1 or more"),
+            (2.5, "=2.5 is of type float; pass int"),
+            (True, "=True is of type bool; pass int"),
+            ("8", "='8' is of type str; pass int"),
+        ],
+    )
+    def test_a_window_is_a_number_of_tokens(self, window, message):
+        with pytest.raises(ValueError, match=re.escape(f"mixer_options['window']{message}")):
             hh.convert(tiny_teacher(), [], mixer="sliding_window", mixer_options={"window": window})
 
 

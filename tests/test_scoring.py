@@ -58,7 +58,7 @@ def test_the_student_and_the_teacher_are_given_back_as_they_were(method, dead_la
     after = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
     assert [(id(parameter), trains) for parameter, trains in after] == [(id(p), trains) for p, trains in parameters]
     assert all(module.training == mode for module, mode in modes)
-    assert student._keep_in_fp32_modules_strict == student._decay_parameters()
+    assert student._keep_in_fp32_modules_strict == student._kept_in_fp32()
 
 
 @pytest.mark.parametrize("method", ["ga-s2", "zero-shot", "zero-shot-linearise", "shared", "zero-shot-greedy"])

@@ -26,6 +26,9 @@ def gated(both: BothAttentions, gates: Any) -> Iterator[None]:
 
     def mix(layer: int) -> Any:
         def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, dict):  # what a mixer is told beside the teacher's mask, see `hand_over`
+                kwargs = {**kwargs, "attention_mask": mask["attention_mask"]}
             restored = both.softmax[layer](*args, **kwargs)[0]
             return (output[0] + gates()[layer] * (restored - output[0]), *output[1:])
 
