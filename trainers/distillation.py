@@ -16,6 +16,7 @@ from .losses import (
     masked_mean,
 )
 from .precision import Precision
+from .sharding import is_sharded
 from .teacher_topk import ROW, NumberedRows, TeacherTopK
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
@@ -83,6 +84,10 @@ class DistillationTrainer(TeacherTrainer):
         if ROW in inputs:
             return self._topk_loss(student, inputs)
         teacher = self.accelerator.unwrap_model(self.teacher)
+        if is_sharded(student):
+            # FSDP2 takes gradients that are asked for within a forward pass for the backward pass, and frees the head.
+            kl = kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
+            return masked_mean(kl, inputs.get("attention_mask"))
         return mean_kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
 
     def _topk_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
