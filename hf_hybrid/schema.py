@@ -123,8 +123,10 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         if isinstance(number, int if origin is int else (int, float)) and not isinstance(number, bool):
             return origin(number)
     elif origin is typing.Literal:
-        if value in typing.get_args(hint):
+        choices = list(typing.get_args(hint))
+        if value in choices:
             return value
+        raise ValueError(f"{where}={value!r} is unknown; choose one of {choices}.")
     elif isinstance(origin, type) and issubclass(origin, enum.Enum):
         choices = [member.value for member in origin]
         if value in choices:

@@ -53,6 +53,7 @@ WRONG_VALUES = {
     "training__weight_decay=-1": "training.weight_decay=-1.0 is out of range; pass a number from 0",
     "training__adam_beta1=1.5": "training.adam_beta1=1.5 is out of range",
     "training__adam_epsilon=[1e-8]": "training.adam_epsilon=['1e-8'] is not a number",
+    "training__learning_rate_groups=all": "training.learning_rate_groups='all' is unknown; choose one of ['mixers',",
     "training__optim=zigzag": "training.optim='zigzag' is unknown; choose one of ['adamw_torch'",
     "training__bf17=true": "unknown key in training: 'bf17'; it takes fields of TrainingArg",
     "training__kernel=fla": "unknown key in training: 'kernel'; it takes fields of TrainingArguments.",
