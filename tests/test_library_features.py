@@ -246,7 +246,7 @@ class TestGraphs:
         self.export(self.Logits(self.model([1], mixer)), [12], strict=False)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("mixer", MIXERS)
+    @pytest.mark.parametrize("mixer", ["gated_deltanet"])  # most of a minute each
     def test_a_hybrid_is_not_exported_for_every_length(self, mixer):
         with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
             self.export(self.Logits(self.model([1], mixer)), strict=False, **self.LENGTH)
