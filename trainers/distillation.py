@@ -122,19 +122,14 @@ def kl_of_batch(
     Called from within the student's forward where that is sharded, see [`call_through`].
     """
     with precision.running(inputs["input_ids"].device):
-        if reference is None:
-            with torch.no_grad():
-                reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
-        hidden = final_hidden_states(student, inputs, precision)
         kl = chunked_kl_per_token(
-            reference.flatten(0, 1),
-            hidden.flatten(0, 1),
+            *_hidden_states_of_both(student, teacher, inputs, precision, reference),
             logit_function(teacher, precision),
             logit_function(student, precision),
             vocab_size=student.config.vocab_size,
             chunk_tokens=chunk_tokens,
         )
-    return kl.view(hidden.shape[:2])
+    return kl.view(inputs["input_ids"].shape)
 
 
 def mean_kl_of_batch(
@@ -147,13 +142,9 @@ def mean_kl_of_batch(
     """The mean of [`kl_of_batch`] over tokens that are not padding, for training: see [`chunked_kl_sum`]."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
     with precision.running(mask.device):
-        with torch.no_grad():
-            reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
-        hidden = final_hidden_states(student, inputs, precision)
         counted = mask.flatten().float()
         return chunked_kl_sum(
-            reference.flatten(0, 1),
-            hidden.flatten(0, 1),
+            *_hidden_states_of_both(student, teacher, inputs, precision),
             logit_function(teacher, precision),
             logit_function(student, precision),
             counted / counted.sum().clamp(min=1),
@@ -161,6 +152,20 @@ def mean_kl_of_batch(
             vocab_size=student.config.vocab_size,
             chunk_tokens=chunk_tokens,
         )
+
+
+def _hidden_states_of_both(
+    student: Any,
+    teacher: Any,
+    inputs: dict[str, torch.Tensor],
+    precision: Precision,
+    reference: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The final hidden states of teacher, or `reference` `[B, T, H]`, and student, `[B T, H]` each."""
+    if reference is None:
+        with torch.no_grad():
+            reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
+    return reference.flatten(0, 1), final_hidden_states(student, inputs, precision).flatten(0, 1)
 
 
 def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:
