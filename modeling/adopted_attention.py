@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D ke
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class AttentionCall:
     seq_idx: torch.Tensor | None = None
     captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     capture: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
     done: bool = False
 
 
@@ -69,6 +70,7 @@ def _to_mixer(
     module.check_heads(query, key, value)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if attention_call.capture:
+        attention_call.settings = kwargs
         attention_call.captured = query, *expand_groups(key, value, query.shape[2])
         return value.new_zeros(*query.shape[:3], value.shape[-1]), None
     return module.attend(query, key, value, attention_call).contiguous(), None
@@ -251,11 +253,17 @@ class AdoptedAttention(nn.Module):
         """
         if position_embeddings is not None:
             kwargs["position_embeddings"] = position_embeddings
+        return self.capture(hidden_states, **kwargs)[0]
+
+    def capture(
+        self, hidden_states: torch.Tensor, **kwargs: Any
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
+        """What [`project`] returns, and what else the teacher's code gives its softmax by name (`scaling`, ...)."""
         call = AttentionCall(hidden_states, capture=True)
         self._teacher_forward(call, **kwargs)
         if call.captured is None:
             raise RuntimeError(f"{self.teacher_class.__name__} did not call its attention; it cannot be linear.")
-        return call.captured
+        return call.captured, call.settings
 
     def _teacher_forward(self, call: AttentionCall, **kwargs: Any) -> Any:
         names = positional_names(self.teacher_class)

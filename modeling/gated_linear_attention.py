@@ -12,7 +12,7 @@ from .linear_attention import GateProjection, LinearAttention, decay_parameter, 
 
 # Rank of the decay's projection and what its log is divided by: arXiv 2312.06635, section 4.4.
 _LOW_RANK = 16
-_TEMPERATURE = 16.0
+TEMPERATURE = 16.0
 
 
 class GatedLinearAttention(LinearAttention):
@@ -59,7 +59,7 @@ class GatedLinearAttention(LinearAttention):
         seq_idx: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = widen(self.gk_proj(hidden_states)) + widen(self.gk_bias)
-        log_decay = nn.functional.logsigmoid(logits) / _TEMPERATURE
+        log_decay = nn.functional.logsigmoid(logits) / TEMPERATURE
         if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
             log_decay = log_decay * padding_mask[..., None]
             key = key * padding_mask[..., None, None]

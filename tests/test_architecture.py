@@ -232,6 +232,7 @@ RUNNERS = {
 }
 # Functions for users, which measure finished models, may default to the dtype of the weights.
 FOR_USERS = {
+    "calibrate",
     "held_out_kl",
     "write_teacher_topk",
     "evaluate_model",

@@ -1,6 +1,7 @@
 """Trainers of the two distillation stages and the layer scores built on them."""
 
 from .alignment import AlignmentConfig, AlignmentTrainer
+from .calibration import calibrate
 from .distillation import DistillationConfig, DistillationTrainer
 from .held_out import HeldOutKL, held_out_kl
 from .hybrid_trainer import HybridTrainer, HybridTrainingArguments
@@ -19,6 +20,7 @@ __all__ = [
     "HybridTrainingArguments",
     "LayerScore",
     "LayerScores",
+    "calibrate",
     "held_out_kl",
     "score_layers",
     "write_teacher_topk",

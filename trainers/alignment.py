@@ -77,16 +77,11 @@ def mixer_outputs(
 
     Without autocast a mixer gets what its layer gets in the teacher in the dtype of its own weights.
     """
-    padding_mask = inputs.get("attention_mask")
-    if padding_mask is not None and bool(padding_mask.all()):
-        padding_mask = None
-    seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
-    inputs = without_mask(inputs)
     layers = decoder_layers(student)
-    for i, (given, wanted) in _attention_of(teacher, student.linear_attention_layers, inputs, precision).items():
+    for i, given, wanted, padding_mask, seq_idx in teacher_attention(student, teacher, inputs, precision):
         attention = layers[i].self_attn
         if precision.autocast is None:
-            given = {name: _in_dtype_of(attention, value) for name, value in given.items()}
+            given = in_dtype_of(attention, given)
         mixer = partial(attention, **given, padding_mask=padding_mask, seq_idx=seq_idx)
         with precision.running(wanted.device):
             if student.is_gradient_checkpointing and torch.is_grad_enabled():
@@ -96,14 +91,36 @@ def mixer_outputs(
         yield i, wanted, output, padding_mask
 
 
-def _in_dtype_of(mixer: torch.nn.Module, value: Any) -> Any:
-    """Hidden states and rotary embeddings in the dtype of the mixer's projections; what has no such dtype as it is."""
-    if isinstance(value, tuple):
-        return tuple(_in_dtype_of(mixer, part) for part in value)
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return value
+def in_dtype_of(mixer: torch.nn.Module, given: Any) -> Any:
+    """
+    What an attention module is given, with hidden states and rotary embeddings in the dtype of the mixer's
+    projections; what has no such dtype as it is.
+    """
+    if isinstance(given, dict):
+        return {name: in_dtype_of(mixer, value) for name, value in given.items()}
+    if isinstance(given, tuple):
+        return tuple(in_dtype_of(mixer, part) for part in given)
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        return given
     weights = (module.weight for module in mixer.modules() if isinstance(module, torch.nn.Linear))
-    return value.to(next((weight.dtype for weight in weights if weight.is_floating_point()), value.dtype))
+    return given.to(next((weight.dtype for weight in weights if weight.is_floating_point()), given.dtype))
+
+
+def teacher_attention(
+    student: Any, teacher: Any, inputs: dict[str, Any], precision: Precision
+) -> Iterator[tuple[int, dict[str, Any], torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """
+    Yields, for each linear layer of `student`, its index, what the teacher's attention there is given, by argument
+    name, and returns `[B, T, H]`, and what its mixer needs to know of the row: the padding mask `[B, T]` and the
+    document of each token `[B, T]`, or None.
+    """
+    padding_mask = inputs.get("attention_mask")
+    if padding_mask is not None and bool(padding_mask.all()):
+        padding_mask = None
+    seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
+    seen = _attention_of(teacher, student.linear_attention_layers, without_mask(inputs), precision)
+    for i, (given, wanted) in seen.items():
+        yield i, given, wanted, padding_mask, seq_idx
 
 
 @torch.no_grad()
