@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent
 # Read as text: importing the package here would need torch at build time.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_hybrid" / "__init__.py").read_text("utf-8"), re.M)[1]
 
+EVAL = ["lm-eval>=0.4.13,<0.5"]
 TEST = [
+    *EVAL,
     "bitsandbytes; sys_platform == 'linux'",
     "build",
     "mypy",
@@ -43,7 +45,7 @@ setup(
     ],
     # modeling/, trainers/ and recipes/ lie at the root and are installed inside hf_hybrid. What is installed depends
     # on this mapping alone; the symlinks in hf_hybrid/ serve what reads the tree (tests, type checkers, editors).
-    packages=["hf_hybrid", "hf_hybrid.modeling", "hf_hybrid.trainers", "hf_hybrid.recipes"],
+    packages=["hf_hybrid", "hf_hybrid.modeling", "hf_hybrid.trainers", "hf_hybrid.recipes", "hf_hybrid.tasks"],
     package_dir={
         "hf_hybrid": "hf_hybrid",
         "hf_hybrid.modeling": "modeling",
@@ -74,6 +76,8 @@ setup(
         "trl>=1.16",
     ],
     extras_require={
+        # evaluate --tasks; the tasks after RULER that lm-eval itself has also need the packages of its own extra.
+        "eval": ["lm-eval[ruler]>=0.4.13,<0.5"],
         # Triton 3.4.0 to 3.7.0 computes wrong gradients on Hopper.
         "gpu": ["flash-linear-attention>=0.6,<0.7", "triton>=3.7.1"],
         "test": TEST,

@@ -237,6 +237,7 @@ FOR_USERS = {
     "write_teacher_topk",
     "evaluate_model",
     "perplexity",
+    "ruler",
     "task_accuracy",
 }
 

@@ -20,6 +20,7 @@ SYMLINKS = {"hf_hybrid/modeling", "hf_hybrid/recipes", "hf_hybrid/trainers"}
 # Where each file of the tree is installed; the rest of the tree is not.
 INSTALLED = {
     "hf_hybrid/": ("hf_hybrid/", (".py", "py.typed")),
+    "hf_hybrid/tasks/": ("hf_hybrid/tasks/", (".py",)),
     "hf_hybrid/embedded_teacher/": ("hf_hybrid/embedded_teacher/", ("",)),
     "modeling/": ("hf_hybrid/modeling/", (".py",)),
     "trainers/": ("hf_hybrid/trainers/", (".py",)),
@@ -98,7 +99,9 @@ def test_wheel_holds_each_file_once(tree: Path, dist: Path) -> None:
 def test_packages_are_flat(tree: Path) -> None:
     """setup.py lists the packages by name: a module in a new folder would be left out of the wheel."""
     nested = [str(file.relative_to(tree)) for name in PACKAGES for file in tree.glob(f"{name}/*/**/*.py")]
-    assert [name for name in nested if not name.startswith(tuple(f"{link}/" for link in SYMLINKS))] == []
+    elsewhere = (*(f"{link}/" for link in SYMLINKS), "hf_hybrid/tasks/")
+    assert [name for name in nested if not name.startswith(elsewhere)] == []
+    assert list(tree.glob("hf_hybrid/tasks/*/**/*.py")) == []
 
 
 def test_wheel_has_the_licence_and_the_command(dist: Path) -> None:

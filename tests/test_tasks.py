@@ -1,0 +1,199 @@
+"""The tasks after RULER: their cases, and what models that are known score in them."""
+
+import random
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lookup_model import lookup_model
+from runs import tiny_tokenizer
+from teachers import tiny_teacher
+
+import hf_hybrid as hh
+from hf_hybrid.tasks import RULER_TASKS, Case, TaskScore, ruler, ruler_cases
+from hf_hybrid.tasks.cases import RESERVE, answer_text
+from hf_hybrid.tasks.harness import found_share, share_error
+from hf_hybrid.tasks.language_model import ModelLM
+from hf_hybrid.tasks.repetition import is_looping, repetition
+from hf_hybrid.tasks.words import ADJECTIVES, NOUNS, essay, sentences
+from hf_hybrid.trainers.precision import AS_LOADED, Precision
+
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.mark.parametrize("name", RULER_TASKS)
+def test_cases_are_as_long_as_asked_for_and_the_same_for_a_seed(name: str) -> None:
+    cases = ruler_cases(TOKENIZER, tasks=[name], lengths=[1200, 2400], cases=3, seed=1)
+    assert [case.length for case in cases] == [1200] * 3 + [2400] * 3
+    for case in cases:
+        tokens = len(TOKENIZER(case.prompt + answer_text(case.slots))["input_ids"])
+        assert tokens == case.tokens and 0.88 * case.length <= tokens <= case.length - RESERVE
+        assert len(TOKENIZER(case.prompt)["input_ids"]) + case.new_tokens <= case.length
+        assert not case.prompt.endswith(" ") and case.slots[0].answer.startswith(" ")
+    assert ruler_cases(TOKENIZER, tasks=[name], lengths=[1200, 2400], cases=3, seed=1) == cases
+    assert ruler_cases(TOKENIZER, tasks=[name], lengths=[1200], cases=3, seed=2)[0].prompt != cases[0].prompt
+    assert len({case.prompt for case in cases}) == 6
+
+
+def test_the_haystack_is_the_text_that_is_given() -> None:
+    texts = ["First came the rain. Then it cleared!\nWho knew? " + "word " * 200]
+    (case,) = ruler_cases(TOKENIZER, tasks=["single_prose"], lengths=[1200], cases=1, texts=texts)
+    assert "Then it cleared! Who knew?" in case.prompt and case.answers[0] in case.prompt
+    assert max(map(len, sentences(texts))) <= 400 and " ".join(sentences(texts)) == " ".join(texts[0].split())
+    assert sentences(["x" * 900]) == ["x" * 400, "x" * 400, "x" * 100]
+
+
+def test_words_are_distinct_and_prose_does_not_end() -> None:
+    assert len(set(NOUNS + ADJECTIVES)) == len(NOUNS) + len(ADJECTIVES)
+    prose, again = essay(random.Random(0)), essay(random.Random(0))
+    drawn = [next(prose) for _ in range(500)]
+    assert drawn == [next(again) for _ in range(500)] and len(set(drawn)) > 400
+    assert all(sentence[0].isupper() and sentence.endswith(".") for sentence in drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["needle"]}, "there is no task 'needle'; choose among single_noise"),
+        ({"cases": 0}, "cases=0 is too few"),
+        ({"lengths": [64]}, r"lengths=\[64\] are no lengths of a case; pass at least 128"),
+        (
+            {"tasks": ["single_prose"], "lengths": [128]},
+            "single_prose needs [0-9]+ tokens with this tokenizer",
+        ),
+        ({"texts": ["", " "]}, "the 2 texts for the haystack are empty"),
+    ],
+)
+def test_what_makes_no_cases_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ruler_cases(TOKENIZER, **options)
+
+
+COPIED = ["single_noise", "single_prose", "multikey_prose", "multikey_needles", "multiquery", "copying"]
+
+
+def test_a_model_that_copies_scores_1_and_a_constant_one_0() -> None:
+    cases = ruler_cases(TOKENIZER, tasks=COPIED, lengths=[1200], cases=2)
+    scores = ruler(lookup_model(300), TOKENIZER, cases=cases, batch_size=5)
+    assert [(score.task, score.mean, score.count) for score in scores] == [(name, 1.0, 2) for name in COPIED]
+    silent = ruler(lookup_model(300, constant=5), TOKENIZER, cases=cases)
+    assert [score.scores for score in silent] == [[0.0, 0.0]] * len(COPIED)
+    assert scores[0].minus(silent[0]) == (1.0, 0.0)
+
+
+def test_each_answer_counts_by_itself() -> None:
+    """Of the values of one key, the lookup model gives the last needle's at the first place, and no other right."""
+    (score,) = ruler(lookup_model(300), TOKENIZER, tasks=["multivalue"], lengths=[1200], cases=4)
+    assert all(0 <= value < 1 and (4 * value).is_integer() for value in score.scores)
+
+
+def test_generated_answers_are_extracted() -> None:
+    cases = ruler_cases(TOKENIZER, tasks=["single_prose", "copying"], lengths=[1200], cases=2)
+    right = ruler(lookup_model(300), TOKENIZER, cases=cases, form="generation", batch_size=2)
+    assert [score.mean for score in right] == [1.0, 1.0] and right[0].form == "generation"
+    wrong = ruler(lookup_model(300, constant=5), TOKENIZER, cases=cases, form="generation", batch_size=3)
+    assert [score.mean for score in wrong] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="form='guess' is neither of likelihood and generation"):
+        ruler(lookup_model(300), TOKENIZER, cases=cases, form="guess")
+
+
+def test_what_counts_as_an_answer() -> None:
+    assert found_share("single_prose", ["123456"], "It is 123456.") == 1
+    assert found_share("single_prose", ["123456"], "1234567 and 0123456") == 0
+    assert found_share("multiquery", ["111111", "222222"], " 222222, I think") == 0.5
+    assert found_share("common_words", ["lamp", "river"], "1. Lamp 2. rivers") == 0.5
+    assert found_share("variable_tracking", ["ABC", "XEZ"], "ABC, XEZ.") == 1
+
+
+def test_repetition_and_loops() -> None:
+    assert repetition("a b c d e f g h") == 0 and repetition("one two") == 0
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)  # five runs of four words, the last is the first
+    assert repetition([1] * 10) == pytest.approx(6 / 7)
+    assert is_looping([5, 9] + [1, 2, 3, 4] * 3) and is_looping([7] * 12)
+    assert not is_looping([7] * 11) and not is_looping(list(range(40))) and not is_looping([1, 2, 3, 4] * 2)
+
+
+def test_standard_errors_by_hand() -> None:
+    # Three of four right: with two right and two wrong ones added, 5 of 8.
+    assert share_error([1, 1, 1, 0]) == pytest.approx((5 / 8 * 3 / 8 / 8) ** 0.5)
+    assert share_error([1.0] * 4) == pytest.approx((6 / 8 * 2 / 8 / 8) ** 0.5) and share_error([0.5] * 96) < 0.011
+    ours, theirs = (TaskScore("copying", "likelihood", 0, 0, 3, 512, scores) for scores in ([1, 1, 0], [0, 1, 0]))
+    assert ours.minus(theirs) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    with pytest.raises(ValueError, match="are not the same cases"):
+        ours.minus(TaskScore("copying", "likelihood", 0, 0, 2, 512, [1, 1]))
+
+
+def requests_of(pairs: list[tuple], kind: str) -> list[Instance]:
+    return [Instance(kind, {}, pair, 0, ("t", i, 1)) for i, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_answers_are_those_of_lm_evals_own_model(hybrid: bool) -> None:
+    """`HFLM` makes all logits, one request a row; here rows are shared, and only the answers get logits."""
+    model = tiny_teacher("llama", vocab_size=300)
+    model = hh.convert(model, [1]) if hybrid else model
+    pairs = [
+        ("def function_1(x, y):", " return x"),
+        ("def function_1(x, y): return", " x * 4"),
+        ("def function_1(x, y): return x", " * 4 + y"),
+        ("step", " 3"),
+        ("step 3\n", "def function_4(x"),
+        ("", "return"),
+    ]
+    theirs_lm = HFLM(pretrained=model, tokenizer=TOKENIZER, batch_size=1, backend="causal")
+    ours_lm = ModelLM(model, TOKENIZER, batch_size=2, precision=AS_LOADED)
+    # Among them what the model says next, where that is the same tokens when it is read again.
+    starts = [(f"step {i}", {"until": [], "max_gen_toks": 1}) for i in range(20)]
+    said = theirs_lm.generate_until(requests_of(starts, "generate_until"))
+    pairs += [(start, text) for (start, _), text in zip(starts, said, strict=True) if text.strip()]
+    ours, theirs = (lm.loglikelihood(requests_of(pairs, "loglikelihood")) for lm in (ours_lm, theirs_lm))
+    assert [is_greedy for _, is_greedy in ours] == [is_greedy for _, is_greedy in theirs]
+    assert 0 < sum(is_greedy for _, is_greedy in ours) < len(pairs) - 5
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=2e-4)
+
+    texts = [("def function_9(x, y):\n    return x * 81",), ("step " * 40,)]
+    ours, theirs = (
+        lm.loglikelihood_rolling(requests_of(texts, "loglikelihood_rolling")) for lm in (ours_lm, theirs_lm)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+    prompts = [(text, {"until": ["\n"], "max_gen_toks": 12}) for text in ("step 3", "def function_1(x, y)", "return")]
+    ours, theirs = (lm.generate_until(requests_of(prompts, "generate_until")) for lm in (ours_lm, theirs_lm))
+    assert ours == theirs
+
+
+def test_rows_that_begin_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_teacher("qwen3", vocab_size=300)
+    lm, widths = ModelLM(model, TOKENIZER, batch_size=4, precision=AS_LOADED), []
+    plain = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: widths.append(k["input_ids"].shape) or plain(*a, **k))
+    (case,) = ruler_cases(TOKENIZER, tasks=["multiquery"], lengths=[1000], cases=1)
+    assert len(case.slots) == 4
+    ruler(model, TOKENIZER, cases=[case])
+    assert [width for width in widths if width[1] > 4] == [(1, case.tokens - 1)]  # the others are of a check
+    assert lm.max_length == 1024
+    with pytest.raises(ValueError, match="a request has 1[0-9]{3} tokens, the model 1024 positions; pass shorter"):
+        ruler(model, TOKENIZER, tasks=["copying"], lengths=[1200], cases=1)
+
+
+def test_precision_and_random_state() -> None:
+    model = tiny_teacher("llama", vocab_size=300)
+    state, drawn = torch.get_rng_state(), random.getstate()
+    lm = ModelLM(model, TOKENIZER, precision=Precision(torch.bfloat16))
+    (half,), (full,) = (
+        m.loglikelihood(requests_of([("step", " 3")], "loglikelihood"))
+        for m in (lm, ModelLM(model, TOKENIZER, precision=AS_LOADED))
+    )
+    assert half != full and half[0] == pytest.approx(full[0], rel=0.1)
+    ruler(model, TOKENIZER, tasks=["copying"], lengths=[1000], cases=1)
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == drawn
+
+
+def test_a_case_is_plain_data() -> None:
+    (case,) = ruler_cases(TOKENIZER, tasks=["common_words"], lengths=[1200], cases=1)
+    assert isinstance(case, Case) and len(case.answers) == 10
+    listed = case.prompt.split("\n\n")[1].split()[1::2]
+    assert {listed.count(word) for word in case.answers} == {6}
+    assert {listed.count(word) for word in set(listed) - set(case.answers)} == {1}
