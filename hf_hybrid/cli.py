@@ -14,7 +14,7 @@ from typing import Any
 from . import __version__
 from .cli_evaluate import add_evaluate_options, evaluation_of, print_evaluation
 from .cli_score import add_score_options
-from .cli_text import SEEDS, check_numbers
+from .cli_text import GGUF_HELP, SEEDS, check_numbers
 
 
 _EXAMPLES = """\
@@ -25,6 +25,7 @@ examples:
   hf-hybrid score embedded --method verified --k 2 --output scores
   hf-hybrid score --recipe my_recipe.yaml --output my_run
   hf-hybrid convert Qwen/Qwen3-0.6B --full-attention-layers 3,10,17,24 --output hybrid
+  hf-hybrid convert SmolLM2-135M-Instruct.Q4_1.gguf --full-attention-layers 3,10,17,24 --output hybrid
   hf-hybrid push my_run me/my-hybrid --private
   hf-hybrid evaluate my_run/model --teacher Qwen/Qwen3-0.6B --data-files 'texts/*.txt'
   hf-hybrid env
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="start_from", metavar="STAGE", help="make STAGE and what follows again")
     score = add("score", _score, "score a model's layers, or run a recipe up to its scores; table, JSON and chart")
     score.add_argument(
-        "teacher", metavar="TEACHER", nargs="?", help="Hub id or folder, or 'embedded'; or give --recipe"
+        "teacher", metavar="TEACHER", nargs="?", help="Hub id or folder, GGUF file, or 'embedded'; or give --recipe"
     )
     score.add_argument("--recipe", help="path of a YAML file, or the name of a shipped recipe")
     add_score_options(score)
@@ -99,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (run, score):
         sub.add_argument("--output", required=True, help="folder of the run")
     convert = add("convert", _convert, "make a hybrid with the teacher's weights, without any training")
-    convert.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, or 'embedded'")
+    convert.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, GGUF file, or 'embedded'")
+    convert.add_argument("--gguf-file", metavar="NAME", help=GGUF_HELP.format("TEACHER"))
     convert.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
     convert.add_argument(
         "--full-attention-layers", required=True, help="layers that keep softmax: 1,3 or 0-2,9 or none"
@@ -263,6 +265,7 @@ def _convert(options: argparse.Namespace) -> None:
         trust_remote_code=options.trust_remote_code,
         dtype=options.dtype,
         revision=options.revision,
+        gguf_file=options.gguf_file,
     )
     student = convert(teacher, layers, mixer=options.mixer)
     student.config.teacher_name_or_path = options.teacher

@@ -5,15 +5,17 @@ import math
 import sys
 from typing import Any
 
-from .cli_text import TEXT_FIELDS, add_text_options, check_numbers, text_of
+from .cli_text import GGUF_HELP, TEXT_FIELDS, add_text_options, check_numbers, text_of
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model is measured, beside which teacher, and on what."""
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id, or GGUF file")
     parser.add_argument("--revision", help="branch, tag or commit of a MODEL on the Hub (default: its main branch)")
-    parser.add_argument("--teacher", help="Hub id or folder, or 'embedded'; for KL and a comparison")
+    parser.add_argument("--gguf-file", metavar="NAME", help=GGUF_HELP.format("MODEL"))
+    parser.add_argument("--teacher", help="Hub id or folder, GGUF file, or 'embedded'; for KL and a comparison")
     parser.add_argument("--teacher-revision", help="branch, tag or commit of a teacher on the Hub (default: likewise)")
+    parser.add_argument("--teacher-gguf-file", metavar="NAME", help=GGUF_HELP.format("the teacher"))
     add_text_options(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
 
@@ -24,8 +26,10 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     if text and not (options.dataset or options.data_files):
         option = next(name for name in TEXT_FIELDS if getattr(options, name) is not None).replace("_", "-")
         raise ValueError(f"--{option} was given without a text to measure on; add --data-files or --dataset.")
-    if options.teacher_revision is not None and options.teacher is None:
-        raise ValueError(f"--teacher-revision {options.teacher_revision!r} needs --teacher, the model it is one of.")
+    for name in ("teacher_revision", "teacher_gguf_file"):
+        if getattr(options, name) is not None and options.teacher is None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(options, name)!r} needs --teacher, the model it is one of.")
     check_numbers(options, batch_size=(1, math.inf))
     import torch
 
@@ -36,13 +40,15 @@ def evaluation_of(options: argparse.Namespace) -> Any:
 
     remote = options.trust_remote_code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = load_model(options.model, trust_remote_code=remote, revision=options.revision).to(device)
+    named: dict[str, Any] = {"revision": options.revision, "gguf_file": options.gguf_file}
+    model = load_model(options.model, trust_remote_code=remote, **named).to(device)
     if model.config.model_type == "hf_hybrid":
         print(describe_kernels(device, model.config.kernel), file=sys.stderr)
-    tokenizer = load_tokenizer(options.model, trust_remote_code=remote, revision=options.revision)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=remote, **named)
     teacher = None
     if options.teacher is not None:
-        teacher = load_pair(options.teacher, trust_remote_code=remote, revision=options.teacher_revision)[0].to(device)
+        named = {"revision": options.teacher_revision, "gguf_file": options.teacher_gguf_file}
+        teacher = load_pair(options.teacher, trust_remote_code=remote, **named)[0].to(device)
     rows = None
     if text:
         config = DataConfig(**text)

@@ -5,12 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .cli_text import SEEDS, TEXT_FIELDS, add_text_options, check_numbers, text_of
+from .cli_text import GGUF_HELP, SEEDS, TEXT_FIELDS, add_text_options, check_numbers, text_of
 
 
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says how a model given by name is scored; a recipe says it itself."""
     parser.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
+    parser.add_argument("--gguf-file", metavar="NAME", help=GGUF_HELP.format("TEACHER"))
     parser.add_argument("--method", help="how: ga-s2 (default), verified, zero-shot, ...: docs/scoring.md lists them")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     parser.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
@@ -26,7 +27,7 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
 
 
 _SELECT = ("k", "fraction", "cache_bytes", "context")
-_OTHERS = ("revision", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
+_OTHERS = ("revision", "gguf_file", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
 
 
 def recipe_of(options: argparse.Namespace) -> Any:
@@ -58,6 +59,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
         options=_method_options(options.option),
         seed=options.seed or 0,
         revision=options.revision,
+        gguf_file=options.gguf_file,
     )
 
 

@@ -1,8 +1,11 @@
-"""The options that name a text, of the commands that measure on one."""
+"""The options that name a text, of the commands that measure on one, and words that several commands share."""
 
 import argparse
 import math
 from typing import Any
+
+
+GGUF_HELP = "the GGUF file of {}, in a folder that holds several or on the Hub"
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:

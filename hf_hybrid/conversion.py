@@ -17,6 +17,7 @@ from hf_hybrid.modeling.adopted_attention import SOFTMAX_ALONE
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 
 from .adapters import merged
+from .gguf_file import gguf_note, gguf_origin
 from .loading import check_plain, check_weights, prepared_teacher
 from .probe import PROBE_TOKENS, probe, sound_logits
 
@@ -104,6 +105,7 @@ def convert(
     kernel: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    gguf_file: str | None = None,
     model_class: type[HybridForCausalLM] = HybridForCausalLM,
 ) -> HybridForCausalLM:
     """
@@ -117,8 +119,8 @@ def convert(
 
     Args:
         teacher (`PreTrainedModel`, `peft.PeftModel`, `str` or `os.PathLike`):
-            The softmax model, or a Hub id or folder to load it from. An adapter is merged into a copy of its weights;
-            quantised weights are dequantised where the teacher is given by name. The report says so.
+            The softmax model, or a Hub id, folder or GGUF file to load it from. An adapter is merged into a copy of
+            its weights; quantised weights are dequantised where the teacher is given by name. The report says so.
         full_attention_layers (`Iterable[int]`):
             Layers that keep softmax attention. `[]` makes all of them linear; `range(L)` keeps the teacher.
         mixer (`str` or `list[str]`, *optional*, defaults to `"gated_deltanet"`):
@@ -133,6 +135,8 @@ def convert(
             Whether a teacher given by name may run code of its own.
         revision (`str`, *optional*):
             Branch, tag or commit of a teacher given by its name on the Hub; by default its main branch.
+        gguf_file (`str`, *optional*):
+            The GGUF file of a teacher given by a folder that holds several, or by its name on the Hub.
         model_class (`type`, *optional*, defaults to [`HybridForCausalLM`]):
             A subclass, where `mixer` is one of its own `mixers`; `examples/custom_mixer.py` makes one.
 
@@ -150,10 +154,16 @@ def convert(
     ```
     """
     notes: list[str] = []
-    if not isinstance(teacher, PreTrainedModel | PeftModel):
-        teacher, notes = prepared_teacher(teacher, trust_remote_code=trust_remote_code, revision=revision)
-    elif revision is not None:
-        raise ValueError(f"revision={revision!r} belongs to a teacher given by name; this one is loaded already.")
+    by_name = not isinstance(teacher, PreTrainedModel | PeftModel)
+    if by_name:
+        teacher, notes = prepared_teacher(
+            teacher, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file
+        )
+    elif (origin := gguf_origin(teacher.config)) is not None:
+        notes.append(gguf_note(origin))
+    for name, value in (("revision", revision), ("gguf_file", gguf_file)):
+        if value is not None and not by_name:
+            raise ValueError(f"{name}={value!r} belongs to a teacher given by name; this one is loaded already.")
     if isinstance(teacher, PeftModel):
         check_weights(teacher)
         teacher, note = merged(copy.deepcopy(teacher))

@@ -13,6 +13,7 @@ from hf_hybrid.trainers.durable import read_json, write_json
 
 from . import __version__
 from .folder import has_work
+from .gguf_file import ORIGIN, gguf_origin
 from .loading import load_pair
 from .recipe import Recipe
 
@@ -20,7 +21,7 @@ from .recipe import Recipe
 _FILE = "inputs.json"
 _PROBE = "A probe: naïve x_1 = 10**-3;\n\tif 中 < Ω and   spaces…"
 # Where a model lies and who wrote its config say nothing about what it computes.
-_NO_MATTER = frozenset({"_name_or_path", "transformers_version"})
+_NO_MATTER = frozenset({"_name_or_path", "transformers_version", ORIGIN})
 
 
 def check_inputs(folder: Path, teacher: Any, tokenizer: Any) -> str | None:
@@ -69,13 +70,14 @@ def load_run_pair(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
         trust_remote_code=recipe.trust_remote_code,
         dtype=recipe.dtype,
         revision=commit or recipe.revision,
+        gguf_file=recipe.gguf_file,
     )
 
 
 def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:
     """
-    The teacher's config, its commit if it came from the Hub, a digest of each of its tensors and of the tokenizer, and
-    versions.
+    The teacher's config, its commit if it came from the Hub, the [`gguf_origin`] if it came from such a file, a digest
+    of each of its tensors and of the tokenizer, and versions.
 
     A tensor's digest is of its name, shape, dtype and 64 evenly spaced elements: enough to tell a fine-tuned copy, at
     no cost for large models, and no proof against a change of single elements.
@@ -86,6 +88,7 @@ def describe_inputs(teacher: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "config": {name: value for name, value in config.items() if name not in _NO_MATTER},
         "commit": teacher.config.__dict__.get("_commit_hash"),
+        "gguf": gguf_origin(teacher.config),
         "tensors": {name: tensor_digest(tensor) for name, tensor in teacher.state_dict().items()},
         "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:16],
         "versions": {
@@ -108,6 +111,17 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     changed = [name for name in names if there["tensors"].get(name) != here["tensors"].get(name)]
     if changed:
         found.append(f"other weights in {len(changed)} of {len(names)} tensors, such as {changed[0]}")
+    if differ := _other_files(there.get("gguf"), here["gguf"]):
+        found.append(differ)
     if there["tokenizer"] != here["tokenizer"]:
         found.append("another tokenizer")
     return found
+
+
+def _other_files(there: dict[str, str] | None, here: dict[str, str] | None) -> str | None:
+    """How the GGUF files of two teachers differ; their names may. The same numbers may come from a folder, too."""
+    if there is None or here is None or there["sha256"] == here["sha256"]:
+        return None
+    return (
+        f"the contents of the GGUF file {here['file']}: sha256 {there['sha256'][:16]} then, {here['sha256'][:16]} now"
+    )

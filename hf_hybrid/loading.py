@@ -34,6 +34,17 @@ from hf_hybrid.modeling import HybridConfig  # which registers the hybrid with t
 
 from .adapters import merged
 from .embedded import embedded_teacher, embedded_tokenizer
+from .gguf_file import (
+    SUFFIX,
+    find_gguf,
+    finish_gguf,
+    finish_gguf_tokenizer,
+    gguf_note,
+    gguf_origin,
+    load_gguf,
+    load_gguf_tokenizer,
+    read_gguf,
+)
 from .recipe import check_dtype
 
 
@@ -50,23 +61,31 @@ _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.com
 
 
 def load_pair(
-    teacher: str, *, trust_remote_code: bool = False, dtype: str = "auto", revision: str | None = None
+    teacher: str,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> tuple[Any, Any]:
     """
     Returns a teacher in eval mode and its tokenizer; `"embedded"` is the one that ships with the package.
 
     `revision` is a branch, tag or commit of a teacher on the Hub. Both come from one commit, also where the branch
-    moves in between.
+    moves in between. `gguf_file` is as in [`load_teacher`].
     """
     check_dtype(dtype)
     if teacher == "embedded":
-        if revision is not None:
-            raise ValueError(f"revision={revision!r}, but the embedded teacher ships with the package; leave it out.")
+        for name, value in (("revision", revision), ("gguf_file", gguf_file)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r}, but the embedded teacher ships with the package; leave it out.")
         model = embedded_teacher()
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))), embedded_tokenizer()
-    model = load_teacher(teacher, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
+    model = load_teacher(
+        teacher, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file
+    )
     commit = model.config._commit_hash or revision
-    return model, load_tokenizer(teacher, trust_remote_code=trust_remote_code, revision=commit)
+    return model, load_tokenizer(teacher, trust_remote_code=trust_remote_code, revision=commit, gguf_file=gguf_file)
 
 
 def load_teacher(
@@ -75,14 +94,18 @@ def load_teacher(
     trust_remote_code: bool = False,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """
     Returns a causal language model from the Hub or a folder, in eval mode, with weights that fill its config exactly.
 
-    They come from safetensors files only: nothing is unpickled. Code that comes with the model runs only where the
-    caller says so. Quantised weights are dequantised and an adapter is merged into its base; a warning says so.
+    They come from safetensors and GGUF files only: nothing is unpickled. Code that comes with the model runs only
+    where the caller says so. Quantised weights are dequantised and an adapter is merged into its base; a warning says
+    so. `teacher` may be a GGUF file, or a folder with one; `gguf_file` names one of several, or one on the Hub.
     """
-    model, notes = prepared_teacher(teacher, trust_remote_code=trust_remote_code, dtype=dtype, revision=revision)
+    model, notes = prepared_teacher(
+        teacher, trust_remote_code=trust_remote_code, dtype=dtype, revision=revision, gguf_file=gguf_file
+    )
     for note in notes:
         warnings.warn(f"{teacher}: {note}.", UserWarning, stacklevel=2)
     return model
@@ -94,10 +117,12 @@ def prepared_teacher(
     trust_remote_code: bool = False,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """As [`load_teacher`], with notes of what was done to it in the place of warnings."""
-    model, notes = _load(teacher, dtype, trust_remote_code, revision, dequantise=True)
-    model.config._commit_hash = None if Path(teacher).exists() else _commit_of(str(teacher), revision)
+    model, notes = _load(teacher, dtype, trust_remote_code, revision, dequantise=True, gguf_file=gguf_file)
+    local = Path(teacher).exists()
+    model.config._commit_hash = None if local else _commit_of(str(teacher), revision, gguf_file or "config.json")
     return model, notes
 
 
@@ -108,16 +133,17 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     kernel: str | None = None,
+    gguf_file: str | None = None,
 ) -> Any:
     """
-    Returns a causal language model in eval mode, from safetensors files only.
+    Returns a causal language model in eval mode, from safetensors files only, or from a GGUF file.
 
     `revision` is a branch, tag or commit of a model on the Hub, by default its main branch. A checkpoint that lacks
     some of the tensors that its config asks for, has more of them, or has them in another shape, is an error: the
     library would fill the gaps with random numbers. `kernel` is for a hybrid, see [`convert`]; by default that of its
-    config.
+    config. `gguf_file` is as in [`load_teacher`].
     """
-    return _load(path, dtype, trust_remote_code, revision, dequantise=False, kernel=kernel)[0]
+    return _load(path, dtype, trust_remote_code, revision, dequantise=False, kernel=kernel, gguf_file=gguf_file)[0]
 
 
 def _load(
@@ -128,10 +154,14 @@ def _load(
     *,
     dequantise: bool,
     kernel: str | None = None,
+    gguf_file: str | None = None,
 ) -> tuple[Any, list[str]]:
     check_name(path)
-    check_folder(path)
     revision = checked_revision(path, revision)
+    gguf = _find_gguf(path, gguf_file, revision)
+    if gguf is not None:
+        return _load_gguf(gguf, dtype)
+    check_folder(path)
     with _explained(path):
         adapter = find_adapter_config_file(str(path), revision=revision)
     if adapter is not None:
@@ -170,6 +200,24 @@ def _load(
         notes.append(f"its weights were dequantised ({method}), which is exact; rounding of activations is left out")
     _check_finite(path, model)
     return model.eval(), notes
+
+
+def _find_gguf(name: str | os.PathLike, gguf_file: str | None, revision: str) -> Path | None:
+    if Path(name).exists():
+        return find_gguf(name, gguf_file)
+    with _explained(name):
+        return find_gguf(name, gguf_file, revision)
+
+
+def _load_gguf(path: Path, dtype: Any) -> tuple[Any, list[str]]:
+    reader = read_gguf(path)
+    with _explained(path), _without_report():
+        model, info = load_gguf(path, dtype)
+    _check_filled(path, info, "the config that its metadata make")
+    model = _dequantised(path, model, "gguf")
+    finish_gguf(model, reader, path)
+    _check_finite(path, model)
+    return model.eval(), [gguf_note(gguf_origin(model.config) or {})]
 
 
 def _dequantised(path: str | os.PathLike, model: Any, method: str) -> Any:
@@ -218,10 +266,27 @@ def _load_merged(
     return model.eval(), [*notes, f"{note} (the base is {base})"]
 
 
-def load_tokenizer(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """Returns the tokenizer of a model in a folder or, by its main branch or `revision`, on the Hub."""
+def load_tokenizer(
+    name: str | os.PathLike,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+) -> Any:
+    """
+    Returns the tokenizer of a model in a folder or, by its main branch or `revision`, on the Hub; or that in a GGUF
+    file, see [`load_teacher`].
+    """
     check_name(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": checked_revision(name, revision)}
+    revision = checked_revision(name, revision)
+    gguf = _find_gguf(name, gguf_file, revision)
+    if gguf is not None:
+        reader = read_gguf(gguf)
+        with _explained(gguf, "tokenizer"):
+            tokenizer = load_gguf_tokenizer(gguf)
+        finish_gguf_tokenizer(tokenizer, reader, gguf)
+        return tokenizer
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     with _explained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     # Where there are no files, some classes of the library make a tokenizer without a vocabulary.
@@ -236,8 +301,9 @@ def checked_revision(name: str | os.PathLike, revision: str | None) -> str:
         return "main"
     if not revision:
         raise ValueError(f"the revision of {name} is empty; give a branch, tag or commit, or leave it out.")
-    if Path(name).is_dir():
-        raise ValueError(f"revision={revision!r} is one of the Hub's, but {name} is a folder here; leave it out.")
+    if Path(name).exists():
+        kind = "folder" if Path(name).is_dir() else "file"
+        raise ValueError(f"revision={revision!r} is one of the Hub's, but {name} is a {kind} here; leave it out.")
     return revision
 
 
@@ -255,14 +321,16 @@ def check_name(name: Any) -> None:
     path = Path(name)
     if os.path.isdir(path):
         return
-    if path.suffix == ".gguf":
-        raise ValueError(
-            f"{text} is a GGUF file, which is not read here; give the folder or Hub id of the model with safetensors "
-            "weights."
-        )
+    if path.suffix == SUFFIX and path.is_file():
+        return
     if os.path.exists(path):
         raise ValueError(f"{text} is a file; give the folder that holds the model, with its config.json.")
     is_path = isinstance(name, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    if path.suffix == SUFFIX and text.count("/") < 2:
+        raise ValueError(
+            f"there is no GGUF file {text} here; check the path, or give a Hub id and the file's name "
+            "with --gguf-file (gguf_file= in Python and in a recipe)."
+        )
     if is_path or _FILES.fullmatch(path.suffix):
         hint = " (~ is not expanded here: write the path in full)" if text.startswith("~") else ""
         raise ValueError(f"there is no folder {text}{hint}; check the path, or give a Hub id such as Qwen/Qwen3-0.6B.")
@@ -285,20 +353,16 @@ def check_folder(name: str | os.PathLike) -> None:
         raise ValueError(f"the folder {folder} cannot be read ({error.strerror}); change its permissions.") from error
     if "config.json" in there or "adapter_config.json" in there:
         return
-    if any(file.endswith(".gguf") for file in there):
-        raise ValueError(
-            f"the folder {folder} holds a GGUF file, which is not read here; give the model with safetensors weights."
-        )
     inside = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
     found = f"it holds {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else "it is empty"
     advice = f"did you mean {inside}?" if inside else "give the folder that save_pretrained() wrote, or a Hub id."
     raise ValueError(f"the folder {folder} has no config.json ({found}); {advice}")
 
 
-def _commit_of(name: str, revision: str | None) -> str | None:
-    """The commit on the Hub that a model was just loaded from: the name of its folder in the cache."""
-    path = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(path).parent.name if isinstance(path, str) else None
+def _commit_of(name: str, revision: str | None, file: str) -> str | None:
+    """The commit on the Hub that a model with that file was just loaded from: the name of its folder in the cache."""
+    path = try_to_load_from_cache(name, file, revision=revision)
+    return Path(path).parents[file.count("/")].name if isinstance(path, str) else None
 
 
 def check_plain(model: PreTrainedModel) -> None:
@@ -445,6 +509,11 @@ def _reason(name: str | os.PathLike, what: str, error: Exception) -> str:
         return (
             f"{name} holds a model of {config[1] if config else 'a class'} that is no causal language model; give a "
             "decoder such as Llama, Qwen or Mistral."
+        )
+    if "GGUF" in text and "not supported" in text:
+        return (
+            f"{name} is of an architecture that transformers {transformers.__version__} does not read from GGUF files "
+            f"({_line(error).rstrip('.')}); give the model with safetensors weights."
         )
     if what == "tokenizer":
         return f"{name} has no tokenizer that loads; save the model's in that folder again ({_line(error)})"

@@ -276,11 +276,12 @@ class Recipe:
     `checkpoints`; what stands in `training` of the fields that belong in `execution` counts as if it stood there.
 
     Args:
-        teacher (`str`): Hub id or folder of the softmax model, or `"embedded"`.
+        teacher (`str`): Hub id or folder of the softmax model, or its GGUF file, or `"embedded"`.
         data, align, score, select, distill, finetune: the stages. Without `finetune` there is none; `score` may be
             left out where the selector needs no scores.
         revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch. A run
             stays with the commit that it was started with.
+        gguf_file (`str`, *optional*): the teacher's GGUF file, in a folder that holds several or on the Hub.
         dtype (`str`): of the teacher; the finished model has it too. The student always trains in fp32, with `bf16` or
             `fp16` in `training` under autocast, in which scores and the teacher's top k are measured too.
         trust_remote_code (`bool`): whether the teacher may run code of its own.
@@ -302,6 +303,7 @@ class Recipe:
     score: ScoreStage | None = None
     finetune: FinetuneStage | None = None
     revision: str | None = None
+    gguf_file: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
     mixer: str = "gated_deltanet"

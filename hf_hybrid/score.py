@@ -36,12 +36,13 @@ def scoring_recipe(
     options: dict[str, Any] | None = None,
     seed: int = 0,
     revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> Recipe:
     """
     Returns a recipe whose score stage scores `teacher`, with defaults for all else.
 
     Args:
-        teacher (`str`): Hub id or folder, or `"embedded"`.
+        teacher (`str`): Hub id or folder, GGUF file, or `"embedded"`.
         method (`str`): one of `METHODS`.
         data (`dict`, *optional*): fields of [`DataConfig`]; may be left out for the embedded teacher.
         select (`dict`, *optional*): how many layers to keep, fields of [`SelectStage`]; by default a quarter.
@@ -50,6 +51,7 @@ def scoring_recipe(
         options (`dict`, *optional*): options of the method.
         seed (`int`): of everything random.
         revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch.
+        gguf_file (`str`, *optional*): the teacher's GGUF file, in a folder that holds several or on the Hub.
     """
     defaults = _EMBEDDED if teacher == "embedded" else _OTHER
     data = dict(data or {})
@@ -70,6 +72,7 @@ def scoring_recipe(
         distill=DistillStage(tokens=budget, **rates),
         seed=seed,
         revision=revision,
+        gguf_file=gguf_file,
     )
 
 

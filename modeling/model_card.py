@@ -110,8 +110,10 @@ def base_model_of(config: Any, repo_id: str | None = None) -> tuple[str | None, 
 
     That is the hybrid that was loaded from the Hub, unless it is `repo_id` itself, or else the teacher.
     """
-    for name, commit in ((config._name_or_path, None), (config.teacher_name_or_path, config.teacher_revision)):
-        if name and name != repo_id and _is_on_hub(name):
+    file = (config.text_config.__dict__.get("gguf_origin") or {}).get("file", "config.json")
+    of_teacher = (config.teacher_name_or_path, config.teacher_revision, file)
+    for name, commit, wanted in ((config._name_or_path, None, "config.json"), of_teacher):
+        if name and name != repo_id and _is_on_hub(name, wanted):
             return name, commit
     return None, None
 
@@ -130,11 +132,11 @@ def licence_of(name: str, revision: str | None = None) -> dict[str, Any]:
     return found
 
 
-def _is_on_hub(name: str) -> bool:
-    """Whether `name` is a model on the Hub: its config then lies in the cache. A folder may have the same name."""
+def _is_on_hub(name: str, file: str) -> bool:
+    """Whether `name` is a model on the Hub: its `file` then lies in the cache. A folder may have the same name."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return False
-    path = _file_of(name, "config.json")
+    path = _file_of(name, file)
     return path is not None and _cache_name(name) in path
 
 
@@ -184,7 +186,18 @@ def introduction(config: Any, teacher: str | None, parameters: int) -> str:
     return (
         f"# Hybrid of {source}\n\nA causal language model with softmax and linear attention, made by hf_hybrid "
         f"from {source}: {kept} of {total} layers have softmax attention, the other {total - kept} have linear "
-        f"attention ({names}), whose state does not grow with the context. {parameters:,} parameters."
+        f"attention ({names}), whose state does not grow with the context. {parameters:,} parameters." + _file(config)
+    )
+
+
+def _file(config: Any) -> str:
+    """A paragraph about the GGUF file of the teacher, where it came from one."""
+    origin = config.text_config.__dict__.get("gguf_origin")
+    if origin is None:
+        return ""
+    return (
+        f"\n\nThe teacher's weights came from the GGUF file `{origin['file']}` ({origin['quantisation']}; sha256 "
+        f"`{origin['sha256']}`) and were dequantised; what quantising had rounded away is in neither model."
     )
 
 
