@@ -11,10 +11,12 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_hybrid" / "__init__.py").read_text("utf-8"), re.M)[1]
 
 EVAL = ["lm-eval>=0.4.13,<0.5"]
+GGUF = "gguf>=0.19"
 TEST = [
     *EVAL,
     "bitsandbytes; sys_platform == 'linux'",
     "build",
+    GGUF,
     "mypy",
     "pytest",
     "pytest-xdist",
@@ -80,6 +82,8 @@ setup(
         "eval": ["lm-eval[ruler]>=0.4.13,<0.5"],
         # Triton 3.4.0 to 3.7.0 computes wrong gradients on Hopper.
         "gpu": ["flash-linear-attention>=0.6,<0.7", "triton>=3.7.1"],
+        # To read teachers from GGUF files.
+        "gguf": [GGUF],
         "test": TEST,
         "dev": [*TEST, "pre-commit"],
     },

@@ -6,12 +6,13 @@ here that is a `ValueError`, for a model without a part of itself answers, and a
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 
@@ -231,6 +232,13 @@ def finish_gguf_tokenizer(tokenizer: Any, reader: "GGUFReader", path: Path) -> N
     Lets the tokenizer split text as the file says where the library does not, or raises a `ValueError`: text in pieces
     that the model never saw still makes tokens, and the model is merely worse.
     """
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    count = len(_value(reader, "tokenizer.ggml.tokens"))
+    if any(token["id"] >= count for token in stored["added_tokens"]):
+        # The library's class for such vocabularies adds GPT-2's own end of text where there is none, and the model has
+        # no embedding for it.
+        stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < count]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(stored))
     if _value(reader, "tokenizer.ggml.model") != "gpt2":
         return
     way, backend = _value(reader, "tokenizer.ggml.pre", "default"), tokenizer.backend_tokenizer
