@@ -2,11 +2,19 @@
 
 import json
 
+import datasets
 import delta_rule
 import gpu
 import pytest
 import report
+import starts
 import torch
+from teachers import tiny_teacher, tokens
+
+import hf_hybrid as hh
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.trainers.alignment import mixer_outputs
+from hf_hybrid.trainers.precision import AS_LOADED
 
 
 def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch, capsys):
@@ -47,3 +55,58 @@ def test_forms_of_the_delta_rule_agree():
     with pytest.raises(AssertionError, match="transformers: "):
         delta_rule.check_agreement(forms)
     assert delta_rule.make_inputs("sdpa", "forward", 5)[0][0].shape == torch.Size([1, 8, 5, 64])
+
+
+@pytest.mark.slow
+def test_starts_are_paired_and_kept(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "starts.json"
+    few = ["--starts", "drawn", "gate 1, scale", "--trained", "drawn", "gate 1, scale", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["starts.py", "--trial", "--keep", "2", "3", "--output", str(file), *few])
+    file.write_text(json.dumps([{"teacher": "embedded", "mixer": "gated_deltanet"}]))  # what it replaces
+    starts.main()
+    (study,) = json.loads(file.read_text())
+    assert study["teacher"] == "embedded" and str(tmp_path) not in study["command"]
+    assert study["tokens"]["calibration"] == 4 * 256 and study["tokens"]["alignment"] == [2 * 256, 4 * 256]
+    found = {(record["start"], record["seed"]): record for record in study["records"]}
+    assert list(found) == [(name, seed) for seed in (0, 1) for name in ("drawn", "gate 1, scale")]
+    for record in found.values():
+        assert list(record["steps"]) == ["0", "1", "2"] and record["distilled"]["recall"] is not None
+    for seed in (0, 1):
+        assert found["gate 1, scale", seed]["steps"]["0"]["kl"] < found["drawn", seed]["steps"]["0"]["kl"]
+        # Without a start, nothing moves the student between seeds but the draw.
+        assert (
+            found["drawn", seed]["steps"]["0"]["alignment_loss"] > found["drawn", seed]["steps"]["2"]["alignment_loss"]
+        )
+    printed = capsys.readouterr().out
+    difference = [
+        found["gate 1, scale", seed]["steps"]["0"]["kl"] - found["drawn", seed]["steps"]["0"]["kl"] for seed in (0, 1)
+    ]
+    assert f"{sum(difference) / 2:+.3f} ± {abs(difference[0] - difference[1]) / 2:.3f}" in printed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama_mqa"])
+def test_output_projections_are_those_of_least_squares(family):
+    """Grouped heads, and a bias; the ridge as rows of its own."""
+    teacher = tiny_teacher(family, torch.float64)
+    student = hh.convert(teacher, [])
+    ids = tokens(6, 40)
+    heads = {}
+
+    def keep(i):
+        return lambda module, args: None if i in heads else heads.update({i: args[0]})
+
+    for i, layer in enumerate(decoder_layers(student)):
+        layer.self_attn.o_proj.register_forward_pre_hook(keep(i))
+    wanted = {i: want for i, want, _, _ in mixer_outputs(student, teacher, {"input_ids": ids}, AS_LOADED)}
+    before = {i: layer.self_attn.o_proj.weight.clone() for i, layer in enumerate(decoder_layers(student))}
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+    starts.fit_output_projections(student, teacher, rows, 4, AS_LOADED)
+    for i, layer in enumerate(decoder_layers(student)):
+        x = heads[i].flatten(0, 1)
+        bias = layer.self_attn.o_proj.bias
+        y = wanted[i].flatten(0, 1) - (0 if bias is None else bias)
+        ridge = (0.01 * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+        both, targets = torch.cat((x, ridge)), torch.cat((y, ridge @ before[i].mT))
+        expected = torch.linalg.lstsq(both, targets).solution.mT
+        torch.testing.assert_close(layer.self_attn.o_proj.weight, expected, rtol=1e-7, atol=1e-9)

@@ -155,12 +155,12 @@ def test_memories_halve_over_the_distance_that_the_teacher_looks_back(family, mi
     teacher = tiny_teacher(family, torch.float64)
     ids = tokens(5, 40)
     student = hh.convert(teacher, [], mixer=mixer)
-    found = calibrate(student, teacher, dataset(ids), scale=None, batch_size=2)
+    found = calibrate(student, teacher, dataset(ids), half_life=0.9, skip_first=False, scale=None, batch_size=2)
     assert found.tokens == 200 and not found.left
     place = torch.arange(40, dtype=torch.float64)
     weights, given = teacher_weights(teacher, ids)
     for i, layer in enumerate(decoder_layers(student)):
-        wanted = (weights[i] * (place[:, None] - place)).sum(-1).mean((0, 2)).clamp(min=0.5)  # per head
+        wanted = 0.9 * (weights[i] * (place[:, None] - place)).sum(-1).mean((0, 2))  # per head
         torch.testing.assert_close(torch.tensor(found.half_life[i], dtype=torch.float64), wanted, rtol=1e-6, atol=0)
         log_decay = decays(layer.self_attn, given[i]["hidden_states"])
         heads = log_decay.unflatten(-1, (4, -1))
@@ -184,7 +184,7 @@ def test_rows_with_padding_or_documents_give_what_their_documents_give(kind):
         mask[1, :8] = 0
         rows = dataset(torch.cat((first, nn.functional.pad(second, (8, 0)))), attention_mask=mask)
     apart = datasets.Dataset.from_dict({"input_ids": first.tolist() + second.tolist()})
-    options = {"decay": "distance-without-first", "write_strength": "entropy", "scale": "gate"}
+    options: dict = {"write_strength": "entropy", "scale": "gate"}
     found = [
         calibrate(students[0], teacher, rows, batch_size=2, **options),
         calibrate(students[1], teacher, apart, batch_size=1, **options),
@@ -266,7 +266,7 @@ def test_write_strengths_have_the_mean_that_is_asked_for(mixer):
     teacher = tiny_teacher("llama", torch.float64)
     ids = tokens(4, 30)
     student = hh.convert(teacher, [], mixer=mixer)
-    found = calibrate(student, teacher, dataset(ids), write_strength=0.2, gate=False, decay=None, scale=None)
+    found = calibrate(student, teacher, dataset(ids), write_strength=0.2, gate=False, half_life=None, scale=None)
     _, given = teacher_weights(teacher, ids)
     for i, layer in enumerate(decoder_layers(student)):
         logits = layer.self_attn.b_proj(given[i]["hidden_states"]).flatten(0, 1).mean(0)

@@ -101,7 +101,8 @@ def calibrate(
     rows: Any,
     *,
     gate: bool = True,
-    decay: Literal["distance", "distance-without-first"] | None = "distance",
+    half_life: float | None = math.log(2),
+    skip_first: bool = True,
     write_strength: Literal["entropy"] | float | None = None,
     scale: Literal["norm", "gate"] | None = "norm",
     batch_size: int = 4,
@@ -117,9 +118,10 @@ def calibrate(
         rows (`datasets.Dataset`): rows with `input_ids`, optionally `attention_mask` and `position_ids`; a few
             thousand tokens.
         gate (`bool`): make the output gate 1 (1/2 where it is a sigmoid) on the average token.
-        decay (`str`, *optional*): `"distance"`: a head's memory halves over the mean distance that its softmax looks
-            back. `"distance-without-first"`: the same without the first token of each document, on which many heads
-            put what they have no use for.
+        half_life (`float`, *optional*): of a head's memory, over the mean distance that its softmax looks back. With
+            `ln 2` the memory, which fades exponentially, looks back as far in the mean.
+        skip_first (`bool`): measure that distance without the first token of each document, on which many heads put
+            what they have no use for.
         write_strength (`float` or `str`, *optional*): of the delta rules, a number for all heads, or `"entropy"`: 0.3
             for the head of a layer that spreads its attention most, 0.7 for the one that does so least.
         scale (`str`, *optional*): `"norm"`: the output norm's weight by least squares on what the teacher's softmax
@@ -133,8 +135,10 @@ def calibrate(
     layers, found = decoder_layers(student), Calibration()
     mixers: dict[int, LinearAttention] = {}
     for i in student.linear_attention_layers:
-        mixer = layers[i].self_attn
-        if isinstance(mixer, LinearAttention) and not isinstance(mixer, SlidingWindowAttention):
+        mixer, attention = layers[i].self_attn, decoder_layers(teacher)[i].self_attn
+        if "indexer" in attention._modules:
+            found.left[i] = f"all of {type(mixer).__name__}, whose teacher's softmax sees only some tokens,"
+        elif isinstance(mixer, LinearAttention) and not isinstance(mixer, SlidingWindowAttention):
             mixers[i] = mixer
         else:
             found.left[i] = f"all of {type(mixer).__name__}"
@@ -145,25 +149,24 @@ def calibrate(
         )
     with evaluating(student, teacher):
         seen = {i: _Attention() for i in mixers}
-        skip = decay == "distance-without-first"
         for i, part in _teacher_parts(student, teacher, mixers, rows, batch_size, precision):
-            seen[i].add(part, skip_first=skip)
+            seen[i].add(part, skip_first=skip_first)
         found.tokens = round(next(iter(seen.values())).tokens)
         for i, mixer in mixers.items():
             common, spread = common_direction(seen[i].moment / seen[i].tokens, seen[i].total / seen[i].tokens)
             if gate and mixer.output_gate is not None:
                 set_gate(mixer, common, 1.0 if mixer.output_gate == "silu" else 0.5)
                 found.gate_spread[i] = spread
-            if decay is not None:
-                half_life = (seen[i].distance / seen[i].mass.clamp(min=1e-9)).clamp(min=_SHORTEST)
-                if set_decay(mixer, math.log(2) / half_life):
-                    found.half_life[i] = half_life.tolist()
+            if half_life is not None:
+                lives = (half_life * seen[i].distance / seen[i].mass.clamp(min=1e-9)).clamp(min=_SHORTEST)
+                if set_decay(mixer, math.log(2) / lives):
+                    found.half_life[i] = lives.tolist()
                 else:
                     found.left[i] = f"the decay of {type(mixer).__name__}"
             if write_strength is not None:
                 strengths = torch.full_like(seen[i].entropy, 0.5)
                 if write_strength == "entropy":
-                    strengths = strengths_of(seen[i].entropy / max(seen[i].choices, 1.0))
+                    strengths = strengths_of(seen[i].entropy / seen[i].tokens)
                 else:
                     strengths = torch.full_like(strengths, float(write_strength))
                 if set_write_strength(mixer, common, strengths):
@@ -344,11 +347,6 @@ class _Part:
     def statistics(self, skip_first: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """[`attention_statistics`] of the teacher's attention."""
         adopted = AdoptedAttention(self.teacher_attention, self.mixer.layer_idx)
-        if "indexer" in self.teacher_attention._modules:
-            raise ValueError(
-                f"{type(self.teacher_attention).__name__} picks the tokens that its softmax sees, which calibration "
-                "does not follow; pass decay=None and scale=None."
-            )
         given = dict(self.given)
         hidden = given["hidden_states"]
         with self.precision.running(hidden.device):
@@ -402,7 +400,6 @@ class _Attention:
     """Sums over tokens of what one layer's attention is given and looks at."""
 
     tokens: float = 0.0
-    choices: float = 0.0
     moment: Any = 0.0
     total: Any = 0.0
     distance: Any = 0.0
@@ -419,7 +416,6 @@ class _Attention:
         self.distance = self.distance + distance[counted].double().sum(0)
         self.mass = self.mass + mass[counted].double().sum(0)
         self.entropy = self.entropy + entropy[counted].double().sum(0)
-        self.choices += float(counted.sum())
 
 
 def _fit_scales(
