@@ -154,16 +154,16 @@ def convert(
     ```
     """
     notes: list[str] = []
-    by_name = not isinstance(teacher, PreTrainedModel | PeftModel)
-    if by_name:
+    if not isinstance(teacher, PreTrainedModel | PeftModel):
         teacher, notes = prepared_teacher(
             teacher, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file
         )
-    elif (origin := gguf_origin(teacher.config)) is not None:
-        notes.append(gguf_note(origin))
-    for name, value in (("revision", revision), ("gguf_file", gguf_file)):
-        if value is not None and not by_name:
-            raise ValueError(f"{name}={value!r} belongs to a teacher given by name; this one is loaded already.")
+    else:
+        for name, value in (("revision", revision), ("gguf_file", gguf_file)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} belongs to a teacher given by name; this one is loaded already.")
+        if (origin := gguf_origin(teacher.config)) is not None:
+            notes.append(gguf_note(origin))
     if isinstance(teacher, PeftModel):
         check_weights(teacher)
         teacher, note = merged(copy.deepcopy(teacher))

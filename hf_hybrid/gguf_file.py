@@ -32,8 +32,16 @@ _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral
 # What ends a turn or a message beside the end of text, in files of chat models.
 _MORE_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 # Factors of llama.cpp that no config of the library has from a GGUF file; 0 and 1 mean that there is none.
-_FACTORS = ("rope.scaling.factor", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias")
-_FACTORS += ("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor")
+_FACTORS = (
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+)
 
 
 def gguf_origin(config: Any) -> dict[str, str] | None:
@@ -150,7 +158,6 @@ def finish_gguf(model: PreTrainedModel, reader: "GGUFReader", path: Path) -> Non
     _check_settings(model.config, reader, path)
     config = model.config
     config.__dict__.pop("_model_name_or_path", None)  # what the file calls itself
-    config._name_or_path = str(path)
     setattr(config, ORIGIN, _origin_of(reader, path))
     ends = [_value(reader, key) for key in _MORE_ENDS]
     if model.generation_config is not None and model.generation_config.eos_token_id is not None:

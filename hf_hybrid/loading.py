@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -160,7 +160,7 @@ def _load(
     revision = checked_revision(path, revision)
     gguf = _find_gguf(path, gguf_file, revision)
     if gguf is not None:
-        return _load_gguf(gguf, dtype)
+        return _load_gguf(path, gguf, dtype)
     check_folder(path)
     with _explained(path):
         adapter = find_adapter_config_file(str(path), revision=revision)
@@ -205,17 +205,19 @@ def _load(
 def _find_gguf(name: str | os.PathLike, gguf_file: str | None, revision: str) -> Path | None:
     if Path(name).exists():
         return find_gguf(name, gguf_file)
-    with _explained(name):
+    with _explained(name), contextlib.suppress(RemoteEntryNotFoundError):
         return find_gguf(name, gguf_file, revision)
+    raise ValueError(f"{name} has no file {gguf_file} on the Hub at {revision}; check the name.")
 
 
-def _load_gguf(path: Path, dtype: Any) -> tuple[Any, list[str]]:
+def _load_gguf(name: str | os.PathLike, path: Path, dtype: Any) -> tuple[Any, list[str]]:
     reader = read_gguf(path)
     with _explained(path), _without_report():
         model, info = load_gguf(path, dtype)
     _check_filled(path, info, "the config that its metadata make")
     model = _dequantised(path, model, "gguf")
     finish_gguf(model, reader, path)
+    model.config._name_or_path = str(name)  # not where the cache of the Hub keeps it
     _check_finite(path, model)
     return model.eval(), [gguf_note(gguf_origin(model.config) or {})]
 
