@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
@@ -146,7 +147,16 @@ def load_gguf(path: Path, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    return loaded
+    model, info = loaded
+    # Older releases give a weight the shape that it has in the file, whatever the config says.
+    with torch.device("meta"):
+        wanted = type(model)(model.config).state_dict()
+    reshaped = {
+        (name, tensor.shape, wanted[name].shape)
+        for name, tensor in model.state_dict().items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    }
+    return model, info | {"mismatched_keys": set(info["mismatched_keys"]) | reshaped}
 
 
 def finish_gguf(model: PreTrainedModel, reader: "GGUFReader", path: Path) -> None:
