@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +14,7 @@ from hf_hybrid.modeling.library import cache_argument
 from hf_hybrid.trainers import held_out_kl
 from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.durable import write_json
-from hf_hybrid.trainers.held_out import batches
+from hf_hybrid.trainers.held_out import batches, standard_error
 from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
 from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
@@ -22,6 +22,31 @@ from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
 from .data import text_prefix
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
+from .tasks.scores import TaskScore
+
+
+@dataclass
+class TextEvaluation:
+    """
+    Measurements on the held-out rows of one text.
+
+    Args:
+        name (`str`): of the text.
+        rows, tokens (`int`): rows, and their tokens that are not padding.
+        kl, kl_sem (`float`): held-out `KL(teacher || model)` and its standard error over rows, nats per token.
+        perplexity, perplexity_sem (`float`): see [`perplexity_of`].
+        teacher_perplexity, teacher_perplexity_sem (`float`): likewise.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    kl: float | None = None
+    kl_sem: float | None = None
+    perplexity: float | None = None
+    perplexity_sem: float | None = None
+    teacher_perplexity: float | None = None
+    teacher_perplexity_sem: float | None = None
 
 
 @dataclass
@@ -33,11 +58,15 @@ class Evaluation:
         kl, kl_sem (`float`): held-out `KL(teacher || model)` and its standard error over rows, nats per token.
         tokens (`int`): tokens of the held-out rows that are not padding.
         perplexity, teacher_perplexity (`float`): `exp` of the mean negative log likelihood per predicted token.
+        perplexity_sem, teacher_perplexity_sem (`float`): their standard errors over rows.
+        texts (`list[TextEvaluation]`): the same of each text, where there are several; the figures above are of the
+            rows of all of them.
         recall, teacher_recall (`float`): share of right answers in multi-query associative recall.
         recall_length, recall_answers (`int`): tokens of a row of that task, and answers in all rows.
         cache_context (`int`): tokens of context for which the next two are computed.
         cache_bytes, teacher_cache_bytes (`int`): bytes of cache per sequence.
         cache_bytes_per_token, teacher_cache_bytes_per_token (`int`): bytes that the last token of that context adds.
+        tasks, teacher_tasks (`list[TaskScore]`): what they scored in tasks, see `docs/evaluation.md`.
     """
 
     kl: float | None = None
@@ -45,6 +74,9 @@ class Evaluation:
     tokens: int = 0
     perplexity: float | None = None
     teacher_perplexity: float | None = None
+    perplexity_sem: float | None = None
+    teacher_perplexity_sem: float | None = None
+    texts: list[TextEvaluation] = field(default_factory=list)
     recall: float | None = None
     teacher_recall: float | None = None
     recall_length: int | None = None
@@ -54,6 +86,8 @@ class Evaluation:
     teacher_cache_bytes: int | None = None
     cache_bytes_per_token: int | None = None
     teacher_cache_bytes_per_token: int | None = None
+    tasks: list[TaskScore] = field(default_factory=list)
+    teacher_tasks: list[TaskScore] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All measurements by name."""
@@ -84,7 +118,8 @@ def evaluate_model(
         model (`PreTrainedModel`): the hybrid, or any causal language model.
         teacher (`PreTrainedModel`, *optional*): for KL and the teacher's own numbers; of one vocabulary and device.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for recall, which draws ordinary tokens; without, no recall.
-        rows (`datasets.Dataset`, *optional*): held-out rows with `input_ids`; without, no KL and no perplexity.
+        rows (`datasets.Dataset`, *optional*): held-out rows with `input_ids`; without, no KL and no perplexity. Or
+            several by name, of which each is measured by itself, too.
         batch_size (`int`): rows at once.
         recall_length (`int`), recall_rows (`int`): size of the recall task. It is made shorter where the vocabulary or
             the model's positions are few, and left out where nothing of 16 tokens fits.
@@ -98,12 +133,7 @@ def evaluate_model(
     if teacher is not None:
         _check_vocabularies(model, teacher)
     if rows is not None:
-        result.perplexity = perplexity(model, rows, batch_size, precision)
-        if teacher is not None:
-            kl = held_out_kl(model, teacher, rows, batch_size, precision)
-            result.kl, result.kl_sem = kl.mean, kl.sem
-            result.teacher_perplexity = perplexity(teacher, rows, batch_size, precision)
-        result.tokens = sum(int(counted_tokens(batch)) for batch in batches(rows, batch_size, torch.device("cpu")))
+        _measure_texts(result, model, teacher, rows if isinstance(rows, dict) else {"": rows}, batch_size, precision)
     task = None
     if tokenizer is not None:
         task = recall_task(model.config, tokenizer, recall_rows, recall_length, seed=seed)
@@ -153,17 +183,73 @@ def recall_of(model: PreTrainedModel, task: RecallTask | None, batch_size: int, 
     return None if task is None else task_accuracy(model, task.tokens, task.answers, batch_size, precision)
 
 
-@torch.no_grad()
+def _measure_texts(
+    result: Evaluation,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    texts: dict[str, Any],
+    batch_size: int,
+    precision: Precision,
+) -> None:
+    """KL and perplexity of each text into `result.texts`, where there are several, and of all rows into `result`."""
+    kls: list[float] = []
+    losses: dict[str, list[tuple[float, int]]] = {"": [], "teacher_": []}
+    for name, rows in texts.items():
+        tokens = sum(int(counted_tokens(batch)) for batch in batches(rows, batch_size, torch.device("cpu")))
+        found = TextEvaluation(name, len(rows), tokens)
+        if teacher is not None:
+            kl = held_out_kl(model, teacher, rows, batch_size, precision)
+            found.kl, found.kl_sem = kl.mean, kl.sem
+            kls += kl.per_sequence
+        for who, measured in (("", model), ("teacher_", teacher)):
+            if measured is not None:
+                of_rows = row_losses(measured, rows, batch_size, precision)
+                losses[who] += of_rows
+                value, sem = perplexity_of(of_rows)
+                setattr(found, f"{who}perplexity", value)
+                setattr(found, f"{who}perplexity_sem", sem)
+        result.texts.append(found)
+        result.tokens += tokens
+    if kls:
+        result.kl, result.kl_sem = sum(kls) / len(kls), standard_error(kls)
+    result.perplexity, result.perplexity_sem = perplexity_of(losses[""])
+    if losses["teacher_"]:
+        result.teacher_perplexity, result.teacher_perplexity_sem = perplexity_of(losses["teacher_"])
+    if len(texts) == 1:
+        result.texts = []
+
+
 def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8, precision: Precision = AS_LOADED) -> float:
     """
     `exp` of the mean negative log likelihood of every token of `rows` that has one before it in its document.
 
     The logits of a few tokens are made at a time, so the vocabulary may be large. Padding does not count.
     """
+    return perplexity_of(row_losses(model, rows, batch_size, precision))[0]
+
+
+def perplexity_of(losses: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """
+    The perplexity of rows, from the [`row_losses`], and its standard error over them.
+
+    The mean loss per token is a ratio of two sums over rows, whose error is that of `loss - mean * tokens`; that of
+    its `exp` is as many times larger as the perplexity is (the delta method). It is 0 for a single row.
+    """
+    total, count = sum(loss for loss, _ in losses), sum(tokens for _, tokens in losses)
+    if count == 0:
+        raise ValueError("no token of the rows has one before it in its document; pass longer rows.")
+    mean, rows = total / count, len(losses)
+    error = standard_error([loss - mean * tokens for loss, tokens in losses]) * rows / count
+    return math.exp(mean), math.exp(mean) * error
+
+
+@torch.no_grad()
+def row_losses(model: PreTrainedModel, rows: Any, batch_size: int, precision: Precision) -> list[tuple[float, int]]:
+    """Of each row the sum of the negative log likelihoods of its predicted tokens, in nats, and their number."""
     check_logit_function(model, precision)
     logits = logit_function(model, precision)
     chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
-    total, count = 0.0, 0
+    found: list[tuple[float, int]] = []
     with evaluating(model):
         for batch in batches(rows, batch_size, model.device):
             ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -173,12 +259,14 @@ def perplexity(model: PreTrainedModel, rows: Any, batch_size: int = 8, precision
                 predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
             hidden = final_hidden_states(model, batch, precision)[:, :-1][predicted]
             targets = ids[:, 1:][predicted].long()
-            for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-                total += torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="sum").item()
-            count += int(predicted.sum())
-    if count == 0:
-        raise ValueError("no token of the rows has one before it in its document; pass longer rows.")
-    return math.exp(total / count)
+            parts = [
+                torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="none")
+                for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            ]
+            numbers = predicted.sum(-1).tolist()
+            losses = torch.cat(parts).double().cpu().split(numbers) if parts else ()
+            found += [(loss.sum().item(), number) for loss, number in zip(losses, numbers, strict=True)]
+    return found
 
 
 def cache_bytes(model: PreTrainedModel, context: int) -> int:

@@ -13,9 +13,10 @@ from teachers import tiny_teacher
 import hf_hybrid as hh
 from hf_hybrid.tasks import RULER_TASKS, Case, TaskScore, ruler, ruler_cases
 from hf_hybrid.tasks.cases import RESERVE, answer_text
-from hf_hybrid.tasks.harness import found_share, share_error
+from hf_hybrid.tasks.harness import found_share
 from hf_hybrid.tasks.language_model import ModelLM
 from hf_hybrid.tasks.repetition import is_looping, repetition
+from hf_hybrid.tasks.scores import share_error
 from hf_hybrid.tasks.words import ADJECTIVES, NOUNS, essay, sentences
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 

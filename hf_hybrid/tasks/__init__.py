@@ -11,23 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cases import RULER_TASKS, Case, ruler_cases
-    from .harness import TaskScore, ruler
+    from .harness import ruler, run_tasks
+    from .scores import TaskScore
 
 _HOME = {
     "RULER_TASKS": "cases",
     "Case": "cases",
-    "TaskScore": "harness",
+    "TaskScore": "scores",
     "ruler": "harness",
     "ruler_cases": "cases",
+    "run_tasks": "harness",
 }
 
-__all__ = ["RULER_TASKS", "Case", "TaskScore", "ruler", "ruler_cases"]
+__all__ = ["RULER_TASKS", "Case", "TaskScore", "ruler", "ruler_cases", "run_tasks"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if find_spec("lm_eval") is None:
+    if _HOME[name] == "harness" and find_spec("lm_eval") is None:
         raise ValueError('the tasks need lm-evaluation-harness; install it: pip install "hf_hybrid[eval]".')
     from importlib import import_module
 

@@ -11,7 +11,7 @@ import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from typing import Any
 
 from ..data import text_prefix
@@ -300,21 +300,24 @@ def _multiquery(rng: random.Random, prose: Iterator[str]) -> Draft:
 
 
 def _variable_tracking(rng: random.Random, prose: Iterator[str]) -> Draft:
-    names = rng.sample(
-        [f"{a}{b}{c}" for a in string.ascii_uppercase for b in "AEIOU" for c in string.ascii_uppercase], 6
+    letters = (string.ascii_uppercase, "AEIOU", string.ascii_uppercase)
+    names = rng.sample(["".join(name) for name in product(*letters)], 6)
+    chains, values = (names[:3], names[3:]), (_number(rng), _number(rng))
+    needles, depths = [], []
+    for (first, second, third), value in zip(chains, values, strict=True):
+        needles += [f"{value} is stored in {first}."]
+        needles += [f"{one} is copied to {other}." for one, other in ((first, second), (second, third))]
+        depths += _depths(rng, 3)
+    text = _hidden(lambda n: [NOISE] * n, depths, needles)
+    first, second, third = asked = tuple(names[:3])
+    slots = (
+        Slot("", f" {first}"),
+        Slot(f". {first} is copied to", f" {second}"),
+        Slot(f". {second} is copied to", f" {third}"),
     )
-    value = str(rng.randrange(10_000, 100_000))
-    example, chain = names[:3], names[3:]
-    depths = _depths(rng, len(chain))
-
-    def steps(of: Sequence[str], first: str) -> list[str]:
-        sources = [first, *(f"VAR {name}" for name in of)]
-        return [f"VAR {name} = {source}." for name, source in zip(of, sources, strict=False)]
-
-    text = _hidden(lambda n: [NOISE] * n, depths, steps(chain, value))
-    ask = "Question: Which variables have the value {}?\nAnswer: The variables with the value {} are"
-    shown = f"{' '.join(steps(example, '12345'))}\n{ask.format('12345', '12345')} {', '.join(example)}."
-    return Draft(lambda n: f"{shown}\n\n{text(n)}\n{ask.format(value, value)}", _listed(chain), tuple(chain), fewest=1)
+    before = "In the following text numbers are stored in variables and copied from one to another. Remember them."
+    question = f"Question: Which variables have the value {values[0]}?\nAnswer: {values[0]} is stored in"
+    return Draft(lambda n: f"{before}\n\n{text(n)}\n\n{question}", slots, asked, fewest=1)
 
 
 def _common_words(rng: random.Random, prose: Iterator[str]) -> Draft:
@@ -351,11 +354,8 @@ def _frequent_words(rng: random.Random, prose: Iterator[str]) -> Draft:
                 break
             words += [word] * times
         random.Random(shuffle_seed).shuffle(words)
-        question = (
-            "Question: Which three coded words come most often in this text, the dots left out, most frequent first?"
-        )
-        answer = "Answer: The three most frequent words are"
-        return f"This text is in coded words.\n\n{' '.join(words)}\n\n{question}\n{answer}"
+        example = "Coded text: kkq ... abc ... kkq ... xyz abc kkq ...\nMost frequent words: kkq, abc, xyz"
+        return f"{example}\n\nCoded text: {' '.join(words)}\nMost frequent words:"
 
     # The third word, of rank 4, comes twice.
     return Draft(prompt, _listed(vocabulary[:3]), tuple(vocabulary[:3]), fewest=54)

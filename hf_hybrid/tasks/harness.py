@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+import random
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval import evaluator
@@ -13,53 +14,17 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.filters import build_filter_ensemble
+from lm_eval.tasks import TaskManager
 
-from hf_hybrid.trainers.held_out import standard_error
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 from .cases import RULER_TASKS, Case, Slot, ruler_cases
 from .language_model import ModelLM
 from .repetition import repetition
+from .scores import TaskScore, share_error
 
 
 FORMS = ("likelihood", "generation")
-
-
-@dataclass
-class TaskScore:
-    """
-    What a model scored in one task.
-
-    Args:
-        task (`str`): its name.
-        form (`str`): `likelihood`, `generation`, or the name of lm-eval's metric.
-        mean, sem (`float`): the mean over cases and its standard error, see [`share_error`]; None where there is none.
-        count (`int`): cases.
-        length (`int`, *optional*): tokens of a case.
-        scores (`list[float]`): of each case, in an order that is the same for all models with one tokenizer, so that
-            differences between models can be taken case by case.
-        repetition (`float`, *optional*): of generated texts, the mean of [`repetition`].
-    """
-
-    task: str
-    form: str
-    mean: float
-    sem: float | None
-    count: int
-    length: int | None = None
-    scores: list[float] = field(default_factory=list)
-    repetition: float | None = None
-
-    def minus(self, other: "TaskScore") -> tuple[float, float]:
-        """How much more this scored than `other` on the same cases, and the standard error of that, paired."""
-        ours, theirs = (self.task, self.form, self.length), (other.task, other.form, other.length)
-        if ours != theirs or len(self.scores) != len(other.scores) or not self.scores:
-            raise ValueError(
-                f"{ours} with {len(self.scores)} cases and {theirs} with {len(other.scores)} are not the same cases; "
-                "compare scores of one task, form, length, seed and number of cases."
-            )
-        differences = [a - b for a, b in zip(self.scores, other.scores, strict=True)]
-        return mean(differences), standard_error(differences)
 
 
 def ruler(
@@ -108,18 +73,6 @@ def ruler(
         score.repetition = None if repeated is None else mean(repeated)
         found.append(score)
     return found
-
-
-def share_error(scores: Sequence[float]) -> float:
-    """
-    The standard error of the mean of `scores` between 0 and 1, of independent cases.
-
-    Two cases of score 1 and two of score 0 are added first (Agresti and Coull, 1998), so that a task in which every
-    case went right, or none did, is not without any doubt.
-    """
-    added = [*scores, 1.0, 1.0, 0.0, 0.0]
-    center = mean(added)
-    return float((sum((score - center) ** 2 for score in added) / len(added) / len(added)) ** 0.5)
 
 
 def run_lm_eval(lm: ModelLM, tasks: dict[str, Task], **options: Any) -> dict[str, Any]:
@@ -204,3 +157,104 @@ def found_share(task: str, answers: Sequence[str], text: str) -> float:
     """The share of `answers` that are in a generated `text`, as whole words or numbers."""
     found = {match.casefold() for match in re.findall(RULER_TASKS[task].answer, text)}
     return mean([float(answer.casefold() in found) for answer in answers])
+
+
+# Of lm-eval's own tasks, those that need neither a network nor a data set of the Hub.
+OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_cwe", "ruler_fwe")
+
+
+def check_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """
+    Which tasks `names` ask for: ours, with `ruler` for all of them, and lm-eval's own; each once. Whether lm-eval has
+    a task of that name is told when it is loaded.
+    """
+    ours = [one for name in names for one in (RULER_TASKS if name == "ruler" else [name]) if one in RULER_TASKS]
+    theirs = [name for name in names if name != "ruler" and name not in RULER_TASKS]
+    return list(dict.fromkeys(ours)), list(dict.fromkeys(theirs))
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    lengths: Sequence[int] = (512, 1024, 2048),
+    cases: int = 50,
+    seed: int = 0,
+    forms: Sequence[str] = FORMS[:1],
+    texts: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    precision: Precision = AS_LOADED,
+) -> list[TaskScore]:
+    """
+    Measures a model in memory on tasks by their names: `ruler` for all after RULER, one of these, or one of lm-eval's
+    own, most of which fetch their data from the Hub.
+
+    Args:
+        model, tokenizer, lengths, seed, texts, batch_size, precision: as in [`ruler`].
+        names (`Sequence[str]`): the tasks.
+        cases (`int`): how many for each task and length; of a task of lm-eval, the first.
+        forms (`Sequence[str]`): in which of [`FORMS`] ours are asked; lm-eval's have their own.
+    """
+    ours, theirs = check_names(names)
+    found: list[TaskScore] = []
+    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    if ours:
+        drawn = ruler_cases(tokenizer, tasks=ours, lengths=lengths, cases=cases, seed=seed, texts=texts)
+        for form in forms:
+            found += ruler(model, tokenizer, cases=drawn, form=form, **common)
+    if theirs:
+        found += lm_eval_tasks(ModelLM(model, tokenizer, **common), theirs, lengths=lengths, cases=cases, seed=seed)
+    return found
+
+
+def lm_eval_tasks(
+    lm: ModelLM, names: Sequence[str], *, lengths: Sequence[int], cases: int, seed: int
+) -> list[TaskScore]:
+    """What a model scores in tasks that lm-eval brings, of each the first `cases`, and each metric by itself."""
+    state = random.getstate()
+    with tempfile.TemporaryDirectory() as folder:
+        # lm-eval's own tasks after RULER load a tokenizer by name, and draw from the random state of the process.
+        lm.tokenizer.save_pretrained(folder)
+        manager = TaskManager(metadata={"max_seq_lengths": list(lengths), "tokenizer": folder})
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            raise ValueError(
+                f"there is no task {unknown[0]!r}; see hf-hybrid evaluate --tasks list, or lm-eval ls tasks."
+            )
+        random.seed(seed)
+        try:
+            tasks = manager.load(list(names))["tasks"]
+        finally:
+            random.setstate(state)
+    found = []
+    for name, task in tasks.items():
+        task.set_fewshot_seed(seed)
+        options: dict[str, Any] = {"limit": cases}
+        if name in OFFLINE:
+            # They hold as many cases of the first length, then as many of the next.
+            docs = [doc["max_length"] for doc in task.eval_docs]
+            starts = [docs.index(length) for length in dict.fromkeys(docs)]
+            options = {"samples": {name: [start + i for start in starts for i in range(cases)]}}
+        found += _scores_of(name, run_lm_eval(lm, {name: task}, **options))
+    return found
+
+
+def _scores_of(name: str, measured: dict[str, Any]) -> list[TaskScore]:
+    result, samples, found = measured["results"][name], measured["samples"][name], []
+    for key, value in result.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        scores = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+        # Where a metric is no mean of numbers, such as a perplexity, there is none for each case.
+        scores = [float(s) for s in scores if s != -1] if all(isinstance(s, int | float) for s in scores) else []
+        if metric.isdigit():  # RULER's have a metric for each length, which is -1 for cases of another one
+            if scores:
+                figures = (mean(scores), share_error(scores), len(scores))
+                found.append(TaskScore(name, "generation", *figures, int(metric), scores))
+            continue
+        sem = result.get(f"{metric}_stderr,{kind}")
+        sem = float(sem) if isinstance(sem, int | float) else None
+        found.append(TaskScore(name, metric, float(value), sem, len(samples), None, scores))
+    return found
