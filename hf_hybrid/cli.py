@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli_evaluate import add_evaluate_options, evaluation_of, print_evaluation
+from .cli_evaluate import add_evaluate_options, evaluation_of, list_tasks, print_evaluation
 from .cli_score import add_score_options
 from .cli_text import GGUF_HELP, SEEDS, check_numbers
 
@@ -28,6 +28,7 @@ examples:
   hf-hybrid convert SmolLM2-135M-Instruct.Q4_1.gguf --full-attention-layers 3,10,17,24 --output hybrid
   hf-hybrid push my_run me/my-hybrid --private
   hf-hybrid evaluate my_run/model --teacher Qwen/Qwen3-0.6B --data-files 'texts/*.txt'
+  hf-hybrid evaluate my_run/model --tasks ruler --lengths 1024,4096 --cases 50
   hf-hybrid env
 """
 
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", required=True, help="new folder for the model")
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
-    evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall and cache size of a model")
+    evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall, cache size and tasks of a model")
     add_evaluate_options(evaluate)
     push = add("push", _push, "upload the model of a run, its code, tokenizer and card to the Hub, in one commit")
     push.add_argument("folder", metavar="FOLDER", help="a finished run, or a folder with a model and its tokenizer")
@@ -289,8 +290,14 @@ def parse_layers(text: str, option: str) -> list[int]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.tasks == "list":
+        list_tasks(options.json)
+        return
     _quiet()
-    result = evaluation_of(options).to_dict()
+    evaluation = evaluation_of(options)
+    result = evaluation.to_dict()
+    if options.output is not None:
+        evaluation.save(options.output)
     if options.json:
         _print_json(result)
     else:

@@ -1,7 +1,11 @@
 """The options that name a text, of the commands that measure on one, and words that several commands share."""
 
 import argparse
+import glob
 import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -18,6 +22,25 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", help="column with the text (default: text)")
     parser.add_argument("--block-size", type=int, help="tokens of a row (default: 512; to score embedded, 256)")
     parser.add_argument("--rows", type=int, help="rows to measure on (default: 64)")
+
+
+def named_files(given: Sequence[str], option: str) -> dict[str, list[str]]:
+    """
+    Files by the names of their texts, of `prose=a.txt b.txt code='src/*.py'`: a name holds until the next one. A path
+    that has a = in it is one where there is such a file. Without names, all files are one text, named "".
+    """
+    found: dict[str, list[str]] = {}
+    name = ""
+    for entry in given:
+        named = re.fullmatch(r"([A-Za-z][\w-]*)=(.+)", entry)
+        if named is not None and not glob.glob(str(Path(entry).expanduser())):
+            name, entry = named[1], named[2]
+            if name in found:
+                raise ValueError(f"{option}: the text {name} is named twice; put its files behind one name.")
+        found.setdefault(name, []).append(entry)
+    if "" in found and len(found) > 1:
+        raise ValueError(f"{option}: {found[''][0]} comes before the first name; give every text a name, or none.")
+    return found
 
 
 def check_numbers(options: argparse.Namespace, **bounds: tuple[float, float]) -> None:

@@ -89,6 +89,12 @@ class Evaluation:
     tasks: list[TaskScore] = field(default_factory=list)
     teacher_tasks: list[TaskScore] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # As JSON has them.
+        self.texts = [TextEvaluation(**text) if isinstance(text, dict) else text for text in self.texts]
+        self.tasks = [TaskScore(**score) if isinstance(score, dict) else score for score in self.tasks]
+        self.teacher_tasks = [TaskScore(**s) if isinstance(s, dict) else s for s in self.teacher_tasks]
+
     def to_dict(self) -> dict[str, Any]:
         """All measurements by name."""
         return dataclasses.asdict(self)

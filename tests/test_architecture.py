@@ -238,6 +238,7 @@ FOR_USERS = {
     "evaluate_model",
     "perplexity",
     "ruler",
+    "run_tasks",
     "task_accuracy",
 }
 

@@ -1,23 +1,32 @@
 """The tasks after RULER: their cases, and what models that are known score in them."""
 
+import functools
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from lookup_model import lookup_model
 from runs import tiny_tokenizer
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.tasks import RULER_TASKS, Case, TaskScore, ruler, ruler_cases
+from hf_hybrid.cli import main
+from hf_hybrid.cli_text import named_files
+from hf_hybrid.evaluation import Evaluation
+from hf_hybrid.tasks import OFFLINE, RULER_TASKS, Case, TaskScore, harness, ruler, ruler_cases, run_tasks
 from hf_hybrid.tasks.cases import RESERVE, answer_text
-from hf_hybrid.tasks.harness import found_share
+from hf_hybrid.tasks.harness import FORMS, found_share
 from hf_hybrid.tasks.language_model import ModelLM
 from hf_hybrid.tasks.repetition import is_looping, repetition
 from hf_hybrid.tasks.scores import share_error
 from hf_hybrid.tasks.words import ADJECTIVES, NOUNS, essay, sentences
+from hf_hybrid.trainers.durable import read_record
+from hf_hybrid.trainers.held_out import standard_error
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 
@@ -198,3 +207,74 @@ def test_a_case_is_plain_data() -> None:
     listed = case.prompt.split("\n\n")[1].split()[1::2]
     assert {listed.count(word) for word in case.answers} == {6}
     assert {listed.count(word) for word in set(listed) - set(case.answers)} == {1}
+
+
+def test_evaluate_with_tasks_and_several_texts(
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    teacher, texts = (str(path) for path in sources)
+    halves = sorted(sources[1].glob("*.py"))
+    command = ["evaluate", teacher, "--teacher", teacher, "--block-size", "32", "--rows", "4"]
+    command += ["--data-files", f"first={halves[0]}", *map(str, halves[1:2]), f"all={texts}/*.py"]
+    command += ["--tasks", "multikey_prose,single_prose", "--lengths", "700,800"]
+    output = str(tmp_path / "evaluation.json")
+    assert main([*command, "--cases", "2", "--form", "both", "--json", "--output", output]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(Path(output).read_text())
+    asked = [
+        (name, form, length) for form in FORMS for name in ("multikey_prose", "single_prose") for length in (700, 800)
+    ]
+    assert sorted((s["task"], s["form"], s["length"]) for s in result["tasks"]) == sorted(asked)
+    assert result["tasks"] == result["teacher_tasks"] and all(len(s["scores"]) == 2 for s in result["tasks"])
+    assert [text["name"] for text in result["texts"]] == ["first", "all"] and result["tokens"] == 8 * 32
+    assert result["kl"] == pytest.approx(0, abs=1e-6) and result["perplexity_sem"] > 0
+    assert read_record(Evaluation, Path(output)).tasks[0].task == "multikey_prose"
+
+    assert main([*command, "--cases", "1"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("perplexity of first", "perplexity of all", "multikey_prose", "700", "±", "teacher"):
+        assert text in shown
+
+
+def test_evaluate_lists_tasks_and_refuses_what_is_none(
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["evaluate", "--tasks", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in [*RULER_TASKS, *OFFLINE])
+    assert main(["evaluate", "--tasks", "list", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["ruler"]) == list(RULER_TASKS)
+    teacher = str(sources[0])
+    for options, message in [
+        (["--tasks", "ruler"], "evaluate needs a MODEL"),
+        ([teacher, "--tasks", ","], "--tasks ',' names no task; see --tasks list."),
+        ([teacher, "--lengths", "512,x"], "--lengths '512,x' is no list of lengths in tokens; write 512,1024."),
+        ([teacher, "--cases", "0"], "--cases 0 is too small; pass at least 1."),
+        ([teacher, "--tasks", "copying", "--lengths", "2048"], "positions; pass shorter lengths."),
+        ([teacher, "--data-files", "a.py", "b=c.py"], "a.py comes before the first name; give every text a name"),
+        ([teacher, "--data-files", "b=a.py", "b=c.py"], "the text b is named twice"),
+        ([teacher, "--output", str(tmp_path / "no" / "file.json")], "there is no folder"),
+    ]:
+        assert main(["evaluate", *options]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "x=1.txt").write_text("text")
+    assert named_files([str(tmp_path / "x=1.txt")], "--data-files") == {"": [str(tmp_path / "x=1.txt")]}
+
+
+def test_a_task_of_lm_evals_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in lm-eval's folder takes it long to list, so a folder with one task stands for it."""
+    lines = [{"text": f"step {i} of", "words": [" 3", " 4"], "right": i % 2} for i in range(6)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/lines.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{words}}'\n"
+        "doc_to_target: right\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+    made = functools.partial(TaskManager, include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "TaskManager", made)
+    model = tiny_teacher("qwen3", vocab_size=300)
+    (score,) = run_tasks(model, TOKENIZER, ["mine"], cases=4)
+    assert (score.task, score.form, score.length, score.count) == ("mine", "acc", None, 4)
+    assert score.mean == sum(score.scores) / 4 and score.sem == pytest.approx(standard_error(score.scores))
+    with pytest.raises(ValueError, match="there is no task 'needle'; see evaluate --tasks list"):
+        run_tasks(model, TOKENIZER, ["mine", "needle"])

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .cases import RULER_TASKS, Case, ruler_cases
+    from .cases import OFFLINE, RULER_TASKS, Case, ruler_cases
     from .harness import ruler, run_tasks
     from .scores import TaskScore
 
 _HOME = {
+    "OFFLINE": "cases",
     "RULER_TASKS": "cases",
     "Case": "cases",
     "TaskScore": "scores",
@@ -23,7 +24,7 @@ _HOME = {
     "run_tasks": "harness",
 }
 
-__all__ = ["RULER_TASKS", "Case", "TaskScore", "ruler", "ruler_cases", "run_tasks"]
+__all__ = ["OFFLINE", "RULER_TASKS", "Case", "TaskScore", "ruler", "ruler_cases", "run_tasks"]
 
 
 def __getattr__(name: str) -> Any:

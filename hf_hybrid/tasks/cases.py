@@ -21,6 +21,8 @@ from .words import ADJECTIVES, NOISE, NOUNS, essay, sentences
 # Tokens that every case leaves free behind its answers, for what a model says around them when it generates.
 RESERVE = 16
 _SHORTEST = 128
+# Of lm-eval's own tasks, those that need neither a network nor a data set of the Hub.
+OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_cwe", "ruler_fwe")
 
 # The first n units of a haystack.
 Units = Callable[[int], list[str]]

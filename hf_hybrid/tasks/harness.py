@@ -1,11 +1,13 @@
 """Our tasks as tasks of lm-evaluation-harness, which is the one engine for them and for its own."""
 
+import contextlib
 import dataclasses
 import logging
 import random
 import re
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lm_eval import evaluator
@@ -18,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
-from .cases import RULER_TASKS, Case, Slot, ruler_cases
+from .cases import OFFLINE, RULER_TASKS, Case, Slot, ruler_cases
 from .language_model import ModelLM
 from .repetition import repetition
 from .scores import TaskScore, share_error
@@ -77,14 +79,22 @@ def ruler(
 
 def run_lm_eval(lm: ModelLM, tasks: dict[str, Task], **options: Any) -> dict[str, Any]:
     """What lm-eval's `evaluate` returns, for tasks by their names. The random state of the process is left alone."""
+    with _quiet():
+        found: Any = evaluator.evaluate(lm, {"tasks": tasks, "groups": {}, "group_map": {}}, **options)
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval tells of errors only, and what its tasks print while they are made is not in the way of our output."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        found: Any = evaluator.evaluate(lm, {"tasks": tasks, "groups": {}, "group_map": {}}, **options)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
-    return found
 
 
 class CaseTask(Task):
@@ -159,10 +169,6 @@ def found_share(task: str, answers: Sequence[str], text: str) -> float:
     return mean([float(answer.casefold() in found) for answer in answers])
 
 
-# Of lm-eval's own tasks, those that need neither a network nor a data set of the Hub.
-OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_cwe", "ruler_fwe")
-
-
 def check_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     Which tasks `names` ask for: ours, with `ruler` for all of them, and lm-eval's own; each once. Whether lm-eval has
@@ -213,7 +219,7 @@ def lm_eval_tasks(
 ) -> list[TaskScore]:
     """What a model scores in tasks that lm-eval brings, of each the first `cases`, and each metric by itself."""
     state = random.getstate()
-    with tempfile.TemporaryDirectory() as folder:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         # lm-eval's own tasks after RULER load a tokenizer by name, and draw from the random state of the process.
         lm.tokenizer.save_pretrained(folder)
         manager = TaskManager(metadata={"max_seq_lengths": list(lengths), "tokenizer": folder})
