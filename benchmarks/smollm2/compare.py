@@ -1,0 +1,439 @@
+"""
+Hybrids of one teacher at equal budgets: which layers keep softmax, how many, and what replaces it.
+
+    python benchmarks/smollm2/compare.py --run RUN --held-out TEXT/held_out --output RESULTS [--minutes 20]
+
+Starts from the aligned student and the rows of a run (`hf-hybrid run recipes/smollm2-135m.yaml`). Jobs are done in the
+order of `jobs`, each leaves one JSON file in RESULTS, and one that is there is not done again: the same command goes
+on after a kill, or on another day with more jobs. A job that would not end within `--minutes` is left for the next
+call, which is said.
+
+Every hybrid sees the same rows in the same order and is measured on the same held-out rows and the same prompts, so
+differences between two are paired.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+import hf_hybrid as hh
+from hf_hybrid.data import CutRows, DataConfig, first_rows, load_rows
+from hf_hybrid.environment import describe_kernels
+from hf_hybrid.evaluation import cache_bytes, perplexity
+from hf_hybrid.folder import ARTEFACTS
+from hf_hybrid.kernel_tuning import tune_kernels
+from hf_hybrid.loading import load_model, load_pair
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.selection import select_layers
+from hf_hybrid.tasks import TaskScore, ruler, ruler_cases
+from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
+from hf_hybrid.trainers.durable import read_json, write_json
+from hf_hybrid.trainers.held_out import HeldOut
+from hf_hybrid.trainers.precision import Precision
+
+
+DOMAINS = ("prose", "code", "textbook", "instructions")
+SCORES = ("verified", "zero-shot-linearise", "zero-shot", "ga-s1", "ga-s2")  # the dearest last
+# Learning rates of all but the mixers and of the mixers that are tried beside the recipe's.
+RATES = ((1e-4, 1e-3), (1e-3, 1e-3), (3e-4, 3e-3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is spent on everything; `--trial` does each step once on a CPU."""
+
+    score_tokens: int = 262_144  # of each short distillation that scores layers
+    score_rows: int = 32
+    tokens: int = 3_145_728  # of each hybrid that is compared
+    long_tokens: int = 12_582_912
+    align_tokens: int = 4_194_304  # of other mixers
+    batch_size: int = 16  # rows of a step
+    micro_batch_size: int = 16
+    held_out_rows: int = 32  # of each domain
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    cases: int = 48
+    tasks: tuple[str, ...] | None = None  # after RULER; all
+    block_size: int = 2048
+    kept: tuple[int, ...] = (8, 4, 15)  # softmax layers; of the first, all selectors are compared
+
+
+TRIAL = Size(
+    score_tokens=256,
+    score_rows=2,
+    tokens=512,
+    long_tokens=1024,
+    align_tokens=512,
+    batch_size=2,
+    micro_batch_size=2,
+    held_out_rows=1,
+    lengths=(512,),
+    cases=1,
+    tasks=("single_noise", "single_prose"),
+    block_size=128,
+    kept=(2, 1, 3),
+)
+
+
+class Study:
+    """The models, rows and measurements that all jobs share, and the folder of their results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.folder: Path = args.output
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.run: Path = args.run
+        self.size = TRIAL if args.trial else Size()
+        self.trial = args.trial
+        self.deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+        self.recipe = Recipe.load(self.run / "recipe.yaml")
+        self.seed = self.recipe.seed
+        self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self.device = torch.device(self.device)
+        teacher, self.tokenizer = load_pair(self.recipe.teacher, dtype=self.recipe.dtype)
+        self.teacher = teacher.to(self.device).requires_grad_(False)
+        rows = load_rows(self.run / ARTEFACTS["data"])
+        self.prefix = rows.packing.prefix
+        self.train = CutRows(rows["train"], self.size.block_size, self.prefix)
+        self.score = _first(CutRows(rows["score"], self.size.block_size, self.prefix), self.size.score_rows)
+        self.precision = Precision.of(self.arguments("precision", 1))
+        self.held_out = {
+            name: first_rows(
+                DataConfig(text_files=[str(args.held_out / f"{name}.jsonl")], block_size=self.size.block_size),
+                self.tokenizer,
+                self.size.held_out_rows,
+            )
+            for name in DOMAINS
+            if (args.held_out / f"{name}.jsonl").is_file()
+        }
+        self.measured_on = {
+            name: HeldOut(rows, self.teacher, self.size.micro_batch_size, self.precision)
+            for name, rows in self.held_out.items()
+        }
+        # The same prompts whatever the run's seed is.
+        self.cases = ruler_cases(
+            self.tokenizer, tasks=self.size.tasks, lengths=self.size.lengths, cases=self.size.cases, seed=0
+        )
+        self.num_layers = self.teacher.config.num_hidden_layers
+
+    def arguments(self, name: str, tokens: int, **changed: Any) -> DistillationConfig:
+        """The settings of one distillation, the same for all that are compared."""
+        size, stage = self.size, self.recipe.distill
+        steps = max(1, round(tokens / (size.batch_size * size.block_size)))
+        values: dict[str, Any] = {
+            "output_dir": str(self.run / "compared" / name),
+            "max_steps": steps,
+            "per_device_train_batch_size": size.micro_batch_size,
+            "gradient_accumulation_steps": size.batch_size // size.micro_batch_size,
+            "per_device_eval_batch_size": size.micro_batch_size,
+            "seed": self.seed,
+            "learning_rate": stage.learning_rate,
+            "mixer_learning_rate": stage.mixer_learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": min(10, steps // 4),
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_steps": max(1, steps // 20),
+            "bf16": self.recipe.training.get("bf16", False) and self.device.type == "cuda",
+            "use_cpu": self.device.type == "cpu",
+        }
+        return DistillationConfig(**{**values, **changed})
+
+    def aligned(self) -> Any:
+        """The aligned student, as a run left it."""
+        student = load_model(self.run / ARTEFACTS["align"], dtype=torch.float32, kernel=self.recipe.kernel)
+        return student.to(self.device).requires_grad_(True)
+
+    def distil(self, name: str, student: Any, tokens: int, at: Iterable[float] = (), **changed: Any) -> dict[str, Any]:
+        """Trains `student` in place; measures it, beside the end, `at` these shares of the steps."""
+        args = self.arguments(name, tokens, **changed)
+        set_seed(self.seed)
+        trainer = DistillationTrainer(model=student, teacher=self.teacher, args=args, train_dataset=self.train)
+        trainer.remove_callback(PrinterCallback)
+        steps = {max(1, round(share * args.max_steps)) for share in at}
+        curve = _Curve(self, student, steps, args.train_batch_size * args.gradient_accumulation_steps)
+        trainer.add_callback(curve)
+        start = time.perf_counter()
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "tokens": args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * self.size.block_size,
+            "train_seconds": round(time.perf_counter() - start - curve.seconds, 2),
+            "losses": losses,
+            "curve": curve.points,
+            "learning_rates": [args.learning_rate, args.mixer_learning_rate],
+        }
+
+    def kl(self, student: Any) -> dict[str, Any]:
+        """Held-out KL in nats per token: of each domain with its rows, and the mean of the domains."""
+        rows = {name: held_out.kl(student) for name, held_out in self.measured_on.items()}
+        means = {name: statistics.fmean(values) for name, values in rows.items()}
+        sem = sum(_sem(values) ** 2 for values in rows.values()) ** 0.5 / len(rows)
+        domains = {name: {"mean": means[name], "sem": _sem(rows[name]), "rows": rows[name]} for name in rows}
+        return {"mean": statistics.fmean(means.values()), "sem": sem, "domains": domains}
+
+    def tasks(self, model: Any, *, quick: bool = False) -> list[dict[str, Any]]:
+        """Tasks after RULER by likelihood; `quick` is single needles of one length, for curves."""
+        cases = self.cases
+        if quick:
+            length = self.size.lengths[min(2, len(self.size.lengths) - 1)]
+            cases = [case for case in cases if case.length == length and case.task == "single_prose"]
+        scores: list[TaskScore] = ruler(model, self.tokenizer, cases=cases, precision=self.precision)
+        return [dataclasses.asdict(score) for score in scores]
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Everything about a finished hybrid."""
+        perplexities = {
+            name: perplexity(model, rows, self.size.micro_batch_size, self.precision)
+            for name, rows in self.held_out.items()
+        }
+        context = self.teacher.config.max_position_embeddings
+        return {
+            "kl": self.kl(model),
+            "perplexity": perplexities,
+            "ruler": self.tasks(model),
+            "cache_bytes": {"context": context, "bytes": cache_bytes(model, context)},
+        }
+
+    def sets(self, k: int) -> dict[tuple[int, ...], list[str]]:
+        """The sets of `k` layers that the selectors name, with the names of those that agree."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        named: dict[str, list[int]] = {}
+        for method in SCORES:
+            path = self.folder / (f"score-{method}-{k}.json" if method == "verified" else f"score-{method}.json")
+            if path.is_file():
+                named[method] = hh.LayerScores.load(path.with_suffix(".scores.json")).top(k)
+        named["uniform"] = select_layers("uniform", k, self.num_layers)
+        for seed in (0, 1):
+            named[f"random-{seed}"] = select_layers("random", k, self.num_layers, seed=seed)
+        for name, layers in named.items():
+            found.setdefault(tuple(layers), []).append(name)
+        return found
+
+
+class _Curve(TrainerCallback):
+    """Measures the student between two steps of its training."""
+
+    def __init__(self, study: Study, student: Any, steps: set[int], batch_size: int) -> None:
+        self.study, self.student, self.steps, self.batch_size = study, student, steps, batch_size
+        self.points: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps and state.global_step < state.max_steps:
+            start = time.perf_counter()
+            tokens = state.global_step * self.batch_size * self.study.size.block_size
+            kl = self.study.kl(self.student)
+            needle = self.study.tasks(self.student, quick=True)
+            self.points.append({"tokens": tokens, "kl": kl["mean"], "sem": kl["sem"], "ruler": needle})
+            self.seconds += time.perf_counter() - start
+
+
+def _sem(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _first(rows: CutRows, count: int) -> Dataset:
+    """The first rows as a dataset."""
+    return Dataset.from_dict({name: column.tolist() for name, column in rows[: min(count, len(rows))].items()})
+
+
+Job = tuple[str, str, Callable[[Study], dict[str, Any]]]
+
+
+def jobs(study: Study) -> Iterable[Job]:
+    """
+    Names, kinds (jobs of a kind take alike long) and works, the most telling first. Made as they are asked for: which
+    hybrids there are follows from the scores.
+    """
+    size, most = study.size, study.size.kept[0]
+    uniform = select_layers("uniform", most, study.num_layers)
+    yield "teacher", "measure", lambda study: study.measure(study.teacher)
+    yield "aligned", "measure", lambda study: study.measure(study.aligned())
+    for methods in (SCORES[:-1], SCORES[-1:]):
+        for method in methods:
+            if method == "verified":
+                yield (
+                    f"score-{method}-{most}",
+                    method,
+                    lambda study: scored(study, "verified", most, size.score_tokens),
+                )
+            else:
+                yield f"score-{method}", method, lambda study, m=method: scored(study, m, None, size.score_tokens)
+        for layers, names in study.sets(most).items():
+            name = f"k{most}-{_named(layers)}"
+            yield name, "hybrid", lambda study, s=layers, n=names: hybrid(study, s, n, size.tokens)
+    best = best_of(study, most)
+    yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
+    for k in size.kept[1:]:
+        yield f"score-verified-{k}", "verified", lambda study, k=k: scored(study, "verified", k, size.score_tokens)
+        for layers, names in study.sets(k).items():
+            if not {"uniform", "verified", "ga-s2"}.isdisjoint(names):
+                name = f"k{k}-{_named(layers)}"
+                yield name, "hybrid", lambda study, s=layers, n=names: hybrid(study, s, n, size.tokens)
+    window = state_window(study)
+    for name, mixer, options in (
+        ("kda", "kimi_delta_attention", {}),
+        ("window-state", "sliding_window", {"window": window}),
+    ):
+        work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=best)
+        yield f"mixer-{name}", "mixer", work
+    for i, rates in enumerate(RATES):
+        yield f"rate-{i}", "rate", lambda study, i=i, rates=rates: rate(study, f"rate-{i}", uniform, rates)
+
+
+def _named(layers: Iterable[int]) -> str:
+    return "-".join(map(str, layers))
+
+
+def best_of(study: Study, k: int) -> tuple[int, ...]:
+    """The set of `k` layers whose hybrid has the lowest held-out KL so far; uniform where there is none."""
+    found = [read_json(path) for path in sorted(study.folder.glob(f"k{k}-*.json"))]
+    if not found:
+        return tuple(select_layers("uniform", k, study.num_layers))
+    return tuple(min(found, key=lambda job: job["kl"]["mean"])["layers"])
+
+
+def state_window(study: Study) -> int:
+    """Tokens of keys and values that take the bytes of one layer's recurrent state."""
+    config = study.teacher.config
+    width = config.hidden_size // config.num_attention_heads
+    state = 4 * config.num_attention_heads * width * width  # fp32
+    return state // (2 * 2 * config.num_key_value_heads * width)  # keys and values in bf16
+
+
+def rate(study: Study, name: str, layers: list[int], rates: tuple[float, float]) -> dict[str, Any]:
+    """The uniform hybrid, distilled with these learning rates in place of the recipe's."""
+    student = study.aligned()
+    student.set_full_attention_layers(list(layers), study.teacher)
+    changed = {"learning_rate": rates[0], "mixer_learning_rate": rates[1]}
+    return study.distil(name, student, study.size.tokens, **changed) | {"kl": study.kl(student)}
+
+
+def scored(study: Study, method: str, k: int | None, tokens: int) -> dict[str, Any]:
+    """Scores all layers with one method, and says what that cost."""
+    name = f"score-{method}" if k is None else f"score-{method}-{k}"
+    start = time.perf_counter()
+    of_run, select = study.run / ARTEFACTS["score"], study.recipe.select
+    if of_run.is_file() and study.recipe.score.method == method and select.k == k:
+        scores = hh.LayerScores.load(of_run)
+        scores.save(study.folder / f"{name}.scores.json")
+        seconds = read_json(study.run / "seconds.json")["score"]
+        return {"method": method, "k": k, "ranking": scores.top(k), "tokens": scores.tokens, "seconds": seconds}
+    scores = hh.score_layers(
+        study.aligned(),
+        study.teacher,
+        study.train,
+        study.score,
+        args=study.arguments(name, tokens),
+        tokens_per_layer=tokens,
+        method=method,
+        k=k,
+        output_dir=study.run / "compared" / name,
+        steps=lambda done, total, text: say(f"{name}: {done} of {total}, {text}"),
+    )
+    scores.save(study.folder / f"{name}.scores.json")
+    ranking = scores.top(study.num_layers) if k is None else scores.top(k)
+    return {"method": method, "k": k, "ranking": ranking, "tokens": scores.tokens} | {
+        "seconds": round(time.perf_counter() - start, 2)
+    }
+
+
+def hybrid(study: Study, layers: Iterable[int], names: list[str], tokens: int) -> dict[str, Any]:
+    """One hybrid, distilled and measured, its curve included."""
+    student = study.aligned()
+    student.set_full_attention_layers(list(layers), study.teacher)
+    trained = study.distil(_named(layers), student, tokens, at=(0.125, 0.25, 0.5))
+    return {"layers": list(layers), "selectors": names, "mixer": "gated_deltanet"} | trained | study.measure(student)
+
+
+def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
+    """The hybrid of `layers` with another mixer, which is aligned first, with fewer tokens than the run's."""
+    student = hh.convert(study.teacher, [], mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
+    student.to(device=study.device, dtype=torch.float32).requires_grad_(True)
+    tune(study, student)
+    size = study.size
+    steps = max(1, round(size.align_tokens / (size.batch_size * size.block_size)))
+    values = {
+        field.name: getattr(study.arguments(f"align-{name}", 1), field.name)
+        for field in dataclasses.fields(AlignmentConfig)
+        if field.init and field.name in ("output_dir", "bf16", "use_cpu", "seed", "report_to", "save_strategy")
+    }
+    args = AlignmentConfig(
+        **values,
+        max_steps=steps,
+        per_device_train_batch_size=size.micro_batch_size,
+        gradient_accumulation_steps=size.batch_size // size.micro_batch_size,
+        learning_rate=study.recipe.align.learning_rate,
+        lr_scheduler_type="cosine",
+        disable_tqdm=True,
+        logging_steps=max(1, steps // 20),
+    )
+    set_seed(study.seed)
+    trainer = AlignmentTrainer(model=student, teacher=study.teacher, args=args, train_dataset=study.train)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    student.set_full_attention_layers(list(layers), study.teacher)
+    trained = study.distil(f"mixer-{name}", student, size.tokens)
+    about = {"layers": list(layers), "mixer": mixer, "mixer_options": options, "align_tokens": size.align_tokens}
+    return about | trained | study.measure(student)
+
+
+def tune(study: Study, student: Any) -> None:
+    """Kernels made ready before the first step."""
+    rows = study.size.micro_batch_size
+    tune_kernels(student, rows=rows, packed=True, precision=study.precision, say=say)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run with the aligned student")
+    parser.add_argument("--held-out", type=Path, required=True, help="folder with one .jsonl file for each domain")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results, a JSON file for each job")
+    parser.add_argument("--minutes", type=float, help="start no job that would end later than this")
+    parser.add_argument("--trial", action="store_true", help="each step once, as small as can be")
+    args = parser.parse_args()
+    study = Study(args)
+    say(describe_kernels(study.device, study.recipe.kernel))
+    tune(study, study.aligned())
+    done = {path.stem for path in study.folder.glob("*.json")}
+    slowest: dict[str, float] = {}
+    left: list[str] = []
+    for name, kind, work in jobs(study):
+        if name in done:
+            continue
+        if study.deadline is not None and time.monotonic() + slowest.get(kind, 0.0) > study.deadline:
+            left.append(name)
+            continue
+        say(f"{name} ...")
+        start = time.perf_counter()
+        result = work(study)
+        seconds = time.perf_counter() - start
+        slowest[kind] = max(seconds, slowest.get(kind, 0.0))
+        about = {"job": name, "seed": study.seed, "total_seconds": round(seconds, 2), "trial": study.trial}
+        about |= {"device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu"}
+        write_json(study.folder / f"{name}.json", about | {"size": dataclasses.asdict(study.size)} | result)
+        shown = f"KL {result['kl']['mean']:.4f} ± {result['kl']['sem']:.4f}" if "kl" in result else ""
+        done.add(name)
+        say(f"{name}: {seconds:.1f} s {shown}{result.get('ranking', '')}")
+        if study.device.type == "cuda":
+            torch.cuda.empty_cache()
+    say(f"left for another call: {', '.join(left)}" if left else "all jobs are done")
+
+
+if __name__ == "__main__":
+    main()
