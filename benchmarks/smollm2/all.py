@@ -95,6 +95,7 @@ class Work:
     def get_written(self) -> None:
         """What the teacher writes."""
         options = ["--teacher", self.teacher, "--output", self.written, "--tokens", self.written_tokens]
+        options += ["--new-tokens", 768]
         command(HERE / "written.py", *options, *self._trial())
 
     def run(self) -> None:
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the run and the comparison")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job of the comparison that would end later than this")
-    parser.add_argument("--written-tokens", type=int, default=3_000_000, help="that the teacher writes")
+    parser.add_argument("--written-tokens", type=int, default=1_200_000, help="that the teacher writes")
     args = parser.parse_args()
     work = Work(args)
     work.folder.mkdir(parents=True, exist_ok=True)
