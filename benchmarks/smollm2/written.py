@@ -319,7 +319,7 @@ def why_not(text: str, ended: bool, kind: str) -> str | None:
     if not ended and kind != "textbook":
         return "cut off"
     words = re.findall(r"[a-z]+", text.lower())
-    if len(words) < (100 if kind == "textbook" else 0 if kind == "look up" else 3) or not text.strip():
+    if len(words) < (60 if kind == "textbook" else 0 if kind == "look up" else 3) or not text.strip():
         return "short"
     if len(text.encode()) > 1.05 * len(text):
         return "not English"
@@ -449,14 +449,12 @@ class Writer:
             while (tokens := sum(record["tokens"] for record in self.of(part, domain))) < goal:
                 batch = len(self.of(part, domain))
                 mean = tokens / sum(record["documents"] for record in self.of(part, domain)) if tokens else 400
-                if batch >= 8 and not tokens:
+                if batch >= 20 and not tokens:
                     raise ValueError(
                         f"nothing of the first {batch} batches of {part}/{domain} was kept "
                         f"({self.of(part, domain)[-1]['dropped']}); raise --new-tokens."
                     )
-                most = (
-                    self.settings.batch_size if part == "train" else max(1, self.settings.batch_size // 4)
-                )  # all kinds
+                most = self.settings.batch_size if part == "train" else max(8, self.settings.batch_size // 4)
                 few = min(most, int((goal - tokens) / mean * 1.2) + 8)  # no more than are needed
                 record = self._batch(part, domain, batch, few, passages, seen)
                 self.records.append(record)
@@ -599,7 +597,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trial", action="store_true", help="a few short batches of 8 documents, on any device")
     args = parser.parse_args(arguments)
     if args.trial:
-        args.tokens, args.batch_size, args.new_tokens = 500, 6, 128
+        args.tokens, args.batch_size, args.new_tokens = 500, 8, 160
     dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     model, tokenizer = load_pair(args.teacher, dtype=dtype)
     model.to(args.device).eval()
