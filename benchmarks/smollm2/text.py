@@ -724,7 +724,7 @@ def make(
 ) -> dict[str, Any]:
     """Makes the text of `packages`, whose archives lie in `archives`; returns what `sources.json` holds."""
     dropped: dict[str, Counter[str]] = {domain: Counter() for domain in DOMAINS}
-    found = []
+    found: list[Document] = []
     for package in packages:
         found += documents(package, archives / package.file, dropped)
         print(f"read {package.name}: {len(found)} documents so far", flush=True)

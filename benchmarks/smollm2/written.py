@@ -231,7 +231,8 @@ class Preallocated(DynamicLayer):
             buffer[:, :, self.filled : end] = states
         self.filled = end
         self._view()
-        return self.keys, self.values
+        keys, values = (buffer[:, :, :end] for buffer in self.buffers)
+        return keys, values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps only some rows, one buffer after the other: two whole copies never lie in memory."""
@@ -283,7 +284,8 @@ def complete(
     rows, done = torch.arange(len(prompts), device=device), torch.zeros(len(prompts), dtype=torch.bool, device=device)
     stops, limits = torch.full_like(lengths, total), lengths + new_tokens
     all_ids, all_stops = ids.clone(), stops.clone()  # of the rows that left the batch, too
-    cache = Cache(layers=[Preallocated(total) for _ in range(model.config.num_hidden_layers)])
+    layers = [Preallocated(total) for _ in range(model.config.num_hidden_layers)]
+    cache = Cache(layers=[*layers])
     logits = model(ids[:, :shortest], past_key_values=cache, logits_to_keep=1).logits[:, -1]
     for position in range(shortest, total):
         forced = position < lengths
@@ -302,7 +304,7 @@ def complete(
                 rows, ids, lengths, limits, done, stops, tokens = (
                     part[left] for part in (rows, ids, lengths, limits, done, stops, tokens)
                 )
-                for layer in cache.layers:
+                for layer in layers:
                     layer.batch_select_indices(left)
         logits = model(tokens[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
     texts = []
@@ -547,7 +549,8 @@ class Writer:
         for part in PARTS:
             for domain in DOMAINS:
                 its = self.of(part, domain)
-                kinds, dropped = Counter(), Counter()
+                kinds: Counter[str] = Counter()
+                dropped: Counter[str] = Counter()
                 for record in its:
                     kinds.update(record["kinds"])
                     dropped.update(record["dropped"])
