@@ -594,7 +594,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=1024, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument(
-        "--min-p", type=float, default=0.0, help="least probability, relative to the likeliest token's"
+        "--min-p", type=float, default=0.1, help="least probability, relative to the likeliest token's"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--trial", action="store_true", help="a few short batches of 8 documents, on any device")
