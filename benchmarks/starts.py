@@ -4,6 +4,7 @@
     python benchmarks/starts.py --teacher qwen3-8-drop --seeds 3
     python benchmarks/starts.py --teacher model.gguf --device cuda --block 512 --batch 16 --text 'texts/*.txt'
     python benchmarks/starts.py --trial
+    python benchmarks/starts.py --write-docs
 
 For each seed one student is converted and its rows are drawn; every start begins with the same weights, rows and
 order. Alignment is one cosine over all its steps, measured on the way. Distillation then keeps softmax in the layers
@@ -47,7 +48,10 @@ from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import Precision
 
 
-NOTHING = {"gate": False, "half_life": None, "scale": None}
+PAGE = Path(__file__).parents[1] / "docs" / "starts.md"
+# What the page has above its tables.
+_TABLES = "## The tables"
+NOTHING = {"gate": False, "half_life": None, "write_strength": None, "scale": None}
 # What each start sets, as options of hh.calibrate; None leaves all as it was drawn.
 STARTS: dict[str, dict[str, Any] | None] = {
     "drawn": None,
@@ -102,6 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4, help="of all else in the distillation")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further start after this time")
     parser.add_argument("--trial", action="store_true", help="sizes that say nothing")
+    parser.add_argument("--write-docs", action="store_true", help="only put the tables of --output into the page")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "starts.json")
     args = parser.parse_args()
     if args.trial:
@@ -331,6 +336,37 @@ def show(records: list[dict[str, Any]], about: dict[str, Any]) -> None:
         Console(width=200).print(table)
 
 
+def page(studies: list[dict[str, Any]]) -> str:
+    """The tables of the documentation."""
+    parts = []
+    for study in studies:
+        tokens, shown = study["tokens"], columns(study["budgets"])
+        kinds = {title: summary(study["records"], of) for title, of in shown.items()}
+        seeds = len({record["seed"] for record in study["records"]})
+        recall = "" if study["teacher_recall"] is None else f" The teacher's recall is {study['teacher_recall']:.3f}."
+        parts.append(
+            f"### {study['teacher']}, {study['mixer']}\n\n"
+            f"{study['device']}, torch {study['torch']}, precision: {study['precision']}; seeds: {seeds}. Tokens: "
+            f"{tokens['calibration']:,} of calibration, {' and '.join(f'{count:,}' for count in tokens['alignment'])} "
+            f"of alignment, {tokens['distillation']:,} of distillation, {tokens['held out']:,} held out. Softmax kept "
+            f"in {study['keep']} for the distillation.{recall}\n\n    {study['command']}\n"
+        )
+        for place, title in enumerate(("Mean ± s.e. over seeds.", "Paired difference from the drawn start ± s.e.")):
+            rows = [["start", *shown], ["---", *("---:" for _ in shown)]]
+            for name in dict.fromkeys(record["start"] for record in study["records"]):
+                cells = [kinds[column][name][place] for column in shown]
+                if place == 0 or name != "drawn":
+                    rows.append([name, *cells])
+            parts.append(title + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
+    return "\n".join(parts)
+
+
+def write_docs(studies: list[dict[str, Any]], path: Path) -> None:
+    """Puts the tables into the page, in the place of those that are there."""
+    before, mark, _ = path.read_text().partition(_TABLES)
+    path.write_text(before + mark + "\n\n" + page(studies))
+
+
 def write(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Puts the study of one teacher and mixer into the file, in the place of an earlier one of the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -342,6 +378,9 @@ def write(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> N
 
 def main() -> None:
     args, began = parse_args(), time.perf_counter()
+    if args.write_docs:
+        write_docs(json.loads(args.output.read_text()), PAGE)
+        return
     study, records = Study(args), []
     length = args.block or 256
     about = {

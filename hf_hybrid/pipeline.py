@@ -44,6 +44,7 @@ from .stages import (
     cut_for,
     keep_topk,
     rows_needed,
+    start_of,
     steps_of,
     stream_for,
     streams,
@@ -216,6 +217,14 @@ class Pipeline:
         if teacher is None:
             del self._pair  # what it says is on disk; the next stage loads it again
         self._tune_kernels(name, student)
+        if name == "align":
+            if is_sharded(self.teacher):
+                del self._pair  # scores that came before may have shared it out
+            teacher = self.teacher
+            first = rows  # a stream is read from its beginning here, and once more by what trains
+            if streams(self.recipe, name):
+                first = stream_for(self.recipe, name, self.tokenizer, self.rows.packing)
+            start_of(self.recipe, student, teacher, first, self._checkpoints(name), self.listener)
         trainer = train(self.recipe, name, student, teacher, rows, self._checkpoints(name), self.listener, topk)
         weights = trainer.whole_state_dict()
         on_main(lambda: self._publish_student(name, student, trainer.state, weights))

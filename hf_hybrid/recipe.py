@@ -157,10 +157,18 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class AlignStage(StageConfig):
-    """[`StageConfig`] of the alignment; only the mixers train. arXiv 2505.03005, step 1: 1e-3 with a cosine."""
+    """
+    [`StageConfig`] of the alignment; only the mixers train. arXiv 2505.03005, step 1: 1e-3 with a cosine.
+
+    Args:
+        calibrate (`bool`): first set the mixers' decays, write strengths, gates and scales from what the teacher's
+            attention does on the first 16,384 of these tokens, see [`~hf_hybrid.calibrate`]; otherwise they start as
+            they are drawn.
+    """
 
     tokens: int
     lr_scheduler_type: str = "cosine"
+    calibrate: bool = True
 
 
 @dataclass(kw_only=True)

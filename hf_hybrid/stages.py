@@ -4,11 +4,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -20,6 +22,7 @@ from hf_hybrid.trainers import (
     DistillationTrainer,
     HybridTrainer,
     HybridTrainingArguments,
+    calibrate,
     write_teacher_topk,
 )
 from hf_hybrid.trainers.checkpoints import CheckedSteps, checkpoints_in, damage, newest_checkpoint
@@ -33,6 +36,8 @@ from .recipe import DistillStage, Recipe, StageConfig
 from .stream import KeepPosition, PackedStream, go_on
 
 
+# What is enough to calibrate mixers on: each of their quantities is a mean over all tokens of a layer or a head.
+_CALIBRATION_TOKENS = 2**14
 # Fields of `training` for the stages with a teacher; the fine-tuning has none.
 _OF_TEACHERS = {field.name for field in fields(TeacherTrainingArguments)}
 
@@ -228,6 +233,29 @@ def keep_topk(recipe: Recipe, name: str, teacher: Any, rows: Any, folder: Path, 
     precision = Precision.of(training_arguments(recipe, name, folder))
     topk = folder / "teacher_topk"
     return write_teacher_topk(teacher, rows, topk, k, batch_size=size, progress=report, precision=precision)
+
+
+def start_of(recipe: Recipe, student: Any, teacher: Any, rows: Any, folder: Path, listener: Listener) -> None:
+    """
+    Sets where the mixers of `student` start to be aligned, from the first of `rows`; not where the alignment goes on
+    from a checkpoint in `folder`.
+    """
+
+    def say(text: str) -> None:
+        listener(Event("align", "note", text=text))
+
+    if not recipe.align.calibrate or on_main(lambda: newest_checkpoint(folder, say)) is not None:
+        return
+    if recipe.mixer == "sliding_window":
+        say("sliding_window has no recurrence, so nothing of it is calibrated")
+        return
+    block = recipe.align.block_size or recipe.data.block_size
+    chosen = list(islice(iter(rows), max(1, _CALIBRATION_TOKENS // block)))
+    columns = {name: [row[name] for row in chosen] for name in chosen[0]}
+    args: Any = training_arguments(recipe, "align", folder)
+    how: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "precision": Precision.of(args)}
+    for line in calibrate(student, teacher, Dataset.from_dict(columns), **how).lines():
+        say(f"calibration: {line}")
 
 
 def train(

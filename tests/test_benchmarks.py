@@ -84,6 +84,17 @@ def test_starts_are_paired_and_kept(tmp_path, monkeypatch, capsys):
     assert f"{sum(difference) / 2:+.3f} ± {abs(difference[0] - difference[1]) / 2:.3f}" in printed
 
 
+def test_the_page_about_starts_holds_what_was_measured():
+    studies = json.loads((starts.PAGE.parents[1] / "benchmarks" / "results" / "starts.json").read_text())
+    assert starts.PAGE.read_text().endswith(starts.page(studies))  # else: python benchmarks/starts.py --write-docs
+    differences = starts.summary(studies[0]["records"], lambda record: record["steps"]["0"]["kl"])
+    by_start = {(r["start"], r["seed"]): r["steps"]["0"]["kl"] for r in studies[0]["records"]}
+    paired = [by_start["the same, writes 0.2", seed] - by_start["drawn", seed] for seed in (0, 1, 2)]
+    mean = sum(paired) / 3
+    error = (sum((value - mean) ** 2 for value in paired) / 2 / 3) ** 0.5
+    assert differences["the same, writes 0.2"][1] == f"{mean:+.3f} ± {error:.3f}"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "llama_mqa"])
 def test_output_projections_are_those_of_least_squares(family):

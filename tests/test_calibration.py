@@ -1,15 +1,22 @@
 """Where a mixer starts, against plain float64 computations: full softmax matrices, and torch.linalg.lstsq."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
+from runs import save_teacher, save_texts, tiny_recipe
 from teachers import CONFIGS, tiny_teacher, tokens
 from torch import nn
 
 import hf_hybrid as hh
+from hf_hybrid.data import CutRows, load_rows
+from hf_hybrid.loading import load_teacher
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import run_recipe
 from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.calibration import (
     attention_statistics,
@@ -351,3 +358,44 @@ def test_under_autocast_it_finds_nearly_the_same():
     for i, values in plain.half_life.items():
         assert half.half_life[i] == pytest.approx(values, rel=0.1)
         assert half.error[i][1] == pytest.approx(plain.error[i][1], rel=0.1)
+
+
+class TestInARun:
+    """The alignment's learning rate is 0, so what it leaves is where it started."""
+
+    def aligned(self, tmp_path: Path, *, on_the_fly: bool = False, mixer: str = "gated_deltanet", **align: Any):
+        recipe = tiny_recipe(save_teacher(tmp_path / "teacher"), save_texts(tmp_path / "texts"), mixer=mixer)
+        recipe["align"] |= {"learning_rate": 0.0, "mixer_learning_rate": 0.0, **align}
+        recipe["data"]["on_the_fly"] = on_the_fly
+        events: list[Any] = []
+        run_recipe(Recipe.from_dict(recipe), tmp_path / "run", stop_after="align", progress=events.append)
+        notes = [event.text for event in events if event.kind == "note" and event.stage == "align"]
+        student = hh.HybridForCausalLM.from_pretrained(tmp_path / "run" / "aligned", dtype=torch.float32)
+        return student, notes
+
+    @pytest.mark.parametrize("on_the_fly", [False, True])
+    def test_the_alignment_starts_calibrated_and_says_so(self, tmp_path: Path, on_the_fly: bool):
+        student, notes = self.aligned(tmp_path, on_the_fly=on_the_fly)
+        teacher = load_teacher(tmp_path / "teacher")
+        rows = CutRows(load_rows(tmp_path / "run" / "data")["train"], 32)
+        count = min(len(rows), 2**14 // 32)
+        if on_the_fly:  # a stream has no end
+            assert any("from 16,384 tokens" in note for note in notes)
+        else:
+            fresh = hh.convert(teacher, [])  # drawn otherwise: nothing of the draw is left
+            found = calibrate(fresh, teacher, datasets.Dataset.from_dict(rows[:count]), batch_size=2)
+            assert f"calibration: {found.lines()[0]}" in notes
+            for name, tensor in fresh.state_dict().items():
+                torch.testing.assert_close(student.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+        for what in ("median half-life", "write strength", "constant gates", "with fitted scales"):
+            assert any(what in note for note in notes), what
+        assert not decoder_layers(student)[0].self_attn.a_proj.weight.any()
+
+    def test_it_can_be_left_out(self, tmp_path: Path):
+        student, notes = self.aligned(tmp_path, calibrate=False)
+        assert not [note for note in notes if "calibration" in note]
+        assert (decoder_layers(student)[0].self_attn.o_norm.weight == 1).all()
+
+    def test_a_mixer_without_a_recurrence_is_said(self, tmp_path: Path):
+        _, notes = self.aligned(tmp_path, mixer="sliding_window")
+        assert "sliding_window has no recurrence, so nothing of it is calibrated" in notes

@@ -103,7 +103,7 @@ def calibrate(
     gate: bool = True,
     half_life: float | None = math.log(2),
     skip_first: bool = True,
-    write_strength: Literal["entropy"] | float | None = None,
+    write_strength: Literal["entropy"] | float | None = 0.2,
     scale: Literal["norm", "gate"] | None = "norm",
     batch_size: int = 4,
     precision: Precision = AS_LOADED,
@@ -178,6 +178,7 @@ def calibrate(
 
 def set_decay(mixer: LinearAttention, rates: torch.Tensor) -> bool:
     """Makes the log decay of every token `-rates` `[H]`, in all channels; whether the mixer has one."""
+    last: Any
     if isinstance(mixer, GatedDeltaNet | KimiDeltaAttention):
         mixer.A_log.zero_()
         steps = rates + torch.log(-torch.expm1(-rates))  # softplus(steps) == rates
@@ -185,11 +186,13 @@ def set_decay(mixer: LinearAttention, rates: torch.Tensor) -> bool:
             mixer.a_proj.weight.zero_()
             mixer.dt_bias.copy_(steps)
         else:
-            mixer.f_proj[1].weight.zero_()
+            last = mixer.f_proj[1]
+            last.weight.zero_()
             mixer.dt_bias.copy_(steps.repeat_interleave(mixer.head_dim))
         return True
     if isinstance(mixer, GatedLinearAttention):
-        mixer.gk_proj[1].weight.zero_()
+        last = mixer.gk_proj[1]
+        last.weight.zero_()
         scaled = TEMPERATURE * rates
         bias = -scaled - torch.log(-torch.expm1(-scaled))  # logsigmoid(bias) == -scaled
         mixer.gk_bias.copy_(bias.repeat_interleave(mixer.head_dim))
