@@ -219,7 +219,12 @@ def _numbers(evaluation: "Evaluation | None") -> str:
     more = f"bytes of cache per further token at {e.cache_context:,} tokens"
     rows = [
         ("held-out KL(teacher, hybrid), nats per token", _noisy(e.kl, e.kl_sem), "0"),
-        ("held-out perplexity", _plain(e.perplexity, ".3f"), _plain(e.teacher_perplexity, ".3f")),
+        (
+            "held-out perplexity",
+            _noisy(e.perplexity, e.perplexity_sem, ".3f"),
+            _noisy(e.teacher_perplexity, e.teacher_perplexity_sem, ".3f"),
+        ),
+        *_texts(e),
         (
             f"associative recall, {e.recall_length} tokens",
             _noisy(e.recall, share_sem(e.recall, e.recall_answers)),
@@ -234,8 +239,58 @@ def _numbers(evaluation: "Evaluation | None") -> str:
     on = [f"{e.tokens:,} held-out tokens"] if e.kl is not None or e.perplexity is not None else []
     on += [f"{e.recall_answers:,} answers of recall"] if e.recall is not None and e.recall_answers else []
     note = "Measured in the run that made this model" + (f", on {' and '.join(on)}" if on else "")
-    note += " (± one standard error: of KL over rows, of recall as of independent answers)."
-    return "\n".join(["## Measured", "", note, "", "| | hybrid | teacher |", "|---|---|---|", *found])
+    note += " (± one standard error: of KL and perplexity over rows, of recall as of independent answers)."
+    lines = ["## Measured", "", note, "", "| | hybrid | teacher |", "|---|---|---|", *found]
+    return "\n".join(lines + _tasks(e) + _generation(e))
+
+
+def _texts(e: "Evaluation") -> list[tuple[str, str, str]]:
+    """KL and perplexity of each text by itself."""
+    rows = []
+    for text in e.texts:
+        rows.append((f"held-out KL of {text.name}", _noisy(text.kl, text.kl_sem), "0"))
+        ours = _noisy(text.perplexity, text.perplexity_sem, ".3f")
+        theirs = _noisy(text.teacher_perplexity, text.teacher_perplexity_sem, ".3f")
+        rows.append((f"held-out perplexity of {text.name}", ours, theirs))
+    return rows
+
+
+def _tasks(e: "Evaluation") -> list[str]:
+    """Tables of what was scored in tasks, a line for each task, form and length."""
+    if not e.tasks:
+        return []
+    teacher = {(s.task, s.form, s.length): s for s in e.teacher_tasks}
+    rows = []
+    for score in e.tasks:
+        theirs = teacher.get((score.task, score.form, score.length))
+        length = "" if score.length is None else f"{score.length:,}"
+        shown = [_noisy(s.mean, s.sem, ".3f") if s is not None else "" for s in (score, theirs)]
+        rows.append(f"| {score.task} | {score.form} | {length} | {score.count:,} | {shown[0]} | {shown[1]} |")
+    note = (
+        "Tasks of lm-evaluation-harness. Those after RULER (arXiv 2404.06654) are an offline subset in hf_hybrid's "
+        "own words; their figures are not RULER's. `likelihood` tells whether greedy decoding would give the answers, "
+        "`generation` whether they are in the text that the model writes."
+    )
+    head = ["| task | form | tokens | cases | hybrid | teacher |", "|---|---|---|---|---|---|"]
+    return ["", note, "", *head, *rows]
+
+
+def _generation(e: "Evaluation") -> list[str]:
+    g = e.generation
+    if g is None:
+        return []
+    rows = [
+        (name, *("" if f is None else _noisy(f.mean, f.sem, ".3f") for f in figures))
+        for name, *figures in (
+            ("tokens that are the teacher's at the same place", g.agreement, None),
+            ("tokens until the first that is not", g.common_prefix, None),
+            ("runs of four tokens seen before", g.repetition, g.teacher_repetition),
+            ("texts that end in a loop", g.looping, g.teacher_looping),
+        )
+    ]
+    note = f"Greedy text behind {g.prompts:,} prompts, at most {g.new_tokens:,} tokens each:"
+    shown = [f"| {name} | {ours} | {theirs} |" for name, ours, theirs in rows if ours]
+    return ["", note, "", "| | hybrid | teacher |", "|---|---|---|", *shown]
 
 
 def share_sem(share: float | None, count: int) -> float | None:
@@ -247,8 +302,8 @@ def share_sem(share: float | None, count: int) -> float | None:
     return (p * (1 - p) / (count + 4)) ** 0.5
 
 
-def _noisy(value: float | None, sem: float | None) -> str:
-    return "" if value is None else f"{value:.4f}" + ("" if sem is None else f" ± {sem:.4f}")
+def _noisy(value: float | None, sem: float | None, form: str = ".4f") -> str:
+    return "" if value is None else format(value, form) + ("" if sem is None else f" ± {sem:{form}}")
 
 
 def _plain(value: float | None, form: str) -> str:

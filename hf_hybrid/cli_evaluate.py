@@ -21,7 +21,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     add_text_options(parser)
     parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
     parser.add_argument(
-        "--tasks", metavar="NAMES", help="ruler, names of single tasks, or lm-eval's own: a,b,c; list shows them"
+        "--tasks",
+        metavar="NAMES",
+        help="ruler, generation, single tasks, or lm-eval's own: a,b,c; list shows them",
     )
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens of a case of a task (default: %(default)s)")
     parser.add_argument("--cases", type=int, default=50, help="cases of each task and length (default: %(default)s)")
@@ -64,7 +66,7 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     from .loading import load_model, load_pair, load_tokenizer
 
     if names:
-        from .tasks import run_tasks  # before a model is loaded: lm-eval may be missing
+        from .tasks import free_generation, run_tasks  # before a model is loaded: lm-eval may be missing
     remote = options.trust_remote_code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     named: dict[str, Any] = {"revision": options.revision, "gguf_file": options.gguf_file}
@@ -90,6 +92,9 @@ def evaluation_of(options: argparse.Namespace) -> Any:
         forms = ("likelihood", "generation") if options.form == "both" else (options.form,)
         asked: dict[str, Any] = {"lengths": lengths, "cases": options.cases, "seed": options.seed, "forms": forms}
         asked["texts"] = haystack_of(options.haystack_files)
+        if "generation" in names:
+            names = [name for name in names if name != "generation"]
+            result.generation = free_generation(model, tokenizer, teacher)
         result.tasks = run_tasks(model, tokenizer, names, **asked)
         if teacher is not None:
             result.teacher_tasks = run_tasks(teacher, tokenizer, names, **asked)
@@ -132,6 +137,7 @@ def list_tasks(as_json: bool) -> None:
     print("ruler: all of these, after RULER (arXiv 2404.06654), an offline subset in our own words:")
     for task in RULER_TASKS.values():
         print(f"  {task.name:18} {task.about}" + (f" (after {task.after})" if task.after else ""))
+    print("generation: what the model writes, beside the teacher's text: agreement, repetition, samples")
     print("lm-eval's own that need no data set of the Hub, in text that the model generates:")
     print(f"  {', '.join(OFFLINE)}")
     print("Any other task of lm-eval by its name; most fetch their data from the Hub.")
@@ -171,6 +177,29 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
     console.print(table)
     if evaluation.get("tasks"):
         console.print(task_table(evaluation["tasks"], evaluation["teacher_tasks"]))
+    if evaluation.get("generation"):
+        console.print(generation_table(evaluation["generation"]))
+
+
+def generation_table(measured: dict[str, Any]) -> Any:
+    """A table of how free generation compares with the teacher's."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"greedy text behind {measured['prompts']} prompts, at most {measured['new_tokens']} tokens each"
+    )
+    for column in ("measured", "model", "teacher"):
+        table.add_column(column, justify="left" if column == "measured" else "right")
+    for name, key in (
+        ("tokens that are the teacher's", "agreement"),
+        ("tokens until the first that is not", "common_prefix"),
+        ("runs of four tokens seen before", "repetition"),
+        ("texts that end in a loop", "looping"),
+    ):
+        figures = [measured.get(key), measured.get(f"teacher_{key}")]
+        if figures[0] is not None:
+            table.add_row(name, *("" if f is None else f"{f['mean']:.3f} ± {f['sem']:.3f}" for f in figures))
+    return table
 
 
 def _with_error(measured: dict[str, Any], key: str) -> str:

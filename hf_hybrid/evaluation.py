@@ -21,8 +21,9 @@ from hf_hybrid.trainers.precision import AS_LOADED, Precision
 from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
 from .data import text_prefix
+from .schema import parse
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
-from .tasks.scores import TaskScore
+from .tasks.scores import GenerationScore, TaskScore
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Evaluation:
         cache_bytes, teacher_cache_bytes (`int`): bytes of cache per sequence.
         cache_bytes_per_token, teacher_cache_bytes_per_token (`int`): bytes that the last token of that context adds.
         tasks, teacher_tasks (`list[TaskScore]`): what they scored in tasks, see `docs/evaluation.md`.
+        generation (`GenerationScore`): what they write, with samples.
     """
 
     kl: float | None = None
@@ -88,12 +90,15 @@ class Evaluation:
     teacher_cache_bytes_per_token: int | None = None
     tasks: list[TaskScore] = field(default_factory=list)
     teacher_tasks: list[TaskScore] = field(default_factory=list)
+    generation: GenerationScore | None = None
 
     def __post_init__(self) -> None:
         # As JSON has them.
         self.texts = [TextEvaluation(**text) if isinstance(text, dict) else text for text in self.texts]
         self.tasks = [TaskScore(**score) if isinstance(score, dict) else score for score in self.tasks]
         self.teacher_tasks = [TaskScore(**s) if isinstance(s, dict) else s for s in self.teacher_tasks]
+        if isinstance(self.generation, dict):
+            self.generation = parse(GenerationScore, self.generation, "generation")
 
     def to_dict(self) -> dict[str, Any]:
         """All measurements by name."""

@@ -233,6 +233,7 @@ RUNNERS = {
 # Functions for users, which measure finished models, may default to the dtype of the weights.
 FOR_USERS = {
     "calibrate",
+    "free_generation",
     "held_out_kl",
     "write_teacher_topk",
     "evaluate_model",

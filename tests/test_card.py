@@ -14,10 +14,11 @@ from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.card import Provenance, card_text, named_base, placed, save_model, share_sem, write_card
-from hf_hybrid.evaluation import Evaluation
+from hf_hybrid.evaluation import Evaluation, TextEvaluation
 from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.modeling.model_card import GENERATED, licence_of, plain_card
 from hf_hybrid.recipe import Recipe
+from hf_hybrid.tasks.scores import Figure, GenerationScore, TaskScore
 from hf_hybrid.trainers import LayerScores
 from hf_hybrid.trainers.scores import LayerScore
 
@@ -237,3 +238,33 @@ def test_results_are_not_under_the_teacher_s_name(hybrid: Any, run: Path) -> Non
     assert metadata(there)["model-index"][0]["name"] == "mine" and 'path = "me/mine"' in there
     assert metadata(there) | {"model-index": None} == metadata(card) | {"model-index": None}
     assert placed(card_of(hybrid, Provenance()), "me/mine").count("model-index") == 0
+
+
+def test_tasks_texts_and_free_generation(hybrid: Any) -> None:
+    def scores(mean: float) -> list[TaskScore]:
+        return [TaskScore("copying", "likelihood", mean, 0.021, 40, 1024), TaskScore("mine", "acc", mean, None, 7)]
+
+    evaluation = Evaluation(
+        kl=0.1,
+        kl_sem=0.01,
+        tokens=96,
+        perplexity=7.5,
+        perplexity_sem=0.25,
+        texts=[TextEvaluation(name, 2, 48, 0.2, 0.02, 8.125, 0.5) for name in ("prose", "code")],
+        tasks=scores(0.5),
+        teacher_tasks=scores(0.75)[:1],
+        generation=GenerationScore(32, 128, Figure(0.625, 0.031), Figure(40.5, 3.25), Figure(0.125, 0.015)),
+    )
+    card = card_text(hybrid.config, 1_000, Provenance(evaluation=evaluation))
+    for line in (
+        "| held-out perplexity | 7.500 ± 0.250 |  |",
+        "| held-out KL of code | 0.2000 ± 0.0200 | 0 |",
+        "| held-out perplexity of prose | 8.125 ± 0.500 |  |",
+        "| copying | likelihood | 1,024 | 40 | 0.500 ± 0.021 | 0.750 ± 0.021 |",
+        "| mine | acc |  | 7 | 0.500 |  |",
+        "Greedy text behind 32 prompts, at most 128 tokens each:",
+        "| tokens until the first that is not | 40.500 ± 3.250 |  |",
+        "| runs of four tokens seen before | 0.125 ± 0.015 |  |",
+    ):
+        assert line in card
+    assert "offline subset" in card and "end in a loop" not in card

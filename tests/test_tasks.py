@@ -18,12 +18,23 @@ import hf_hybrid as hh
 from hf_hybrid.cli import main
 from hf_hybrid.cli_text import named_files
 from hf_hybrid.evaluation import Evaluation
-from hf_hybrid.tasks import OFFLINE, RULER_TASKS, Case, TaskScore, harness, ruler, ruler_cases, run_tasks
+from hf_hybrid.tasks import (
+    OFFLINE,
+    RULER_TASKS,
+    Case,
+    TaskScore,
+    free_generation,
+    harness,
+    ruler,
+    ruler_cases,
+    run_tasks,
+)
 from hf_hybrid.tasks.cases import RESERVE, answer_text
+from hf_hybrid.tasks.generation import agreement, common_prefix
 from hf_hybrid.tasks.harness import FORMS, found_share
 from hf_hybrid.tasks.language_model import ModelLM
 from hf_hybrid.tasks.repetition import is_looping, repetition
-from hf_hybrid.tasks.scores import share_error
+from hf_hybrid.tasks.scores import Figure, share_error
 from hf_hybrid.tasks.words import ADJECTIVES, NOUNS, essay, sentences
 from hf_hybrid.trainers.durable import read_record
 from hf_hybrid.trainers.held_out import standard_error
@@ -276,5 +287,33 @@ def test_a_task_of_lm_evals_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (score,) = run_tasks(model, TOKENIZER, ["mine"], cases=4)
     assert (score.task, score.form, score.length, score.count) == ("mine", "acc", None, 4)
     assert score.mean == sum(score.scores) / 4 and score.sem == pytest.approx(standard_error(score.scores))
-    with pytest.raises(ValueError, match="there is no task 'needle'; see evaluate --tasks list"):
+    with pytest.raises(ValueError, match="there is no task 'needle'; see hf-hybrid evaluate --tasks list"):
         run_tasks(model, TOKENIZER, ["mine", "needle"])
+
+
+def test_free_generation_beside_the_teacher(tmp_path: Path) -> None:
+    teacher = tiny_teacher("qwen3", vocab_size=300)
+    prompts = ["def function_1(x, y):", "step 3", "return"]
+    same = free_generation(hh.convert(teacher, range(4)), TOKENIZER, teacher, prompts=prompts, new_tokens=12)
+    assert same.agreement == Figure(1.0, 0.0) and same.common_prefix.mean > 0
+    assert same.repetition == same.teacher_repetition and same.looping == same.teacher_looping
+    assert all(sample.text == sample.teacher_text for sample in same.samples)
+    # One row at a time, by the library's own call.
+    plain = teacher.generate(**TOKENIZER("step 3", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert same.samples[1].text == TOKENIZER.decode(plain[0, len(TOKENIZER("step 3")["input_ids"]) :], True)
+
+    silent = free_generation(lookup_model(300, constant=7), TOKENIZER, teacher, prompts=prompts, new_tokens=12)
+    assert silent.agreement.mean < 0.5 and silent.looping.mean == 1 and silent.repetition.mean == pytest.approx(8 / 9)
+    alone = free_generation(lookup_model(300, constant=7), TOKENIZER, prompts=prompts, new_tokens=12)
+    assert alone.agreement is None and alone.samples[0].teacher_text is None
+    evaluation = Evaluation(generation=silent)
+    evaluation.save(tmp_path / "evaluation.json")
+    assert read_record(Evaluation, tmp_path / "evaluation.json") == evaluation
+    with pytest.raises(ValueError, match="0 prompts and new_tokens=128"):
+        free_generation(teacher, TOKENIZER, prompts=[])
+
+
+def test_agreement_and_common_prefix_by_hand() -> None:
+    assert agreement([1, 2, 3, 4], [1, 2, 9, 4]) == 0.75 and common_prefix([1, 2, 3, 4], [1, 2, 9, 4]) == 2
+    assert agreement([1, 2], [1, 2, 3, 4]) == 0.5 and common_prefix([1, 2], [1, 2, 3, 4]) == 2
+    assert agreement([5], [6]) == 0 and common_prefix([5], [6]) == 0 and agreement([], []) == 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cases import OFFLINE, RULER_TASKS, Case, ruler_cases
+    from .generation import free_generation
     from .harness import ruler, run_tasks
     from .scores import TaskScore
 
@@ -19,18 +20,19 @@ _HOME = {
     "RULER_TASKS": "cases",
     "Case": "cases",
     "TaskScore": "scores",
+    "free_generation": "generation",
     "ruler": "harness",
     "ruler_cases": "cases",
     "run_tasks": "harness",
 }
 
-__all__ = ["OFFLINE", "RULER_TASKS", "Case", "TaskScore", "ruler", "ruler_cases", "run_tasks"]
+__all__ = ["OFFLINE", "RULER_TASKS", "Case", "TaskScore", "free_generation", "ruler", "ruler_cases", "run_tasks"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOME[name] == "harness" and find_spec("lm_eval") is None:
+    if _HOME[name] in ("generation", "harness") and find_spec("lm_eval") is None:
         raise ValueError('the tasks need lm-evaluation-harness; install it: pip install "hf_hybrid[eval]".')
     from importlib import import_module
 

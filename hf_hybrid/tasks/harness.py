@@ -242,11 +242,22 @@ def lm_eval_tasks(
             docs = [doc["max_length"] for doc in task.eval_docs]
             starts = [docs.index(length) for length in dict.fromkeys(docs)]
             options = {"samples": {name: [start + i for start in starts for i in range(cases)]}}
-        found += _scores_of(name, run_lm_eval(lm, {name: task}, **options))
+        measured = run_lm_eval(lm, {name: task}, **options)
+        found += _of_lengths(name, measured, lengths) if name in OFFLINE else _of_metrics(name, measured)
     return found
 
 
-def _scores_of(name: str, measured: dict[str, Any]) -> list[TaskScore]:
+def _of_lengths(name: str, measured: dict[str, Any], lengths: Sequence[int]) -> list[TaskScore]:
+    """lm-eval's tasks after RULER have a metric for each length, which is -1 or missing in cases of another one."""
+    found = []
+    for length in lengths:
+        of_cases = [sample.get(str(length), -1) for sample in measured["samples"][name]]
+        scores = [float(score) for score in of_cases if score != -1]
+        found.append(TaskScore(name, "generation", mean(scores), share_error(scores), len(scores), length, scores))
+    return found
+
+
+def _of_metrics(name: str, measured: dict[str, Any]) -> list[TaskScore]:
     result, samples, found = measured["results"][name], measured["samples"][name], []
     for key, value in result.items():
         metric, _, kind = key.partition(",")
@@ -254,12 +265,7 @@ def _scores_of(name: str, measured: dict[str, Any]) -> list[TaskScore]:
             continue
         scores = [sample.get(metric) for sample in samples if sample["filter"] == kind]
         # Where a metric is no mean of numbers, such as a perplexity, there is none for each case.
-        scores = [float(s) for s in scores if s != -1] if all(isinstance(s, int | float) for s in scores) else []
-        if metric.isdigit():  # RULER's have a metric for each length, which is -1 for cases of another one
-            if scores:
-                figures = (mean(scores), share_error(scores), len(scores))
-                found.append(TaskScore(name, "generation", *figures, int(metric), scores))
-            continue
+        scores = [float(score) for score in scores] if all(isinstance(score, int | float) for score in scores) else []
         sem = result.get(f"{metric}_stderr,{kind}")
         sem = float(sem) if isinstance(sem, int | float) else None
         found.append(TaskScore(name, metric, float(value), sem, len(samples), None, scores))

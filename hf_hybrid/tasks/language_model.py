@@ -159,12 +159,20 @@ class ModelLM(TemplateLM):
             options = prompts[numbers[0]][1]
             stops = _stop_texts(options)
             new_tokens = int(options.pop("max_gen_toks", None) or options.pop("max_new_tokens", None) or _NEW_TOKENS)
-            rows = [(prompts[i][0] + [0] * new_tokens, i) for i in numbers]
-            for batch in _batches(sorted(rows, key=lambda row: -len(row[0])), self.batch_size):
-                self._check_length(len(batch[0][0]))
-                written = self.write([prompts[i][0] for _, i in batch], new_tokens, stops=stops, options=options)
-                for (_, i), tokens in zip(batch, written, strict=True):
-                    found[i] = _until(self.tokenizer.decode(tokens, skip_special_tokens=True), stops)
+            written = self.write_all([prompts[i][0] for i in numbers], new_tokens, stops=stops, options=options)
+            for i, tokens in zip(numbers, written, strict=True):
+                found[i] = _until(self.tokenizer.decode(tokens, skip_special_tokens=True), stops)
+        return found
+
+    def write_all(self, prompts: Sequence[list[int]], new_tokens: int, **options: Any) -> list[list[int]]:
+        """[`write`] in batches, for prompts of any lengths."""
+        rows = [(tokens + [0] * new_tokens, i) for i, tokens in enumerate(prompts)]
+        found: list[list[int]] = [[]] * len(prompts)
+        for batch in _batches(sorted(rows, key=lambda row: -len(row[0])), self.batch_size):
+            self._check_length(len(batch[0][0]))
+            written = self.write([prompts[i] for _, i in batch], new_tokens, **options)
+            for (_, i), tokens in zip(batch, written, strict=True):
+                found[i] = tokens
         return found
 
     @torch.no_grad()

@@ -43,6 +43,48 @@ class TaskScore:
         return sum(differences) / len(differences), standard_error(differences)
 
 
+@dataclass
+class Figure:
+    """A mean over prompts and its standard error."""
+
+    mean: float
+    sem: float
+
+
+@dataclass
+class GenerationSample:
+    """What a model, and its teacher, wrote behind one prompt."""
+
+    prompt: str
+    text: str
+    teacher_text: str | None = None
+
+
+@dataclass
+class GenerationScore:
+    """
+    Free greedy generation.
+
+    Args:
+        prompts, new_tokens (`int`): how many prompts, and tokens behind each, at most.
+        agreement (`Figure`, *optional*): share of tokens that are the teacher's at the same place.
+        common_prefix (`Figure`, *optional*): tokens until the first that is not the teacher's.
+        repetition, teacher_repetition (`Figure`): share of runs of four tokens that were in the text before.
+        looping, teacher_looping (`Figure`): share of texts that end in a loop.
+        samples (`list[GenerationSample]`): the texts.
+    """
+
+    prompts: int
+    new_tokens: int
+    agreement: Figure | None = None
+    common_prefix: Figure | None = None
+    repetition: Figure | None = None
+    looping: Figure | None = None
+    teacher_repetition: Figure | None = None
+    teacher_looping: Figure | None = None
+    samples: list[GenerationSample] = field(default_factory=list)
+
+
 def share_error(scores: Sequence[float]) -> float:
     """
     The standard error of the mean of `scores` between 0 and 1, of independent cases.
