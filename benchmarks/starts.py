@@ -2,7 +2,8 @@
 
     python benchmarks/starts.py --teacher embedded
     python benchmarks/starts.py --teacher qwen3-8-drop --seeds 3
-    python benchmarks/starts.py --teacher model.gguf --device cuda --block 512 --batch 16 --text 'texts/*.txt'
+    python benchmarks/starts.py --teacher model.gguf --block 512 --batch 16 --text 'texts/*.txt' --seconds 120 \\
+        --align-lr 1e-3 --mixer-lr 3e-4 --lr 3e-5 --trained drawn 'the same, writes 0.2' --starts drawn
     python benchmarks/starts.py --trial
     python benchmarks/starts.py --write-docs
 
@@ -109,6 +110,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--write-docs", action="store_true", help="only put the tables of --output into the page")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "starts.json")
     args = parser.parse_args()
+    if args.text and args.block is None:
+        args.block = 256
     if args.trial:
         args.budgets, args.distill_steps, args.seeds = [1, 2], 1, min(args.seeds, 2)
         args.calibration_rows, args.held_out_rows, args.batch = 4, 4, 2
@@ -120,7 +123,18 @@ class Rows:
     """A teacher's rows: of each seed for training, and the same for all seeds to measure on."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> None:
-        self.args, self.tokenizer, self.vocab_size = args, tokenizer, vocab_size
+        self.args, self.tokenizer = args, tokenizer
+        self.of_alignment = max(max(args.budgets) * args.batch, args.calibration_rows)
+        self.of_seed = self.of_alignment + args.distill_steps * args.batch
+        if args.text:
+            held_out = {"held_out_rows": 1, "report_rows": args.held_out_rows}
+            config = DataConfig(text_files=args.text, block_size=args.block, **held_out)
+            folder, needed = Path(tempfile.mkdtemp()) / "rows", args.seeds * self.of_seed
+            self._text = build_rows(config, tokenizer, needed, args.first_seed, folder, vocab_size)
+            if len(self._text["train"]) < needed:
+                raise ValueError(
+                    f"the text has {len(self._text['train'])} rows of {needed}; give more, or fewer seeds."
+                )
         self.held_out = self._of("report", 0, args.held_out_rows, args.block or 128)
 
     def train(self, seed: int, stage: str, count: int) -> Any:
@@ -130,12 +144,12 @@ class Rows:
     def _of(self, split: str, seed: int, count: int, length: int) -> Any:
         args = self.args
         if args.text:
-            held_out = {"held_out_rows": 1, "report_rows": args.held_out_rows}
-            config = DataConfig(text_files=args.text, block_size=length, **held_out)
-            folder = Path(tempfile.mkdtemp()) / "rows"
-            place = "report" if split == "report" else "train"
-            stage = 0 if split == "align" else 1  # distillation sees other files first
-            return build_rows(config, self.tokenizer, count, 2 * seed + stage, folder, self.vocab_size)[place]
+            if split == "report":
+                return self._text["report"]
+            # One packing for all seeds, or the held-out documents of one would be trained on by another: a seed has
+            # its own part of the rows, first those of the alignment.
+            place = (seed - args.first_seed) * self.of_seed + (0 if split == "align" else self.of_alignment)
+            return self._text["train"].select(range(place, place + count))
         if args.teacher in TEACHERS:
             return task_rows(TEACHERS[args.teacher].mix, split, seed, count, None, length).dataset()
         return demo_rows(self.tokenizer, length, count, 2 * seed + (split == "align"), split.replace("align", "train"))
@@ -401,6 +415,8 @@ def main() -> None:
         "teacher_recall": study.recall_of(study.teacher),
     }
     for seed in range(args.first_seed, args.first_seed + args.seeds):
+        if time.perf_counter() - began > args.seconds:
+            break
         torch.manual_seed(seed)
         student = hh.convert(study.teacher, [], mixer=args.mixer)
         student.requires_grad_(True)

@@ -84,6 +84,19 @@ def test_starts_are_paired_and_kept(tmp_path, monkeypatch, capsys):
     assert f"{sum(difference) / 2:+.3f} ± {abs(difference[0] - difference[1]) / 2:.3f}" in printed
 
 
+def test_seeds_of_a_study_share_no_text_but_what_is_held_out(tmp_path, monkeypatch):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(" ".join(f"w{i}x{j}" for j in range(200)))
+    text = ["--text", str(tmp_path / "*.txt"), "--block", "32", "--trial", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", ["starts.py", *text])
+    rows = starts.Rows(starts.parse_args(), hh.embedded_tokenizer(), 512)
+    stages = {"align": 4, "train": 2}
+    parts = [rows.held_out, *(rows.train(seed, name, count) for seed in (0, 1) for name, count in stages.items())]
+    assert [len(part) for part in parts] == [4, 4, 2, 4, 2]
+    seen = [tuple(row["input_ids"]) for part in parts for row in part]
+    assert len(set(seen)) == len(seen)
+
+
 def test_the_page_about_starts_holds_what_was_measured():
     studies = json.loads((starts.PAGE.parents[1] / "benchmarks" / "results" / "starts.json").read_text())
     assert starts.PAGE.read_text().endswith(starts.page(studies))  # else: python benchmarks/starts.py --write-docs

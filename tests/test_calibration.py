@@ -324,6 +324,17 @@ def test_what_cannot_be_calibrated_is_said():
     assert all(torch.equal(tensor, softmax[name]) for name, tensor in decoder_layers(mixed)[0].state_dict().items())
 
 
+def test_a_mixer_of_ones_own_gets_gate_and_norm(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    from retention import RetentionHybrid
+
+    teacher = tiny_teacher("llama")
+    student = hh.convert(teacher, [], mixer="retention", model_class=RetentionHybrid)
+    found = calibrate(student, teacher, dataset(tokens(4, 32)))
+    assert found.left == dict.fromkeys(range(4), "the decay of Retention")
+    assert set(found.error) == set(range(4)) and not (found.half_life or found.write_strength)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"output_gate": None}, {"rope": False}, {"short_convolution": 4}])
 def test_options_of_a_mixer_are_followed(options):

@@ -132,6 +132,8 @@ def calibrate(
     check_pair(student, teacher)
     if is_sharded(student) or is_sharded(teacher):
         raise ValueError("student or teacher is sharded; calibrate before a trainer shards them.")
+    if student.device != teacher.device:
+        raise ValueError(f"the student is on {student.device}, the teacher on {teacher.device}; put both on one.")
     layers, found = decoder_layers(student), Calibration()
     mixers: dict[int, LinearAttention] = {}
     for i in student.linear_attention_layers:
