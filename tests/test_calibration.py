@@ -315,6 +315,11 @@ def test_what_cannot_be_calibrated_is_said():
         calibrate(hh.convert(teacher, [], mixer="sliding_window"), teacher, rows)
     with pytest.raises(ValueError, match="all keep softmax"):
         calibrate(hh.convert(teacher, range(4)), teacher, rows)
+    student = hh.convert(teacher, [], mixer_options={"output_norm": False})
+    assert calibrate(student, teacher, rows).left[0] == "the scale of GatedDeltaNet, which has no output norm,"
+    for option, value in (("half_life", 0.0), ("write_strength", 1.5), ("write_strength", "most"), ("scale", "all")):
+        with pytest.raises(ValueError, match=f"{option}={value!r}"):
+            calibrate(student, teacher, rows, **{option: value})
     mixed = hh.convert(teacher, [0], mixer=["gated_deltanet", "gated_deltanet", "sliding_window", MIXERS[2]])
     softmax = {name: tensor.clone() for name, tensor in decoder_layers(mixed)[0].state_dict().items()}
     found = calibrate(mixed, teacher, rows, write_strength=0.3)

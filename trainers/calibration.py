@@ -130,6 +130,14 @@ def calibrate(
         precision ([`~hf_hybrid.trainers.precision.Precision`]): what the models run in.
     """
     check_pair(student, teacher)
+    if half_life is not None and not 0 < half_life < math.inf:
+        raise ValueError(f"half_life={half_life} is no multiple of a distance; pass a number above 0, or None.")
+    if not (write_strength in (None, "entropy") or (isinstance(write_strength, float) and 0 < write_strength < 1)):
+        raise ValueError(
+            f"write_strength={write_strength!r} is none; pass a number between 0 and 1, 'entropy' or None."
+        )
+    if scale not in (None, "norm", "gate"):
+        raise ValueError(f"scale={scale!r} is unknown; choose 'norm', 'gate' or None.")
     if is_sharded(student) or is_sharded(teacher):
         raise ValueError("student or teacher is sharded; calibrate before a trainer shards them.")
     if student.device != teacher.device:
@@ -155,7 +163,7 @@ def calibrate(
             seen[i].add(part, skip_first=skip_first)
         found.tokens = round(next(iter(seen.values())).tokens)
         for i, mixer in mixers.items():
-            common, spread = common_direction(seen[i].moment / seen[i].tokens, seen[i].total / seen[i].tokens)
+            common, spread = seen[i].common()
             if gate and mixer.output_gate is not None:
                 set_gate(mixer, common, 1.0 if mixer.output_gate == "silu" else 0.5)
                 found.gate_spread[i] = spread
@@ -166,11 +174,10 @@ def calibrate(
                 else:
                     found.left[i] = f"the decay of {type(mixer).__name__}"
             if write_strength is not None:
-                strengths = torch.full_like(seen[i].entropy, 0.5)
-                if write_strength == "entropy":
+                if isinstance(write_strength, str):
                     strengths = strengths_of(seen[i].entropy / seen[i].tokens)
                 else:
-                    strengths = torch.full_like(strengths, float(write_strength))
+                    strengths = torch.full_like(seen[i].entropy, write_strength)
                 if set_write_strength(mixer, common, strengths):
                     found.write_strength[i] = strengths.tolist()
         if scale is not None:
@@ -411,11 +418,15 @@ class _Attention:
     mass: Any = 0.0
     entropy: Any = 0.0
 
+    def common(self) -> tuple[torch.Tensor, float]:
+        """[`common_direction`] of the hidden states."""
+        return common_direction(self.moment.double() / self.tokens, self.total / self.tokens)
+
     def add(self, part: _Part, *, skip_first: bool) -> None:
         counted = part.counted
         hidden = widen(part.given["hidden_states"])[counted]
         self.tokens += len(hidden)
-        self.moment = self.moment + (hidden.mT @ hidden).double()
+        self.moment = self.moment + hidden.mT @ hidden
         self.total = self.total + hidden.double().sum(0)
         distance, mass, entropy, _ = part.statistics(skip_first)
         self.distance = self.distance + distance[counted].double().sum(0)
@@ -444,6 +455,7 @@ def _fit_scales(
         wanted_power[i] = wanted_power[i] + wanted.square().sum()
     for i, mixer in mixers.items():
         if mixer.o_norm is None:
+            found.left[i] = f"the scale of {type(mixer).__name__}, which has no output norm,"
             continue
         factors = fitted_scale(cross[i].sum(0), power[i].sum(0))
         each = factors.expand_as(cross[i])
@@ -452,8 +464,7 @@ def _fit_scales(
             gates = now * fitted_scale(cross[i], power[i]) / torch.where(factors == 0, 1.0, factors)
             gates = gates.clamp(_LEAST_GATE, _MOST_GATE if mixer.output_gate == "sigmoid" else None)
             each = gates / now * factors
-            common, _ = common_direction(seen[i].moment / seen[i].tokens, seen[i].total / seen[i].tokens)
-            set_gate(mixer, common, gates)
+            set_gate(mixer, seen[i].common()[0], gates)
         errors = [
             wanted_power[i] - 2 * (s * cross[i]).sum() + (s.square() * power[i]).sum() for s in (1 + 0 * each, each)
         ]
