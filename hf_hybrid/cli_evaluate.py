@@ -64,6 +64,7 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     from .environment import describe_kernels
     from .evaluation import evaluate_model
     from .loading import load_model, load_pair, load_tokenizer
+    from .tasks import OFFLINE, RULER_TASKS
 
     if names:
         from .tasks import free_generation, run_tasks  # before a model is loaded: lm-eval may be missing
@@ -75,6 +76,8 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     else:
         model = load_model(options.model, trust_remote_code=remote, **named)
         tokenizer = load_tokenizer(options.model, trust_remote_code=remote, **named)
+    if any(name in ("ruler", *RULER_TASKS, *OFFLINE) for name in names):
+        check_positions(model, max(lengths), "--lengths")
     model = model.to(device)
     if model.config.model_type == "hf_hybrid":
         print(describe_kernels(device, model.config.kernel), file=sys.stderr)
@@ -143,11 +146,11 @@ def list_tasks(as_json: bool) -> None:
     print("Any other task of lm-eval by its name; most fetch their data from the Hub.")
 
 
-def check_positions(model: Any, block_size: int) -> None:
-    """Raises a `ValueError` where rows are longer than the model's positions."""
+def check_positions(model: Any, length: int, option: str = "--block-size") -> None:
+    """Raises a `ValueError` where rows of a length that `option` gave are longer than the model's positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and block_size > positions:
-        raise ValueError(f"--block-size {block_size} is more than the {positions} positions of the model; pass less.")
+    if positions is not None and length > positions:
+        raise ValueError(f"{option} {length} is more than the {positions} positions of the model; pass less.")
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:

@@ -261,7 +261,10 @@ def test_evaluate_lists_tasks_and_refuses_what_is_none(
         ([teacher, "--tasks", ","], "--tasks ',' names no task; see --tasks list."),
         ([teacher, "--lengths", "512,x"], "--lengths '512,x' is no list of lengths in tokens; write 512,1024."),
         ([teacher, "--cases", "0"], "--cases 0 is too small; pass at least 1."),
-        ([teacher, "--tasks", "copying", "--lengths", "2048"], "positions; pass shorter lengths."),
+        (
+            [teacher, "--tasks", "copying", "--lengths", "2048"],
+            "--lengths 2048 is more than the 1024 positions",
+        ),
         ([teacher, "--data-files", "a.py", "b=c.py"], "a.py comes before the first name; give every text a name"),
         ([teacher, "--data-files", "b=a.py", "b=c.py"], "the text b is named twice"),
         ([teacher, "--output", str(tmp_path / "no" / "file.json")], "there is no folder"),

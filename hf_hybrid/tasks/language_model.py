@@ -125,7 +125,9 @@ class ModelLM(TemplateLM):
             for batch in _batches(rows, self.batch_size):
                 width = max(len(tokens) for tokens, _ in batch) - 1
                 ids = torch.zeros(len(batch), width, dtype=torch.int64)
-                where, targets, owners = [], [], []
+                where: list[int] = []
+                targets: list[int] = []
+                owners: list[tuple[int, int]] = []
                 for i, (tokens, asked) in enumerate(batch):
                     ids[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
                     for request, start, end in asked:
