@@ -313,7 +313,7 @@ def summary(records: list[dict[str, Any]], of: Callable[[dict[str, Any]], float 
     for name in dict.fromkeys(record["start"] for record in records):
         values = {r["seed"]: of(r) for r in records if r["start"] == name}
         known = {seed: value for seed, value in values.items() if value is not None}
-        paired = [value - drawn[seed] for seed, value in known.items() if drawn.get(seed) is not None]
+        paired = [value - base for seed, value in known.items() if (base := drawn.get(seed)) is not None]
         cells[name] = (_mean(list(known.values())), _mean(paired, sign=True))
     return cells
 
@@ -321,7 +321,8 @@ def summary(records: list[dict[str, Any]], of: Callable[[dict[str, Any]], float 
 def _mean(values: list[float], sign: bool = False) -> str:
     if not values:
         return ""
-    return f"{statistics.fmean(values):{'+' if sign else ''}.3f} ± {standard_error(values):.3f}"
+    mean = f"{statistics.fmean(values):{'+' if sign else ''}.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {standard_error(values):.3f}"
 
 
 def columns(budgets: list[int]) -> dict[str, Callable[[dict[str, Any]], float | None]]:
@@ -354,20 +355,25 @@ def page(studies: list[dict[str, Any]]) -> str:
     """The tables of the documentation."""
     parts = []
     for study in studies:
-        tokens, shown = study["tokens"], columns(study["budgets"])
-        kinds = {title: summary(study["records"], of) for title, of in shown.items()}
-        seeds = len({record["seed"] for record in study["records"]})
+        tokens, records = study["tokens"], study["records"]
+        kinds = {title: summary(records, of) for title, of in columns(study["budgets"]).items()}
+        shown = [title for title, cells in kinds.items() if any(mean for mean, _ in cells.values())]
+        trained = ""
+        if any("distilled" in record for record in records):
+            budgets = " and ".join(f"{count:,}" for count in tokens["alignment"])
+            trained = f"{budgets} of alignment, {tokens['distillation']:,} of distillation, "
+            trained += f"which keeps softmax in {study['keep']}, "
         recall = "" if study["teacher_recall"] is None else f" The teacher's recall is {study['teacher_recall']:.3f}."
+        seeds = len({record["seed"] for record in records})
         parts.append(
             f"### {study['teacher']}, {study['mixer']}\n\n"
             f"{study['device']}, torch {study['torch']}, precision: {study['precision']}; seeds: {seeds}. Tokens: "
-            f"{tokens['calibration']:,} of calibration, {' and '.join(f'{count:,}' for count in tokens['alignment'])} "
-            f"of alignment, {tokens['distillation']:,} of distillation, {tokens['held out']:,} held out. Softmax kept "
-            f"in {study['keep']} for the distillation.{recall}\n\n    {study['command']}\n"
+            f"{tokens['calibration']:,} of calibration, {trained}"
+            f"{tokens['held out']:,} held out.{recall}\n\n    {study['command']}\n"
         )
         for place, title in enumerate(("Mean ± s.e. over seeds.", "Paired difference from the drawn start ± s.e.")):
             rows = [["start", *shown], ["---", *("---:" for _ in shown)]]
-            for name in dict.fromkeys(record["start"] for record in study["records"]):
+            for name in dict.fromkeys(record["start"] for record in records):
                 cells = [kinds[column][name][place] for column in shown]
                 if place == 0 or name != "drawn":
                     rows.append([name, *cells])
