@@ -53,6 +53,8 @@ class Work:
         self.folder: Path = args.work
         self.trial: bool = args.trial
         self.seed: int = args.seed
+        self.scale: float = args.scale
+        self.without_written: bool = args.without_written
         self.minutes: float | None = args.minutes
         self.written_tokens: int = 4_000 if args.trial else args.written_tokens
         self.results: Path = args.results or (
@@ -102,10 +104,15 @@ class Work:
         """The hybrid, with the shipped recipe."""
         recipe: Any = read_yaml(ROOT / "recipes" / "smollm2-135m.yaml")
         recipe |= {"teacher": str(self.teacher), "seed": self.seed}
+        if self.without_written:
+            sources = recipe["data"]["sources"]
+            recipe["data"]["sources"] = [one for one in sources if "/written/" not in one["text_files"][0]]
         for source in recipe["data"]["sources"]:
             source["text_files"] = [
                 str(self.folder / Path(path).relative_to("smollm2")) for path in source["text_files"]
             ]
+        for stage, name in (("align", "tokens"), ("score", "tokens_per_layer"), ("distill", "tokens")):
+            recipe[stage][name] = round(self.scale * recipe[stage][name])
         if self.trial:
             for name, changed in TRIAL.items():
                 recipe[name] = recipe[name] | changed if changed else {}
@@ -164,7 +171,7 @@ class Work:
         """Other hybrids, at equal budgets."""
         self.held_out()
         options = ["--run", self.seeded / "run", "--held-out", self.folder / "held_out"]
-        options += ["--output", self.results / f"seed-{self.seed}"]
+        options += ["--output", self.results / f"seed-{self.seed}", "--scale", self.scale]
         if self.minutes is not None:
             options += ["--minutes", self.minutes]
         command(HERE / "compare.py", *options, *self._trial())
@@ -204,8 +211,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of the figures (default: benchmarks/results/smollm2)")
     parser.add_argument("--trial", action="store_true", help="each step once, as small as can be, on any machine")
     parser.add_argument("--seed", type=int, default=0, help="of the run and the comparison")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of all budgets of tokens (default: all)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job of the comparison that would end later than this")
+    parser.add_argument("--without-written", action="store_true", help="use no text that the teacher wrote")
     parser.add_argument("--written-tokens", type=int, default=1_200_000, help="that the teacher writes")
     args = parser.parse_args()
     work = Work(args)

@@ -61,10 +61,20 @@ class Size:
     micro_batch_size: int = 16
     held_out_rows: int = 32  # of each domain
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    cases: int = 48
-    tasks: tuple[str, ...] | None = None  # after RULER; all
+    cases: int = 32
+    # Those after RULER of which the teacher gets any right.
+    tasks: tuple[str, ...] = (
+        *("single_noise", "single_prose", "multikey_prose", "multivalue", "multiquery"),
+        *("variable_tracking", "frequent_words", "copying"),
+    )
     block_size: int = 2048
+    selectors: tuple[str, ...] = SCORES
     kept: tuple[int, ...] = (8, 4, 15)  # softmax layers; of the first, all selectors are compared
+
+    def scaled(self, share: float) -> "Size":
+        """With this share of all budgets of tokens."""
+        names = ("score_tokens", "tokens", "long_tokens", "align_tokens")
+        return dataclasses.replace(self, **{name: round(share * getattr(self, name)) for name in names})
 
 
 TRIAL = Size(
@@ -80,7 +90,8 @@ TRIAL = Size(
     cases=1,
     tasks=("single_noise", "single_prose"),
     block_size=128,
-    kept=(2, 1, 3),
+    kept=(2,),
+    selectors=("verified", "zero-shot"),
 )
 
 
@@ -91,7 +102,7 @@ class Study:
         self.folder: Path = args.output
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run: Path = args.run
-        self.size = TRIAL if args.trial else Size()
+        self.size = TRIAL if args.trial else Size().scaled(args.scale)
         self.trial = args.trial
         self.deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         self.recipe = Recipe.load(self.run / "recipe.yaml")
@@ -259,7 +270,7 @@ def jobs(study: Study) -> Iterable[Job]:
     uniform = select_layers("uniform", most, study.num_layers)
     yield "teacher", "measure", lambda study: study.measure(study.teacher)
     yield "aligned", "measure", lambda study: study.measure(study.aligned())
-    for methods in (SCORES[:-1], SCORES[-1:]):
+    for methods in (size.selectors[:-1], size.selectors[-1:]):
         for method in methods:
             if method == "verified":
                 yield (
@@ -404,6 +415,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run with the aligned student")
     parser.add_argument("--held-out", type=Path, required=True, help="folder with one .jsonl file for each domain")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results, a JSON file for each job")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of all budgets of tokens (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job that would end later than this")
     parser.add_argument("--trial", action="store_true", help="each step once, as small as can be")
     args = parser.parse_args()
