@@ -151,6 +151,8 @@ class AdoptedAttention(nn.Module):
             reasons.append("computes its softmax itself, not through transformers' AttentionInterface")
         elif not forward.__code__.co_flags & inspect.CO_VARKEYWORDS:
             reasons.append("takes no further keyword arguments, so padding and packing cannot reach a mixer")
+        if "cache_offset" in inspect.signature(forward).parameters:  # Dory, Inkling 2 Loop
+            reasons.append("runs several times a token and caches each pass apart, where a recurrence has one state")
         if reasons:
             raise ValueError(
                 f"{kind} cannot become linear attention: it {'; it '.join(reasons)}. Keep the layer in "

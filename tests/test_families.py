@@ -87,6 +87,7 @@ class TestWhatIsLeftOut:
             ("longcat_flash", "no list of 8 decoder layers"),
             ("gpt2", "no list of 12 decoder layers"),
             ("inkling_text", "recurrent state beside their softmax"),
+            ("dory", "caches each pass apart"),
         ],
     )
     def test_refused_with_the_reason(self, model_type, reason):
