@@ -250,7 +250,7 @@ def start_of(recipe: Recipe, student: Any, teacher: Any, rows: Any, folder: Path
         say("sliding_window has no recurrence, so nothing of it is calibrated")
         return
     block = recipe.align.block_size or recipe.data.block_size
-    chosen = list(islice(iter(rows), max(1, _CALIBRATION_TOKENS // block)))
+    chosen = list(islice(iter(rows), max(1, min(_CALIBRATION_TOKENS, recipe.align.tokens) // block)))
     columns = {name: [row[name] for row in chosen] for name in chosen[0]}
     args: Any = training_arguments(recipe, "align", folder)
     how: dict[str, Any] = {"batch_size": args.per_device_train_batch_size, "precision": Precision.of(args)}

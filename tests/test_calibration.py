@@ -17,6 +17,7 @@ from hf_hybrid.loading import load_teacher
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.recipe import Recipe
 from hf_hybrid.run import run_recipe
+from hf_hybrid.stages import start_of
 from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.calibration import (
     attention_statistics,
@@ -415,3 +416,20 @@ class TestInARun:
     def test_a_mixer_without_a_recurrence_is_said(self, tmp_path: Path):
         _, notes = self.aligned(tmp_path, mixer="sliding_window")
         assert "sliding_window has no recurrence, so nothing of it is calibrated" in notes
+
+
+def test_no_more_rows_are_calibrated_on_than_are_aligned_on(tmp_path):
+    recipe = Recipe.from_dict(
+        tiny_recipe("teacher", tmp_path, align={"tokens": 160, "batch_size": 2, "block_size": 32})
+    )
+    teacher = tiny_teacher("llama")
+    rows = [{"input_ids": row} for row in tokens(200, 32).tolist()]
+    seen: list[int] = []
+
+    def counted():
+        for i, row in enumerate(rows):
+            seen.append(i)
+            yield row
+
+    start_of(recipe, hh.convert(teacher, []), teacher, counted(), tmp_path / "checkpoints", lambda event: None)
+    assert seen == list(range(160 // 32))
