@@ -5,7 +5,8 @@
 #   PYTEST_ARGS     more arguments to pytest, such as "-k cache"
 #   WORKERS         processes that run the tests
 #   OUTPUT          folder that the demo writes
-#   GPU_PYTHON      for gpu-check: an interpreter that has all it needs, in place of an environment made for it
+#   GPU_PYTHON      for gpu-check and smollm2: an interpreter that has all it needs, in place of an environment made for it
+#   SMOLLM2_ARGS    more arguments to smollm2, such as "--seed 1"
 #   GPU_CHECK_ARGS  more arguments to gpu-check, such as "--output gpu_check.json"
 PYTHON ?= python3
 PIP_TORCH_ARGS ?=
@@ -14,6 +15,7 @@ WORKERS ?= 2
 OUTPUT ?= demo_output
 GPU_PYTHON ?=
 GPU_CHECK_ARGS ?=
+SMOLLM2_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -25,7 +27,7 @@ GPU_READY := .venv-gpu/.ready
 
 .PHONY: help
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone: what depends on it then keeps the build that was chosen here.
 $(READY): setup.py constraints.txt
@@ -74,12 +76,20 @@ test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU,
 $(GPU_READY): setup.py
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install $(PIP_TORCH_ARGS) torch
-	.venv-gpu/bin/python -m pip install -e ".[gpu]" deepspeed
+	.venv-gpu/bin/python -m pip install -e ".[gpu,eval,gguf]" deepspeed
 	@touch $@
 
 .PHONY: gpu-check
 gpu-check: $(if $(GPU_PYTHON),,$(GPU_READY)) ## on a machine with a GPU: kernels, mixers, recipes, a kill, several processes
 	$(or $(GPU_PYTHON),.venv-gpu/bin/python) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
+.PHONY: smollm2
+smollm2: $(if $(GPU_PYTHON),,$(GPU_READY)) ## on a machine with a GPU: a real model from nothing to docs/results.md
+	$(or $(GPU_PYTHON),.venv-gpu/bin/python) benchmarks/smollm2/all.py $(SMOLLM2_ARGS)
+
+.PHONY: smollm2-trial
+smollm2-trial: $(READY) ## each step of that once on a CPU, as small as can be
+	$(BIN)/python benchmarks/smollm2/all.py --work smollm2_trial --trial
 
 .PHONY: families
 families: $(READY) ## convert a tiny model of every type in transformers, write docs/supported_models.md

@@ -1,0 +1,94 @@
+"""The comparison of hybrids of a real model and its page, on the embedded teacher: every job, as small as can be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import save_texts
+
+from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import run_recipe
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "benchmarks" / "smollm2"
+
+
+def test_the_shipped_recipe_is_one():
+    recipe = Recipe.load(ROOT / "recipes" / "smollm2-135m.yaml")
+    assert recipe.select.k == 8
+    assert recipe.score.method == recipe.select.selector == "verified"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of a trial of the comparison: `run`, `held_out`, `results/seed-3`."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    data = {"source": "embedded-demo", "block_size": 128, "held_out_rows": 2, "report_rows": 2}
+    stage = {"batch_size": 2, "tokens": 512}
+    recipe = {"teacher": "embedded", "seed": 3, "data": data, "align": stage, "distill": stage}
+    recipe |= {"score": {"method": "zero-shot", "tokens_per_layer": 256, "batch_size": 2}}
+    recipe |= {"select": {"selector": "zero-shot", "k": 2}, "training": {"use_cpu": True}}
+    run_recipe(Recipe.from_dict(recipe), folder / "run")
+    texts = sorted(save_texts(folder / "texts", 2).iterdir())
+    (folder / "held_out").mkdir()
+    for name, path in zip(("prose", "code"), texts, strict=True):
+        (folder / "held_out" / f"{name}.jsonl").write_text(json.dumps({"text": path.read_text()}) + "\n")
+    compare(folder)
+    return folder
+
+
+def compare(folder):
+    """Runs compare.py; what it printed."""
+    options = ["--run", folder / "run", "--held-out", folder / "held_out", "--output", folder / "results" / "seed-3"]
+    command = [sys.executable, SCRIPTS / "compare.py", *options, "--trial"]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+
+
+@pytest.mark.slow
+class TestTrial:
+    def test_every_job_leaves_its_figures(self, compared):
+        jobs = {path.stem: json.loads(path.read_text()) for path in (compared / "results" / "seed-3").glob("*.json")}
+        hybrids = [job for name, job in jobs.items() if name.startswith("k2-")]
+        named = {selector for job in hybrids for selector in job["selectors"]}
+        assert named == {"verified", "zero-shot", "uniform", "random-0", "random-1"}
+        assert {"teacher", "aligned", "score-verified-2", "score-zero-shot", "long", "mixer-kda", "rate-0"} < set(jobs)
+        assert jobs["teacher"]["kl"]["mean"] == 0
+        for job in hybrids:
+            assert job["seed"] == 3 and job["trial"] and len(job["layers"]) == 2
+            assert job["kl"]["mean"] == pytest.approx(
+                sum(domain["mean"] for domain in job["kl"]["domains"].values()) / 2
+            )
+            assert job["kl"]["mean"] < jobs["aligned"]["kl"]["mean"]
+            assert job["curve"] and job["losses"]
+
+    def test_what_is_done_is_not_done_again(self, compared):
+        folder = compared / "results" / "seed-3"
+        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        (folder / "rate-0.json").unlink()
+        printed = compare(compared)
+        after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert {name for name in after if after[name] != before[name]} == {"rate-0.json"}
+        assert printed.count(" ...\n") == 1 and "all jobs are done" in printed
+
+    def test_the_page_has_what_was_measured(self, compared):
+        page = compared / "page" / "results.md"
+        command = [sys.executable, SCRIPTS / "report.py", "--results", compared / "results", "--output", page]
+        subprocess.run(command, check=True, timeout=300)
+        text = page.read_text()
+        verified = next(
+            job
+            for job in (json.loads(p.read_text()) for p in (compared / "results" / "seed-3").glob("k2-*.json"))
+            if "verified" in job["selectors"]
+        )
+        assert "**A trial" in text
+        assert f"| verified | {verified['layers']} | {verified['kl']['mean']:.4f} ± " in text
+        assert (page.parent / "images" / "results_curves.png").stat().st_size > 10_000
+
+
+def test_a_page_of_nothing_is_refused(tmp_path):
+    command = [sys.executable, SCRIPTS / "report.py", "--results", tmp_path, "--output", tmp_path / "page.md"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 1 and "has no folder seed-N with figures" in found.stderr
