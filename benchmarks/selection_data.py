@@ -1,8 +1,11 @@
 """The teachers of the selection benchmark and the rows that its students are aligned, distilled and measured on."""
 
 import functools
+import gzip
+import hashlib
 import json
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ ALIGN_STEPS, DISTILL_STEPS = 100, 24
 SELECT_ROWS, REPORT_ROWS = 24, 48
 KINDS = ("text", "recall", "copying", "chained", "hops3")
 FOLDER = Path(__file__).parent / "teachers"
+WEIGHTS = Path(__file__).parent / "teachers.json"  # where the teachers' weights are, and their hashes
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,31 @@ def load_teacher(name: str) -> Any:
     """The teacher in fp32 and eval mode."""
     if name == "embedded":
         return hh.embedded_teacher()
+    fetch_weights(name)
     return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32).eval()
+
+
+def fetch_weights(name: str) -> None:
+    """
+    Takes the weights of a teacher from the repository's history, where they are not in its folder: a checkout does
+    not carry the 40 MB of all of them.
+    """
+    known, path = json.loads(WEIGHTS.read_text()), FOLDER / name / "model.safetensors"
+    if path.is_file():
+        return
+    revision = f"{known['commit']}:benchmarks/teachers/{name}/model.safetensors"
+    found = subprocess.run(["git", "show", revision], cwd=FOLDER.parent, capture_output=True)
+    if found.returncode != 0:
+        raise ValueError(
+            f"the weights of the teacher {name} are in the history of the repository, at {revision}, and this is no "
+            "clone that has it: run git fetch --unshallow in one; or train the teacher again, with the command in "
+            f"{FOLDER.name}/{name}/README.md."
+        )
+    if hashlib.sha256(found.stdout).hexdigest() != known["sha256"][name]:
+        raise ValueError(f"{revision} is not what {WEIGHTS.name} says; check the clone with git fsck.")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_bytes(found.stdout)
+    partial.replace(path)
 
 
 def num_layers_of(name: str) -> int:
@@ -99,9 +127,14 @@ def aligned_path(cache: Path, name: str, seed: int, data_seed: int | None = None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records in a file of JSON lines, none where there is no file; a line that a kill cut short is left out."""
+    """
+    The records in a file of JSON lines, none where there is no file, those first that were laid aside in `path`.gz; a
+    line that a kill cut short is left out.
+    """
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    aside = path.with_name(f"{path.name}.gz")
+    text = gzip.decompress(aside.read_bytes()).decode() if aside.is_file() else ""
+    for line in (text + (path.read_text() if path.is_file() else "")).splitlines():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:

@@ -141,6 +141,7 @@ def load_gguf(path: Path, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         path.parent,
         # The whole path: a file of that name in the current folder would be taken instead.
         gguf_file=str(path.absolute()),
+        use_safetensors=True,  # nothing beside the file is unpickled either
         # Otherwise weights may stay in GGUF's blocks, which can be neither saved nor trained.
         quantization_config=GgufConfig(dequantize=True),
         dtype=dtype,

@@ -1,7 +1,10 @@
 """Training of the selection benchmark's teachers: gates, layers laid out anew, recipes."""
 
 import copy
+import gzip
+import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import hf_hybrid as hh
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import selection_data  # noqa: E402
 import selection_teachers as training  # noqa: E402
 from selection_analysis import lineage  # noqa: E402
 from selection_data import FOLDER, KINDS, TEACHERS  # noqa: E402
@@ -149,3 +153,57 @@ def test_planted_heads_look_where_they_should_before_any_training(family: str, k
     for name, parameter in model.named_parameters():
         if "layers.0." in name or "mlp" in name:
             assert torch.equal(parameter, unchanged[name]), name
+
+
+class TestWeights:
+    """The weights of the teachers are no part of a checkout; they come from the history."""
+
+    @pytest.fixture
+    def clone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        folder = tmp_path / "benchmarks" / "teachers"
+        (folder / "one").mkdir(parents=True)
+        (folder / "one" / "model.safetensors").write_bytes(b"weights")
+        known = {"commit": "HEAD~1", "sha256": {"one": hashlib.sha256(b"weights").hexdigest(), "two": "0"}}
+        (tmp_path / "benchmarks" / "teachers.json").write_text(json.dumps(known))
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (
+            ["git", "init", "-q"],
+            ["git", "add", "-A"],
+            [*git, "commit", "-qm", "with weights"],
+            ["git", "rm", "-q", "benchmarks/teachers/one/model.safetensors"],
+            [*git, "commit", "-qm", "without"],
+        ):
+            subprocess.run(command, cwd=tmp_path, check=True)
+        (folder / "one").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(selection_data, "FOLDER", folder)
+        monkeypatch.setattr(selection_data, "WEIGHTS", tmp_path / "benchmarks" / "teachers.json")
+        return folder
+
+    def test_they_come_from_the_history(self, clone: Path) -> None:
+        selection_data.fetch_weights("one")
+        assert (clone / "one" / "model.safetensors").read_bytes() == b"weights"
+        assert [path.name for path in (clone / "one").iterdir()] == ["model.safetensors"]
+
+    def test_what_is_not_there_is_said(self, clone: Path) -> None:
+        with pytest.raises(ValueError, match="two are in the history.*git fetch --unshallow.*teachers/two/README"):
+            selection_data.fetch_weights("two")
+
+    def test_other_weights_are_refused(self, clone: Path) -> None:
+        known = json.loads(selection_data.WEIGHTS.read_text())
+        known["sha256"]["one"] = "0" * 64
+        selection_data.WEIGHTS.write_text(json.dumps(known))
+        with pytest.raises(ValueError, match=r"is not what teachers\.json says"):
+            selection_data.fetch_weights("one")
+        assert not list((clone / "one").iterdir())
+
+    def test_every_teacher_has_its_hash(self) -> None:
+        known = json.loads(selection_data.WEIGHTS.read_text())["sha256"]
+        assert set(known) == set(TEACHERS) - {"embedded"}
+
+
+def test_records_that_were_laid_aside_come_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    Path(f"{path}.gz").write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
+    assert selection_data.read_lines(path) == [{"a": 1}, {"a": 2}]
+    selection_data.append_line(path, {"a": 3})
+    assert selection_data.read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
