@@ -373,6 +373,9 @@ def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], la
     student.to(device=study.device, dtype=torch.float32).requires_grad_(True)
     tune(study, student)
     size = study.size
+    if mixer != "sliding_window":  # which has nothing to calibrate; the run's students were calibrated too
+        rows = _first(study.train, max(1, min(16_384, size.align_tokens) // size.block_size))
+        hh.calibrate(student, study.teacher, rows, batch_size=size.micro_batch_size, precision=study.precision)
     steps = max(1, round(size.align_tokens / (size.batch_size * size.block_size)))
     values = {
         field.name: getattr(study.arguments(f"align-{name}", 1), field.name)
