@@ -13,6 +13,7 @@ from typing import Any
 
 from . import __version__
 from .cli_evaluate import add_evaluate_options, evaluation_of, list_tasks, print_evaluation
+from .cli_generate import add_chat_options, add_generate_options, check_options, prompts_of
 from .cli_score import add_score_options
 from .cli_text import GGUF_HELP, SEEDS, check_numbers
 
@@ -29,6 +30,8 @@ examples:
   hf-hybrid push my_run me/my-hybrid --private
   hf-hybrid evaluate my_run/model --teacher Qwen/Qwen3-0.6B --data-files 'texts/*.txt'
   hf-hybrid evaluate my_run/model --tasks ruler --lengths 1024,4096 --cases 50
+  hf-hybrid generate my_run/model 'Once upon a time' --teacher Qwen/Qwen3-0.6B
+  hf-hybrid chat my_run/model --teacher Qwen/Qwen3-0.6B
   hf-hybrid env
 """
 
@@ -112,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall, cache size and tasks of a model")
     add_evaluate_options(evaluate)
+    generate = add("generate", _generate, "go on with a text, the teacher beside the model, and say how fast")
+    add_generate_options(generate)
+    chat = add("chat", _chat, "talk to a model, and to its teacher beside it")
+    add_chat_options(chat)
     push = add("push", _push, "upload the model of a run, its code, tokenizer and card to the Hub, in one commit")
     push.add_argument("folder", metavar="FOLDER", help="a finished run, or a folder with a model and its tokenizer")
     push.add_argument("repo_id", metavar="REPO_ID", help="name on the Hub, owner/name; made if need be")
@@ -121,9 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--base-model", metavar="ID", help="the teacher's name on the Hub, if it came from a folder")
     push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and send nothing")
     env = add("env", _env, "show versions, devices, and which kernels would run on them and why")
-    for sub in (run, score, convert, evaluate):
+    for sub in (run, score, convert, evaluate, generate, chat):
         sub.add_argument("--trust-remote-code", action="store_true", help="let the teacher run code of its own")
-    for sub in (demo, run, score, evaluate, push, env):
+    for sub in (demo, run, score, evaluate, generate, push, env):
         sub.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
     return parser
 
@@ -302,6 +309,27 @@ def _evaluate(options: argparse.Namespace) -> None:
         _print_json(result)
     else:
         print_evaluation(result)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    check_options(options)
+    prompts = prompts_of(options)
+    _quiet()
+    from .cli_generate import generate, print_generated
+
+    results = generate(options, prompts)
+    if options.json:
+        _print_json({"model": options.model, "teacher": options.teacher, "texts": results})
+    else:
+        print_generated(results)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    check_options(options)
+    _quiet()
+    from .cli_generate import chat
+
+    chat(options)
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -16,11 +16,12 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
+from .model_name import SUFFIX
+
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-SUFFIX = ".gguf"
 # The key of a teacher's config that says which file it came from.
 ORIGIN = "gguf_origin"
 # How byte-level vocabularies split text before their merges, by llama.cpp's names. GPT-2's way, which is what the

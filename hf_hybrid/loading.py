@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -35,7 +34,6 @@ from hf_hybrid.modeling import HybridConfig  # which registers the hybrid with t
 from .adapters import merged
 from .embedded import embedded_teacher, embedded_tokenizer
 from .gguf_file import (
-    SUFFIX,
     find_gguf,
     finish_gguf,
     finish_gguf_tokenizer,
@@ -45,13 +43,8 @@ from .gguf_file import (
     load_gguf_tokenizer,
     read_gguf,
 )
+from .model_name import check_folder, check_name
 from .recipe import check_dtype
-
-
-# Endings that no name on the Hub has: whoever writes one means a file.
-_FILES = re.compile(
-    r"\.(bin|ckpt|gguf|gz|h5|json|md|msgpack|onnx|pt|pth|py|safetensors|tar|txt|ya?ml|zip)", re.IGNORECASE
-)
 
 
 # Formats whose weights the library makes plain ones as it reads them, if it is asked to.
@@ -307,58 +300,6 @@ def checked_revision(name: str | os.PathLike, revision: str | None) -> str:
         kind = "folder" if Path(name).is_dir() else "file"
         raise ValueError(f"revision={revision!r} is one of the Hub's, but {name} is a {kind} here; leave it out.")
     return revision
-
-
-def check_name(name: Any) -> None:
-    """
-    Raises a `ValueError` where `name` is no folder and cannot be a model on the Hub either.
-
-    What has the form of a path is one: the Hub is not asked for it, which would take half a minute without a network.
-    """
-    if not isinstance(name, str | os.PathLike):
-        raise ValueError(f"a model is given by its Hub id or its folder, not by a {type(name).__name__}.")
-    text = os.fspath(name)
-    if not text.strip():
-        raise ValueError("the model's name is empty; give a Hub id or a folder.")
-    path = Path(name)
-    if os.path.isdir(path):
-        return
-    if path.suffix == SUFFIX and path.is_file():
-        return
-    if os.path.exists(path):
-        raise ValueError(f"{text} is a file; give the folder that holds the model, with its config.json.")
-    is_path = isinstance(name, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
-    if path.suffix == SUFFIX and text.count("/") < 2:
-        raise ValueError(
-            f"there is no GGUF file {text} here; check the path, or give a Hub id and the file's name "
-            "with --gguf-file (gguf_file= in Python and in a recipe)."
-        )
-    if is_path or _FILES.fullmatch(path.suffix):
-        hint = " (~ is not expanded here: write the path in full)" if text.startswith("~") else ""
-        raise ValueError(f"there is no folder {text}{hint}; check the path, or give a Hub id such as Qwen/Qwen3-0.6B.")
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{text!r} is neither a folder here nor a possible name on the Hub: {_line(error)}"
-        ) from error
-
-
-def check_folder(name: str | os.PathLike) -> None:
-    """Raises a `ValueError` where `name` is a folder that holds no model."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return
-    try:
-        there = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"the folder {folder} cannot be read ({error.strerror}); change its permissions.") from error
-    if "config.json" in there or "adapter_config.json" in there:
-        return
-    inside = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
-    found = f"it holds {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else "it is empty"
-    advice = f"did you mean {inside}?" if inside else "give the folder that save_pretrained() wrote, or a Hub id."
-    raise ValueError(f"the folder {folder} has no config.json ({found}); {advice}")
 
 
 def _commit_of(name: str, revision: str | None, file: str) -> str | None:

@@ -32,7 +32,7 @@ TRAVELLING_STDLIB = {
     "warnings",
 }
 TRAVELLING_LIBRARIES = {"torch", "transformers"}
-COMMAND_LINE = {"cli", "cli_evaluate", "cli_score", "__main__"}
+COMMAND_LINE = {"cli", "cli_evaluate", "cli_generate", "cli_score", "__main__"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -30,10 +30,9 @@ from hf_hybrid.tasks import (
     run_tasks,
 )
 from hf_hybrid.tasks.cases import RESERVE, answer_text
-from hf_hybrid.tasks.generation import agreement, common_prefix
 from hf_hybrid.tasks.harness import FORMS, found_share
 from hf_hybrid.tasks.language_model import ModelLM
-from hf_hybrid.tasks.repetition import is_looping, repetition
+from hf_hybrid.tasks.repetition import agreement, common_prefix, is_looping, repetition
 from hf_hybrid.tasks.scores import Figure, share_error
 from hf_hybrid.tasks.words import ADJECTIVES, NOUNS, essay, sentences
 from hf_hybrid.trainers.durable import read_record

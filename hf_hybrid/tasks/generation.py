@@ -7,7 +7,7 @@ from hf_hybrid.trainers.held_out import standard_error
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 from .language_model import ModelLM
-from .repetition import is_looping, repetition
+from .repetition import agreement, common_prefix, is_looping, repetition
 from .scores import Figure, GenerationSample, GenerationScore, share_error
 
 
@@ -85,21 +85,6 @@ def free_generation(
         texts = [None if of is None else tokenizer.decode(of[i], skip_special_tokens=True) for of in (ours, theirs)]
         result.samples.append(GenerationSample(prompt, texts[0] or "", texts[1]))
     return result
-
-
-def agreement(tokens: Sequence[int], teacher: Sequence[int]) -> float:
-    """
-    The share of places at which both have the same token, of as many places as the longer one has: what one writes
-    behind the end of the other agrees with nothing.
-    """
-    longest = max(len(tokens), len(teacher))
-    return sum(a == b for a, b in zip(tokens, teacher, strict=False)) / longest if longest else 1.0
-
-
-def common_prefix(tokens: Sequence[int], teacher: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    same = [a == b for a, b in zip(tokens, teacher, strict=False)]
-    return same.index(False) if False in same else len(same)
 
 
 def _written(lm: ModelLM, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:

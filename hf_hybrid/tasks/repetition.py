@@ -1,4 +1,4 @@
-"""How much a generated text repeats itself."""
+"""How much a generated text repeats itself, or another one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,3 +23,18 @@ def is_looping(tokens: Sequence[Any], times: int = 3, shortest: int = 12) -> boo
         if len(tail) == length and tail[period:] == tail[:-period]:
             return True
     return False
+
+
+def agreement(tokens: Sequence[int], teacher: Sequence[int]) -> float:
+    """
+    The share of places at which both have the same token, of as many places as the longer one has: what one writes
+    behind the end of the other agrees with nothing.
+    """
+    longest = max(len(tokens), len(teacher))
+    return sum(a == b for a, b in zip(tokens, teacher, strict=False)) / longest if longest else 1.0
+
+
+def common_prefix(tokens: Sequence[int], teacher: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    same = [a == b for a, b in zip(tokens, teacher, strict=False)]
+    return same.index(False) if False in same else len(same)
