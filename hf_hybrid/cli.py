@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -15,12 +16,13 @@ from . import __version__
 from .cli_evaluate import add_evaluate_options, evaluation_of, list_tasks, print_evaluation
 from .cli_generate import add_chat_options, add_generate_options, check_options, prompts_of
 from .cli_score import add_score_options
-from .cli_text import GGUF_HELP, SEEDS, check_numbers
+from .cli_text import GGUF_HELP, SEEDS, add_text_options, check_numbers, text_of
 
 
 _EXAMPLES = """\
 examples:
   hf-hybrid demo --output demo_output
+  hf-hybrid init Qwen/Qwen3-0.6B --data-files 'texts/*.txt' --output my_recipe.yaml
   hf-hybrid run demo --output my_run
   hf-hybrid run my_recipe.yaml --output my_run        (again after a kill: it goes on)
   hf-hybrid score embedded --method verified --k 2 --output scores
@@ -90,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "make a hybrid of the built-in teacher, start to end, in minutes on a CPU")
     demo.add_argument("--output", default="demo_output", help="folder to write to (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    init = add("init", _init, "write a commented recipe that fits a teacher and this machine, to start from")
+    init.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, GGUF file, or 'embedded'")
+    init.add_argument("--output", default="recipe.yaml", help="file to write (default: %(default)s)")
+    init.add_argument("--force", action="store_true", help="overwrite that file")
+    init.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
+    init.add_argument("--fraction", type=float, help="share of the layers to keep, instead of --k")
+    init.add_argument("--tokens", type=int, help="tokens of the distillation; the other stages follow in proportion")
+    init.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
+    init.add_argument("--gguf-file", metavar="NAME", help=GGUF_HELP.format("TEACHER"))
+    add_text_options(init)
     run = add("run", _run, "run a recipe, or go on with it where it was stopped")
     run.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
     run.add_argument("--stop-after", metavar="STAGE", help="data, align, score, select, distill, finetune, ...")
@@ -128,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--base-model", metavar="ID", help="the teacher's name on the Hub, if it came from a folder")
     push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and send nothing")
     env = add("env", _env, "show versions, devices, and which kernels would run on them and why")
-    for sub in (run, score, convert, evaluate, generate, chat):
+    for sub in (init, run, score, convert, evaluate, generate, chat):
         sub.add_argument("--trust-remote-code", action="store_true", help="let the teacher run code of its own")
     for sub in (demo, run, score, evaluate, generate, push, env):
         sub.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
@@ -179,6 +191,32 @@ def _demo(options: argparse.Namespace) -> None:
     print(f"Reloaded without hf_hybrid, the logits differ by {report['reload']['max_abs_logit_diff']:.1e}. It writes:")
     print(report["reload"]["text"])
     print(f"Saved in {options.output}: run/model, report.json, scores.png.")
+
+
+def _init(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"--output {output} is no place for a file; give the path of a recipe to write.")
+    if output.exists() and not options.force:
+        raise ValueError(f"{output} exists; choose another --output, or pass --force to overwrite it.")
+    check_numbers(options, k=(0, math.inf), fraction=(0, 1), tokens=(1, math.inf))
+    _quiet()
+    from .starter import starter_recipe
+    from .trainers.durable import write_text
+
+    recipe = starter_recipe(
+        options.teacher,
+        text_of(options),
+        k=options.k,
+        fraction=options.fraction,
+        tokens=options.tokens,
+        revision=options.revision,
+        gguf_file=options.gguf_file,
+        trust_remote_code=options.trust_remote_code,
+    )
+    write_text(output, recipe)
+    print(f"Wrote {output}. Read it, change what its first lines name, and run it:")
+    print(f"  hf-hybrid run {output} --output my_run")
 
 
 def _run(options: argparse.Namespace) -> None:

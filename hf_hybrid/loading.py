@@ -20,6 +20,7 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     FineGrainedFP8Config,
@@ -117,6 +118,43 @@ def prepared_teacher(
     local = Path(teacher).exists()
     model.config._commit_hash = None if local else _commit_of(str(teacher), revision, gguf_file or "config.json")
     return model, notes
+
+
+def empty_teacher(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None, gguf_file: str | None = None
+) -> PreTrainedModel:
+    """
+    Returns the model that [`load_teacher`] would load, without its weights: on the device "meta", from its config
+    alone. An adapter stands for its base. The embedded teacher is small, and comes with its weights.
+    """
+    if name == "embedded":
+        return embedded_teacher()
+    check_name(name)
+    revision = checked_revision(name, revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    gguf = _find_gguf(name, gguf_file, revision)
+    if gguf is not None:
+        read_gguf(gguf)
+        with _explained(gguf):
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=str(gguf.absolute()))
+    else:
+        check_folder(name)
+        with _explained(name):
+            adapter = find_adapter_config_file(str(name), revision=revision)
+        if adapter is not None:
+            with _explained(name, "adapter"):
+                base = PeftConfig.from_pretrained(str(Path(adapter).parent))
+            if not base.base_model_name_or_path:
+                raise ValueError(f"the adapter in {name} names no base model; write it into its adapter_config.json.")
+            return empty_teacher(base.base_model_name_or_path, revision=base.revision, **options)
+        if Path(name).is_dir() and next(Path(name).glob("*.safetensors"), None) is None:
+            raise ValueError(f"the folder {name} holds no safetensors weights; save the model there again.")
+        with _explained(name):
+            config = AutoConfig.from_pretrained(name, revision=revision, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # it is dequantised as it is loaded
+    with torch.device("meta"), _explained(name):
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def load_model(

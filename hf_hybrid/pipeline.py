@@ -66,6 +66,19 @@ def stages_of(recipe: Recipe) -> list[str]:
     return stages
 
 
+def check_recipe(recipe: Recipe, folder: Path, teacher: Any) -> None:
+    """Raises a `ValueError` where `recipe` does not suit `teacher`, whose weights need not be there."""
+    check_training(recipe, folder, teacher)
+    check_teacher(teacher)
+    config = HybridConfig.from_teacher(teacher.config, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options)
+    check_mixers(config)
+    # Any scores will do: this is about the number of layers.
+    selector = "uniform" if recipe.select.layers is None else recipe.select.layers
+    if recipe.select.cache_bytes is None:
+        select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
+    check_score_stage(recipe, teacher)
+
+
 def scores_in(folder: Path) -> LayerScores | None:
     """The layers' scores of the run in `folder`, where they were measured."""
     path = folder / ARTEFACTS["score"]
@@ -131,20 +144,10 @@ class Pipeline:
         """Finds what cannot work before hours are spent on the stages before it."""
         recipe = self.recipe
         self.say_kernels()
-        check_training(recipe, self.folder, self.teacher)
-        check_teacher(self.teacher)
+        check_recipe(recipe, self.folder, self.teacher)
         changed = on_main(lambda: check_inputs(self.folder, self.teacher, self.tokenizer))
         if changed is not None:
             self.listener(Event("run", "note", text=changed))
-        config = HybridConfig.from_teacher(
-            self.teacher.config, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options
-        )
-        check_mixers(config)
-        # Any scores will do: this is about the number of layers.
-        selector = "uniform" if recipe.select.layers is None else recipe.select.layers
-        if recipe.select.cache_bytes is None:
-            select_layers(selector, recipe.select.count(config.num_hidden_layers), config.num_hidden_layers)
-        check_score_stage(recipe, self.teacher)
         self.checked = True
 
     def say_kernels(self) -> None:
