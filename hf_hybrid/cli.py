@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for a user's error (one sentence on stderr), 130 for ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.command(options)
     except KeyboardInterrupt:
         print("hf-hybrid: interrupted; the same command goes on with a run.", file=sys.stderr)
         return 130
@@ -58,6 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
 
             leave_group()
     return 0
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Prints a note of ours in one line, without the line of code that a warning of a library is shown with."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        if _is_main_process():
+            print(f"hf-hybrid: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _sentence(error: Exception) -> str | None:

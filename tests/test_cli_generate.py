@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf_files import VOCABULARY, write_gguf
+from runs import PATIENCE
+from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.cli import main
@@ -207,6 +213,50 @@ def test_an_answer_ends_where_the_template_ends_a_turn() -> None:
     model, tokenizer = hh.embedded_teacher(), chat_tokenizer()
     assert model.generation_config.eos_token_id == 0 and tokenizer.eos_token_id == 0
     assert turn_ends(Writer(model, tokenizer, 512)) == [0, 511]
+
+
+def test_what_is_to_be_known_of_a_teacher_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights that were dequantised; without the line of code from which a warning comes."""
+    monkeypatch.chdir(tmp_path)
+    teacher = tiny_teacher("llama", vocab_size=VOCABULARY, eos_token_id=0)
+    write_gguf(Path("a.gguf"), teacher, GGMLQuantizationType.Q8_0)
+    assert main(["generate", "a.gguf", "x = 1", "--teacher", "a.gguf", "--max-new-tokens", "4", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["texts"][0]["first_tokens_that_agree"] > 0
+    assert "\nhf-hybrid: a.gguf: its weights are those of the GGUF file a.gguf" in f"\n{captured.err}"
+    assert "UserWarning" not in captured.err and "load_teacher(" not in captured.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_chat_on_a_terminal(talker: str) -> None:
+    """It says how it ends, asks again after what it cannot do, forgets that message, and ends with ctrl-D."""
+    import pty
+
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "hf_hybrid", "chat", talker, "--max-new-tokens", "4", "--temperature", "0"]
+    talking = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end)
+
+    def until_asked() -> str:
+        shown = b""
+        while not shown.endswith(b"\n> "):
+            assert talking.poll() is None and select.select([terminal], [], [], PATIENCE)[0], shown
+            shown += os.read(terminal, 4096)
+        return shown.decode()
+
+    assert "/exit or ctrl-D ends" in until_asked()
+    os.write(terminal, b"/help\n")
+    assert "There is no command /help" in until_asked()
+    os.write(terminal, b"x = 1 " * 150 + b"\n")
+    assert "The last message is taken back." in until_asked()
+    os.write(terminal, b"import os\n")
+    (answer,) = turns(hh.embedded_teacher(), chat_tokenizer(), ["import os"], 4)
+    assert answer.strip().splitlines()[0] in until_asked()
+    os.write(terminal, b"\x04")
+    assert talking.wait(PATIENCE) == 0
+    os.close(terminal)
+    os.close(its_end)
 
 
 def test_a_text_ends_behind_its_end_token() -> None:
