@@ -312,6 +312,9 @@ def _convert(options: argparse.Namespace) -> None:
         raise ValueError(f"--output {folder} exists and is not an empty folder; choose a new one.")
     given = options.full_attention_layers
     layers = [] if given.strip().lower() in ("", "none") else parse_layers(given, "--full-attention-layers")
+    from .model_name import check_found
+
+    check_found(options.teacher, options.gguf_file)
     _quiet()
     from .card import save_model
     from .conversion import convert
@@ -351,6 +354,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.tasks == "list":
         list_tasks(options.json)
         return
+    from .model_name import check_found
+
+    for name, gguf_file in ((options.model, options.gguf_file), (options.teacher, options.teacher_gguf_file)):
+        if name is not None:
+            check_found(name, gguf_file)
     _quiet()
     evaluation = evaluation_of(options)
     result = evaluation.to_dict()
