@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
     run.add_argument("--stop-after", metavar="STAGE", help="data, align, score, select, distill, finetune, ...")
     run.add_argument("--from", dest="start_from", metavar="STAGE", help="make STAGE and what follows again")
+    run.add_argument("--plan", action="store_true", help="only say what would be made, in what time, memory and disk")
     score = add("score", _score, "score a model's layers, or run a recipe up to its scores; table, JSON and chart")
     score.add_argument(
         "teacher", metavar="TEACHER", nargs="?", help="Hub id or folder, GGUF file, or 'embedded'; or give --recipe"
@@ -228,8 +229,8 @@ def _init(options: argparse.Namespace) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     write_text(output, recipe)
-    print(f"Wrote {output}. Read it, change what its first lines name, and run it:")
-    print(f"  hf-hybrid run {output} --output my_run")
+    print(f"Wrote {output}. Read it, change what its first lines name, and see what it takes:")
+    print(f"  hf-hybrid run {output} --output my_run --plan")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -237,6 +238,9 @@ def _run(options: argparse.Namespace) -> None:
     from .recipe import Recipe, find_recipe
 
     recipe = Recipe.load(find_recipe(options.recipe))
+    if options.plan:
+        _plan(recipe, options)
+        return
     result = _run_recipe(recipe, options, options.stop_after, options.start_from)
     if not _is_main_process():
         return
@@ -252,6 +256,23 @@ def _run(options: argparse.Namespace) -> None:
     print_evaluation(result.report["evaluation"])
     if not result.already_finished:
         print(f"The model is in {result.folder / 'model'}, the numbers are in {result.folder / 'report.json'}.")
+
+
+def _plan(recipe: Any, options: argparse.Namespace) -> None:
+    if options.stop_after or options.start_from:
+        raise ValueError("--plan is about all that is left to do; leave out --stop-after and --from.")
+    from rich.console import Console
+
+    from .plan import plan_recipe
+
+    recipe.trust_remote_code |= options.trust_remote_code
+    plan = plan_recipe(recipe, options.output)
+    if options.json:
+        _print_json(plan.to_dict())
+        return
+    Console().print(plan.table())
+    for note in plan.notes:
+        print(f"{note[0].upper()}{note[1:]}.")
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -107,6 +107,21 @@ def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[s
         _refuse_strangers(folder)
         recipe.save(identity, _HEADER)
         return []
+    differences = check_claim(folder, recipe, start_from)
+    moved = [] if start_from is None else set_aside(folder, start_from)
+    if differences:
+        recipe.save(identity, _HEADER)
+    return moved
+
+
+def check_claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[str]:
+    """
+    Raises a `ValueError` where [`claim`] does, and writes nothing; returns how a run's recipe there differs.
+    """
+    identity = folder / "recipe.yaml"
+    if not _is_run(folder):
+        _refuse_strangers(folder)
+        return []
     there = Recipe.load(identity)
     differences = there.difference(recipe)
     if differences and has_work(folder):
@@ -118,10 +133,7 @@ def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[s
                 f"{folder} belongs to another recipe ({shown}, 'here' being the folder's); choose another folder, run "
                 f"{identity} to go on with it, or add --from {first} to make that stage and what follows again."
             )
-    moved = [] if start_from is None else set_aside(folder, start_from)
-    if differences:
-        recipe.save(identity, _HEADER)
-    return moved
+    return differences
 
 
 def keep_execution(folder: Path, recipe: Recipe) -> None:

@@ -176,7 +176,8 @@ class _Starter:
         lines = [
             f"# A recipe to start from, written by hf-hybrid init for {machine} with {memory:.0f} GiB of memory.",
             "#",
-            "#   hf-hybrid run THIS_FILE --output my_run     # killed at any moment, the same command goes on",
+            "#   hf-hybrid run THIS_FILE --output my_run --plan     # what will be made, and what it takes",
+            "#   hf-hybrid run THIS_FILE --output my_run            # killed at any moment, the same command goes on",
             "#",
             "# Change first, in this order: data (text like that which the model is for), distill.tokens (quality",
             "# grows with it), select.k (more softmax layers: closer to the teacher, and more cache). 'Paper' is",
