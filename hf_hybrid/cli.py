@@ -214,6 +214,10 @@ def _init(options: argparse.Namespace) -> None:
     if output.exists() and not options.force:
         raise ValueError(f"{output} exists; choose another --output, or pass --force to overwrite it.")
     check_numbers(options, k=(0, math.inf), fraction=(0, 1), tokens=(1, math.inf))
+    from .model_name import check_found
+
+    if options.teacher != "embedded":
+        check_found(options.teacher, options.gguf_file)
     _quiet()
     from .starter import starter_recipe
     from .trainers.durable import write_text

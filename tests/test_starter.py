@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -165,3 +167,10 @@ def test_refusals(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) 
         assert message in capsys.readouterr().err, given
         assert time.perf_counter() - start < 5
     assert path.read_text() == "mine" and not (tmp_path / "new.yaml").exists()
+
+
+def test_a_teacher_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    program = "import sys; from hf_hybrid.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", program, "init", str(tmp_path / "absent"), "--output", str(tmp_path / "new.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "there is no folder" in done.stderr
