@@ -13,9 +13,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, set_seed
-
-from hf_hybrid.trainers import AlignmentTrainer, DistillationTrainer, HybridTrainer
+from transformers import TrainerCallback, set_seed
 
 from .conversion import check_teacher, convert
 from .demo_data import demo_rows
@@ -27,7 +25,7 @@ from .pipeline import check_recipe, stages_of
 from .recipe import Recipe, ScoreStage
 from .score import needs_alignment
 from .selection import uniform_layers
-from .stages import check_arguments, launched_processes, rows_needed, steps_of, training_arguments
+from .stages import check_arguments, launched_processes, rows_needed, steps_of, trainer_of, training_arguments
 from .text import check_sources, find_files, open_text
 
 
@@ -362,12 +360,7 @@ class _Planner:
             args.learning_rate, args.mixer_learning_rate, args.weight_decay = 0.0, 0.0, 0.0
             args.report_to = []  # this is no run that anyone follows
             set_seed(0)
-            if name == "finetune":
-                trainer: Any = HybridTrainer(model=student, args=args, train_dataset=data)
-            else:
-                kind: Any = AlignmentTrainer if name == "align" else DistillationTrainer
-                trainer = kind(model=student, teacher=teacher, args=args, train_dataset=data)
-            trainer.remove_callback(PrinterCallback)
+            trainer = trainer_of(name, student, teacher, args, data)
             trainer.add_callback(clock)
             trainer.train()
         return statistics.median(clock.seconds[1:])

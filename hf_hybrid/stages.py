@@ -279,12 +279,7 @@ def train(
     if topk is not None:
         args.teacher_topk = str(topk)
     set_seed(recipe.seed)
-    if name == "finetune":
-        trainer: HybridTrainer = HybridTrainer(model=student, args=args, train_dataset=rows)
-    else:
-        kind: Any = AlignmentTrainer if name == "align" else DistillationTrainer
-        trainer = kind(model=student, teacher=teacher, args=args, train_dataset=rows)
-    trainer.remove_callback(PrinterCallback)
+    trainer = trainer_of(name, student, teacher, args, rows)
     if isinstance(rows, PackedStream):
         trainer.add_callback(KeepPosition(rows, recipe.stages()[name].batch_size))
     trainer.add_callback(_Steps(name, listener))  # seals checkpoints, so it comes last
@@ -294,6 +289,17 @@ def train(
         if isinstance(rows, PackedStream):
             go_on(rows, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
+
+
+def trainer_of(name: str, student: Any, teacher: Any, args: Any, rows: Any) -> HybridTrainer:
+    """The Trainer of the stage `name`, which prints nothing."""
+    if name == "finetune":
+        trainer: HybridTrainer = HybridTrainer(model=student, args=args, train_dataset=rows)
+    else:
+        kind: Any = AlignmentTrainer if name == "align" else DistillationTrainer
+        trainer = kind(model=student, teacher=teacher, args=args, train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 

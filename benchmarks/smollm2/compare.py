@@ -38,7 +38,7 @@ from hf_hybrid.selection import select_layers
 from hf_hybrid.tasks import TaskScore, ruler, ruler_cases
 from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
 from hf_hybrid.trainers.durable import read_json, write_json
-from hf_hybrid.trainers.held_out import HeldOut
+from hf_hybrid.trainers.held_out import HeldOut, standard_error
 from hf_hybrid.trainers.precision import Precision
 
 
@@ -188,8 +188,8 @@ class Study:
         """Held-out KL in nats per token: of each domain with its rows, and the mean of the domains."""
         rows = {name: held_out.kl(student) for name, held_out in self.measured_on.items()}
         means = {name: statistics.fmean(values) for name, values in rows.items()}
-        sem = sum(_sem(values) ** 2 for values in rows.values()) ** 0.5 / len(rows)
-        domains = {name: {"mean": means[name], "sem": _sem(rows[name]), "rows": rows[name]} for name in rows}
+        sem = sum(standard_error(values) ** 2 for values in rows.values()) ** 0.5 / len(rows)
+        domains = {name: {"mean": means[name], "sem": standard_error(rows[name]), "rows": rows[name]} for name in rows}
         return {"mean": statistics.fmean(means.values()), "sem": sem, "domains": domains}
 
     def tasks(self, model: Any, *, quick: bool = False) -> list[dict[str, Any]]:
@@ -247,10 +247,6 @@ class _Curve(TrainerCallback):
             needle = self.study.tasks(self.student, quick=True)
             self.points.append({"tokens": tokens, "kl": kl["mean"], "sem": kl["sem"], "ruler": needle})
             self.seconds += time.perf_counter() - start
-
-
-def _sem(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def _first(rows: CutRows, count: int) -> Dataset:
