@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ from .cli_generate import add_chat_options, add_generate_options, check_options,
 from .cli_score import add_score_options
 from .cli_text import GGUF_HELP, SEEDS, add_text_options, check_numbers, text_of
 
+
+# Seconds that the main process has to fail, too, and to say why.
+_HEAD_START = 10.0
 
 _EXAMPLES = """\
 examples:
@@ -51,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if options.debug or not (message := _sentence(error)):
             raise
-        if _is_main_process():
-            print(f"hf-hybrid: {message}", file=sys.stderr)
+        _let_the_main_process_speak_first()
+        print(f"hf-hybrid: {message}", file=sys.stderr)
         return 2
     finally:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -164,6 +168,16 @@ def _parser() -> argparse.ArgumentParser:
 def _is_main_process() -> bool:
     """Whether this process talks to the user, also before torch is there to be asked."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _let_the_main_process_speak_first() -> None:
+    """
+    Waits a little in the other processes before they tell of an error, which mostly is the main one's, too.
+
+    A launcher ends all processes when the first has failed. Without the wait that may be one that said nothing.
+    """
+    if not _is_main_process():
+        time.sleep(_HEAD_START)
 
 
 def _quiet() -> None:

@@ -61,6 +61,19 @@ def test_one_of_several_processes_ends_without_taking_the_interpreter_down() -> 
     assert (done.returncode, done.stdout) == (3, "all it wrote and its handlers\n")
 
 
+def test_an_error_is_told_by_the_other_processes_too_after_the_main_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends all processes at the first failure, and any process may be the first."""
+    waited: list[float] = []
+    monkeypatch.setattr("hf_hybrid.cli.time.sleep", waited.append)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert main(["run", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "run")]) == 2
+        assert "none.yaml" in capsys.readouterr().err
+        assert bool(waited) == (rank == "1")
+
+
 def test_the_console_script_ends_with_the_exit_code_in_each_of_several_processes(tmp_path: Path) -> None:
     for world in ("1", "2"):
         command = [sys.executable, "-m", "hf_hybrid", "convert", "nowhere", "--full-attention-layers", "0"]
