@@ -47,7 +47,14 @@ setup(
     ],
     # modeling/, trainers/ and recipes/ lie at the root and are installed inside hf_hybrid. What is installed depends
     # on this mapping alone; the symlinks in hf_hybrid/ serve what reads the tree (tests, type checkers, editors).
-    packages=["hf_hybrid", "hf_hybrid.modeling", "hf_hybrid.trainers", "hf_hybrid.recipes", "hf_hybrid.tasks"],
+    packages=[
+        "hf_hybrid",
+        "hf_hybrid.modeling",
+        "hf_hybrid.trainers",
+        "hf_hybrid.recipes",
+        "hf_hybrid.exporting",
+        "hf_hybrid.tasks",
+    ],
     package_dir={
         "hf_hybrid": "hf_hybrid",
         "hf_hybrid.modeling": "modeling",

@@ -13,10 +13,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
-from hf_hybrid.modeling.adopted_attention import SOFTMAX_ALONE
+from hf_hybrid.modeling.adopted_attention import QK_NORMS, with_bias
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 
 from .adapters import merged
+from .exporting.native import mixer_options_of
 from .gguf_file import gguf_note, gguf_origin
 from .loading import check_plain, check_weights, prepared_teacher
 from .probe import PROBE_TOKENS, probe, sound_logits
@@ -26,7 +27,12 @@ from .probe import PROBE_TOKENS, probe, sound_logits
 # it differs from itself.
 _TIMES_ITS_OWN_NOISE = 10
 # Why a tensor of the teacher's attention has no place in a linear layer, by the first part of its name.
-_WHY_NOT_CARRIED = {"sinks": "a share of the softmax", "indexer": "picks the tokens of a sparse softmax"}
+_WHY_NOT_CARRIED = {
+    "sinks": "a share of the softmax",
+    "indexer": "picks the tokens of a sparse softmax",
+    **dict.fromkeys(QK_NORMS, "left out, as mixer_options['qk_norm'] says"),
+}
+_WHY_NO_BIAS = "its bias is left out, as mixer_options['projection_bias'] says"
 
 
 @dataclass
@@ -39,7 +45,8 @@ class ConversionReport:
         full_attention_layers, linear_attention_layers (`list[int]`): the layers of each kind.
         copied (`dict[str, int]`): tensors that are the teacher's, bit for bit and in its dtype.
         created (`dict[str, int]`): tensors of the mixers that the teacher does not have.
-        not_carried (`dict[str, int]`): tensors that have a meaning for softmax alone, in layers that are linear.
+        not_carried (`dict[str, int]`): tensors of layers that are linear which have a meaning for softmax alone, or
+            which the mixer's options leave out.
         logit_difference (`float`): the largest difference between the teacher's logits and the hybrid's with softmax
             attention in every layer, on a few tokens. It is 0, but for teachers that do not repeat themselves.
         notes (`list[str]`): what was done to the teacher before, such as that its adapter was merged.
@@ -72,7 +79,7 @@ class ConversionReport:
             f"  new: {len(self.created)} tensors, {sum(self.created.values()):,} parameters" + _suffixes(self.created),
             f"  not carried over: {len(self.not_carried)} tensors" + _suffixes(self.not_carried),
             *(
-                f"    {part}: {_WHY_NOT_CARRIED[part]}"
+                f"    {part}: {_WHY_NOT_CARRIED.get(part, _WHY_NO_BIAS)}"
                 for part in sorted({_place(name)[1] for name in self.not_carried})
             ),
         ]
@@ -101,7 +108,7 @@ def convert(
     full_attention_layers: Iterable[int],
     *,
     mixer: str | Sequence[str | None] = "gated_deltanet",
-    mixer_options: dict[str, Any] | None = None,
+    mixer_options: dict[str, Any] | str | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -127,8 +134,10 @@ def convert(
             The linear-attention mixer of the other layers, or a list with one name per layer of the model (None for
             a layer that keeps softmax): `"gated_deltanet"`, `"gated_linear_attention"`, `"kimi_delta_attention"` or
             `"sliding_window"`.
-        mixer_options (`dict`, *optional*):
-            Options of the mixers, see [`LinearAttentionOptions`]; options of one mixer alone go under its name.
+        mixer_options (`dict` or `str`, *optional*):
+            Options of the mixers, see [`LinearAttentionOptions`]; options of one mixer alone go under its name. Or
+            `"native"`: those with which `"gated_deltanet"` is a layer that transformers and servers have themselves,
+            so that a hybrid of a family that fits can be exported.
         kernel (`str`, *optional*, defaults to `"auto"`):
             `"auto"`, `"torch"` or `"fla"`, see [`HybridConfig`].
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -174,7 +183,7 @@ def convert(
         teacher.config,
         full_attention_layers,
         mixer=mixer if isinstance(mixer, str) else list(mixer),
-        mixer_options=mixer_options,
+        mixer_options=mixer_options_of(mixer_options, mixer),
         kernel=kernel,
     )
     attention = decoder_layers(teacher)[0].self_attn
@@ -266,8 +275,8 @@ def _check_accounts(report: ConversionReport, student: HybridForCausalLM) -> Non
                 "the teacher's weights do not fit its own config."
             )
     for name in report.not_carried:
-        owner, part = _place(name)
-        if owner not in mixers or part not in SOFTMAX_ALONE:
+        owner, _ = _place(name)
+        if owner not in mixers or name.removeprefix(f"{owner}.") not in mixers[owner].left_out:
             raise ValueError(
                 f"{name} is in the teacher and has no place in the hybrid; the teacher's weights do not fit its own "
                 "config."
@@ -339,9 +348,9 @@ def _other_buffers(teacher: PreTrainedModel, student: HybridForCausalLM) -> list
     ]
 
 
-def _around(attention: torch.nn.Module, mixer: torch.nn.Module) -> torch.nn.Module:
+def _around(attention: torch.nn.Module, mixer: Any) -> torch.nn.Module:
     """The teacher's `attention` with what `mixer` has of its parameters and modules in the place of its own."""
-    shell = copy.copy(attention)
+    shell: Any = copy.copy(attention)
     for kind in ("_parameters", "_buffers", "_modules"):
         own = getattr(mixer, kind)
         # A module for softmax alone is replaced by an empty one of another class.
@@ -349,6 +358,9 @@ def _around(attention: torch.nn.Module, mixer: torch.nn.Module) -> torch.nn.Modu
             name: own[name] if type(own.get(name)) is type(value) else value
             for name, value in getattr(attention, kind).items()
         }
+    for name, theirs in attention._modules.items():
+        if f"{name}.bias" in mixer.left_out:
+            shell._modules[name] = with_bias(shell._modules[name], theirs.bias)
     # Someone else's: hooks that record, a forward that moves tensors between devices.
     shell.__dict__ |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
     shell.__dict__.pop("forward", None)

@@ -8,6 +8,7 @@ each family without a line about any of them.
 Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D key and V value width of a head.
 """
 
+import copy
 import functools
 import inspect
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ _GATES = ("gate_proj", "g_proj", "q_gate_proj")
 _SOFTMAX_PARAMETERS = ("sinks",)
 _SOFTMAX_MODULES = ("indexer",)
 SOFTMAX_ALONE = (*_SOFTMAX_PARAMETERS, *_SOFTMAX_MODULES)
+# The norms of queries and keys, by their names in the library's families.
+QK_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 _REFUSED = {
     "lambda_q1": "subtracts two softmaxes (differential attention), which one recurrence does not replace",
     "dt_proj": "learns a mask over its values, which a recurrence has no use for",
@@ -107,6 +110,8 @@ class AdoptedAttention(nn.Module):
     value_dim: int
     fused_gate: bool
     adopted: tuple[str, ...]
+    # Tensors of the teacher's attention that have no place here, by their names in its state dict.
+    left_out: frozenset[str]
 
     def __new__(cls, attention: nn.Module | None = None, *args: Any, **kwargs: Any) -> "AdoptedAttention":
         # Copying calls this on a class that is already specialised, without a module.
@@ -132,6 +137,7 @@ class AdoptedAttention(nn.Module):
         self.layer_idx = layer_idx
         self.config = attention_view(attention.config)
         self._read_layout(layer_idx)
+        self.left_out = frozenset(name for name in attention.state_dict() if name.split(".")[0] in SOFTMAX_ALONE)
         for name in _SOFTMAX_PARAMETERS:
             if self._parameters.pop(name, None) is not None:
                 setattr(self, name, torch.empty(0))  # the teacher's code still hands it on
@@ -194,6 +200,22 @@ class AdoptedAttention(nn.Module):
                 f"output projection of {output.in_features} inputs, which is no grouping of heads. Keep the layer in "
                 "full_attention_layers."
             )
+
+    def leave_out(self, *, qk_norm: bool, bias: bool) -> None:
+        """
+        Drops the norms of q and k, and the biases of the projections, from this module and not from the one that it
+        was made of. [`left_out`] names what went.
+        """
+        own: Any = self
+        gone: set[str] = set()
+        for name, module in list(own._modules.items()):
+            if qk_norm and name in QK_NORMS and module is not None:
+                gone |= {f"{name}.{tensor}" for tensor in module.state_dict()}
+                own._modules[name] = nn.Identity()
+            elif bias and isinstance(module, nn.Linear) and module.bias is not None:
+                gone.add(f"{name}.bias")
+                own._modules[name] = with_bias(module, None)
+        self.left_out |= gone
 
     @property
     def has_output_gate(self) -> bool:
@@ -279,6 +301,13 @@ class AdoptedAttention(nn.Module):
                 "in full_attention_layers."
             )
         return output
+
+
+def with_bias(projection: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+    """`projection` with its own weight, shared, and another bias or none."""
+    twin = copy.copy(projection)
+    twin.__dict__["_parameters"] = projection._parameters | {"bias": bias}
+    return twin
 
 
 def expand_groups(key: torch.Tensor, value: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:

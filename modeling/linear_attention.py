@@ -37,6 +37,9 @@ class LinearAttentionOptions:
             would get them (normed and rotated); 0 for none. It starts as the identity. A kernel of size K adds
             `K (H D + G (D + V))` parameters, and as many numbers of the model's dtype to the state of a sequence.
         silu_qk (`bool`): apply SiLU to q and k, which the paper's released student does and which costs quality here.
+        silu_v (`bool`): apply SiLU to v, as the Gated DeltaNet layers of transformers' own models do.
+        qk_norm (`bool`): keep the teacher's norms of q and k; without them they are not carried over.
+        projection_bias (`bool`): keep the biases of the teacher's projections; without them they are not carried over.
     """
 
     rope: bool = True
@@ -44,6 +47,9 @@ class LinearAttentionOptions:
     output_gate: str | None = "silu"
     short_convolution: int = 0
     silu_qk: bool = False
+    silu_v: bool = False
+    qk_norm: bool = True
+    projection_bias: bool = True
 
     @classmethod
     def from_dict(cls, options: dict[str, Any] | None, mixer: str | None = None) -> Self:
@@ -173,6 +179,7 @@ class LinearAttention(AdoptedAttention):
         mixer = config.layer_mixers[layer_idx]
         self.options = self.options_class.from_dict(config.options_of(mixer), mixer)
         self.hybrid_config = config
+        self.leave_out(qk_norm=not self.options.qk_norm, bias=not self.options.projection_bias)
         eps = getattr(config.text_config, "rms_norm_eps", None) or 1e-6
         self.o_norm = HeadRMSNorm(self.value_dim, eps) if self.options.output_norm else None
         self.output_gate = None if self.has_output_gate else self.options.output_gate
@@ -223,6 +230,8 @@ class LinearAttention(AdoptedAttention):
         key, value = expand_groups(key, value, self.num_heads)
         if self.options.silu_qk:
             query, key = nn.functional.silu(query), nn.functional.silu(key)
+        if self.options.silu_v:
+            value = nn.functional.silu(value)
         state = None
         if call.cache is not None:
             cached: Any = call.cache.layers[self.layer_idx]

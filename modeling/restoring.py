@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adopted_attention import SOFTMAX_ALONE, AdoptedAttention
+from .adopted_attention import AdoptedAttention
 
 
 # Settings that decide nothing in a layer: what the model is called, its vocabulary, how it is run, and how long a row
@@ -101,7 +101,7 @@ def check_fits(attention: nn.Module, mixer: nn.Module, layer: int) -> None:
             f"the teacher's attention in layer {layer} is a {type(attention).__name__}, the hybrid's was a "
             f"{mixer.teacher_class.__name__}; pass the softmax model that the hybrid was made from."
         )
-    theirs = {name: x for name, x in found.items() if name.partition(".")[0] not in SOFTMAX_ALONE}
+    theirs = {name: x for name, x in found.items() if name not in mixer.left_out}
     adopted = {name: x for name, x in own.items() if name.partition(".")[0] in mixer.adopted}
     shapes = [{name: tuple(x.shape) for name, x in tensors.items()} for tensors in (theirs, adopted)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):

@@ -25,12 +25,15 @@ class SlidingWindowOptions(LinearAttentionOptions):
     """
 
     window: int = 512
-    # The teacher's attention has none of these and keeps its rotary embedding.
+    # The teacher's attention has none of these and keeps its rotary embedding, norms and biases.
     rope: bool = field(default=True, init=False)
     output_norm: bool = field(default=False, init=False)
     output_gate: str | None = field(default=None, init=False)
     short_convolution: int = field(default=0, init=False)
     silu_qk: bool = field(default=False, init=False)
+    silu_v: bool = field(default=False, init=False)
+    qk_norm: bool = field(default=True, init=False)
+    projection_bias: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
