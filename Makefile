@@ -1,5 +1,5 @@
 # `make` alone lists the verbs. Verbs that run something set up .venv first, and again only when
-# setup.py or constraints.txt changed; what needs fla has .venv-fla. Settings, given as `make test NAME=value`:
+# setup.py or constraints.txt changed; what needs fla has .venv-fla, the site .venv-site. Settings, given as `make test NAME=value`:
 #   PYTHON          interpreter that creates .venv (3.11 or newer)
 #   PIP_TORCH_ARGS  more arguments to the installation of torch, such as --index-url for another build
 #   PYTEST_ARGS     more arguments to pytest, such as "-k cache"
@@ -22,6 +22,7 @@ READY := .venv/.ready
 FLA_BIN := .venv-fla/bin
 FLA_READY := .venv-fla/.ready
 GPU_READY := .venv-gpu/.ready
+SITE_READY := .venv-site/.ready
 
 .DEFAULT_GOAL := help
 
@@ -105,6 +106,16 @@ benchmarks: $(READY) $(FLA_READY) ## time the recurrence and decoding on the CPU
 selection: $(READY) ## regret of every way to choose layers on three small teachers, in minutes
 	$(BIN)/python benchmarks/selection.py --quick --output selection_quick/selection.json
 
+# Apart from .venv: the site is made of what stands in the files, and its tools need none of what the package needs.
+$(SITE_READY): docs/site/requirements.txt
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -m pip install -q -r docs/site/requirements.txt
+	@touch $@
+
+.PHONY: site
+site: $(SITE_READY) ## build the documentation site into site/; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build
+
 .PHONY: style
 style: $(READY) ## check lint, format and types
 	$(BIN)/ruff check .
@@ -118,5 +129,5 @@ format: $(READY) ## fix lint and format
 
 .PHONY: clean
 clean: ## remove builds, caches and the demo's output (.venv and its kind stay)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output selection_quick
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output selection_quick site
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
