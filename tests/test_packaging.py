@@ -20,6 +20,7 @@ SYMLINKS = {"hf_hybrid/modeling", "hf_hybrid/recipes", "hf_hybrid/trainers"}
 # Where each file of the tree is installed; the rest of the tree is not.
 INSTALLED = {
     "hf_hybrid/": ("hf_hybrid/", (".py", "py.typed")),
+    "hf_hybrid/exporting/": ("hf_hybrid/exporting/", (".py",)),
     "hf_hybrid/tasks/": ("hf_hybrid/tasks/", (".py",)),
     "hf_hybrid/embedded_teacher/": ("hf_hybrid/embedded_teacher/", ("",)),
     "modeling/": ("hf_hybrid/modeling/", (".py",)),
