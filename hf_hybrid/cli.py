@@ -38,7 +38,7 @@ examples:
   hf-hybrid evaluate my_run/model --tasks ruler --lengths 1024,4096 --cases 50
   hf-hybrid generate my_run/model 'Once upon a time' --teacher Qwen/Qwen3-0.6B
   hf-hybrid chat my_run/model --teacher Qwen/Qwen3-0.6B
-  hf-hybrid env
+  hf-hybrid doctor
 """
 
 
@@ -157,10 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--commit-message", help="message of the commit")
     push.add_argument("--base-model", metavar="ID", help="the teacher's name on the Hub, if it came from a folder")
     push.add_argument("--dry-run", action="store_true", help="list the files and their sizes, and send nothing")
+    doctor = add("doctor", _doctor, "say what is slow, missing or wrong on this machine, and what to install or set")
     env = add("env", _env, "show versions, devices, and which kernels would run on them and why")
     for sub in (init, run, score, convert, evaluate, generate, chat):
         sub.add_argument("--trust-remote-code", action="store_true", help="let the teacher run code of its own")
-    for sub in (demo, run, score, evaluate, generate, push, env):
+    for sub in (demo, run, score, evaluate, generate, push, doctor, env):
         sub.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
     return parser
 
@@ -457,6 +458,20 @@ def _push(options: argparse.Namespace) -> None:
         print(f"{total}. Nothing was sent.")
     else:
         print(f"Pushed {total} as commit {result.commit}: {result.url}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    _quiet()
+    from .environment import diagnose
+
+    found = diagnose()
+    if options.json:
+        _print_json(found)
+        return
+    for finding in found["findings"]:
+        print(f"{finding['status']:9}{finding['what']}")
+        if finding["advice"]:
+            print(f"{'':9}-> {finding['advice']}")
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         [sys.executable, "-c", program + heavy], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 1 and done.stderr.strip() == ""
-    for command in ("demo", "init", "run", "score", "convert", "evaluate", "generate", "chat", "env", "examples:"):
+    for command in ("demo", "init", "run", "score", "convert", "evaluate", "generate", "chat", "doctor", "examples:"):
         assert command in done.stdout
 
 
@@ -83,7 +83,7 @@ def test_the_console_script_ends_with_the_exit_code_in_each_of_several_processes
         assert done.returncode == 2 and "nowhere" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "init", "run", "score", "convert", "evaluate", "generate", "chat", "env"])
+@pytest.mark.parametrize("command", ["demo", "init", "run", "score", "convert", "evaluate", "generate", "chat", "doctor", "env"])
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
