@@ -83,7 +83,9 @@ def test_the_console_script_ends_with_the_exit_code_in_each_of_several_processes
         assert done.returncode == 2 and "nowhere" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "init", "run", "score", "convert", "evaluate", "generate", "chat", "doctor", "env"])
+@pytest.mark.parametrize(
+    "command", ["demo", "init", "run", "score", "convert", "evaluate", "generate", "chat", "push", "doctor", "env"]
+)
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
