@@ -94,7 +94,7 @@ smollm2-trial: $(READY) ## each step of that once on a CPU, as small as can be
 
 .PHONY: families
 families: $(READY) ## convert a tiny model of every type in transformers, write docs/supported_models.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families
 
 .PHONY: benchmarks
 benchmarks: $(READY) $(FLA_READY) ## time the recurrence and decoding on the CPU, write docs/performance.md
@@ -104,7 +104,7 @@ benchmarks: $(READY) $(FLA_READY) ## time the recurrence and decoding on the CPU
 
 .PHONY: selection
 selection: $(READY) ## regret of every way to choose layers on three small teachers, in minutes
-	$(BIN)/python benchmarks/selection.py --quick --output selection_quick/selection.json
+	$(BIN)/python -m benchmarks.selection --quick --output selection_quick/selection.json
 
 # Apart from .venv: the site is made of what stands in the files, and its tools need none of what the package needs.
 $(SITE_READY): docs/site/requirements.txt

@@ -1,5 +1,6 @@
 """Metadata of the package. Settings of the tools are in pyproject.toml, tested versions in constraints.txt."""
 
+import os
 import re
 from pathlib import Path
 
@@ -25,6 +26,14 @@ TEST = [
     "types-PyYAML",
 ]
 
+
+def packages(root: str) -> list[str]:
+    """Names that the package in the folder `root`, and those inside it, are installed under."""
+    # Not setuptools' find_packages, which follows the symlinks in hf_hybrid/.
+    folders = [Path(folder).relative_to(ROOT) for folder, _, files in os.walk(ROOT / root) if "__init__.py" in files]
+    return [".".join(path.parts if root == "hf_hybrid" else ("hf_hybrid", *path.parts)) for path in sorted(folders)]
+
+
 setup(
     name="hf_hybrid",
     version=VERSION,
@@ -47,14 +56,7 @@ setup(
     ],
     # modeling/, trainers/ and recipes/ lie at the root and are installed inside hf_hybrid. What is installed depends
     # on this mapping alone; the symlinks in hf_hybrid/ serve what reads the tree (tests, type checkers, editors).
-    packages=[
-        "hf_hybrid",
-        "hf_hybrid.modeling",
-        "hf_hybrid.trainers",
-        "hf_hybrid.recipes",
-        "hf_hybrid.exporting",
-        "hf_hybrid.tasks",
-    ],
+    packages=[*packages("hf_hybrid"), *packages("modeling"), *packages("trainers"), "hf_hybrid.recipes"],
     package_dir={
         "hf_hybrid": "hf_hybrid",
         "hf_hybrid.modeling": "modeling",

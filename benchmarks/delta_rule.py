@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from hf_hybrid.modeling.delta_rule import chunk_gated_delta_rule
+from hf_hybrid.modeling.ops_delta_rule import chunk_gated_delta_rule
 
 
 BATCH, HEADS, DIM = 1, 8, 64

@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2Config
 
 import hf_hybrid as hh
-from hf_hybrid.kernel_tuning import alone_on_the_device, side_by_side
 from hf_hybrid.modeling import kernels
+from hf_hybrid.run.kernel_tuning import alone_on_the_device, side_by_side
 
 
 RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -1,11 +1,11 @@
 """Where the mixers start: what each way is worth before training, after alignment, and after a short distillation.
 
-    python benchmarks/starts.py --teacher embedded
-    python benchmarks/starts.py --teacher qwen3-8-drop --seeds 3
-    python benchmarks/starts.py --teacher model.gguf --block 512 --batch 16 --text 'texts/*.txt' --seconds 120 \\
+    python -m benchmarks.starts --teacher embedded
+    python -m benchmarks.starts --teacher qwen3-8-drop --seeds 3
+    python -m benchmarks.starts --teacher model.gguf --block 512 --batch 16 --text 'texts/*.txt' --seconds 120 \\
         --align-lr 1e-3 --mixer-lr 3e-4 --lr 3e-5 --trained drawn 'the same, writes 0.2' --starts drawn
-    python benchmarks/starts.py --trial
-    python benchmarks/starts.py --write-docs
+    python -m benchmarks.starts --trial
+    python -m benchmarks.starts --write-docs
 
 For each seed one student is converted and its rows are drawn; every start begins with the same weights, rows and
 order. Alignment is one cosine over all its steps, measured on the way. Distillation then keeps softmax in the layers
@@ -29,24 +29,24 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from selection_data import TEACHERS, load_teacher
-from selection_data import rows as task_rows
 from transformers import PrinterCallback, TrainerCallback
 
 import hf_hybrid as hh
-from hf_hybrid.data import DataConfig, build_rows
+from benchmarks.selection.data import TEACHERS, load_teacher
+from benchmarks.selection.data import rows as task_rows
+from hf_hybrid.data.rows import DataConfig, build_rows
 from hf_hybrid.demo_data import demo_rows
 from hf_hybrid.evaluation import recall_of, recall_task
-from hf_hybrid.loading import load_pair
 from hf_hybrid.modeling.linear_attention import widen
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.teacher.loading import load_pair
 from hf_hybrid.trainers.alignment import mixer_outputs
-from hf_hybrid.trainers.both_attentions import BothAttentions
 from hf_hybrid.trainers.calibration import Calibration
 from hf_hybrid.trainers.held_out import HeldOut, batches, standard_error
 from hf_hybrid.trainers.losses import alignment_loss
 from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import Precision
+from hf_hybrid.trainers.scoring.both_attentions import BothAttentions
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "starts.md"
@@ -406,7 +406,7 @@ def main() -> None:
     about = {
         "teacher": Path(args.teacher).name,
         "mixer": args.mixer,
-        "command": shlex.join(["python", "benchmarks/starts.py", *map(_public, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "benchmarks.starts", *map(_public, sys.argv[1:])]),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU, one thread",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

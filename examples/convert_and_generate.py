@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 import hf_hybrid as hh
-from hf_hybrid.loading import load_pair
+from hf_hybrid.teacher.loading import load_pair
 
 
 def main() -> None:

@@ -5,12 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .adapters import AdapterCoverage, adapter_coverage, lora_config, lora_targets
-    from .conversion import ConversionReport, convert
-    from .embedded import embedded_teacher, embedded_tokenizer
-    from .modeling import HybridConfig, HybridForCausalLM
-    from .selection import select_layers, uniform_layers
-    from .trainers import (
+    from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
+    from hf_hybrid.trainers import (
         AlignmentConfig,
         AlignmentTrainer,
         DistillationConfig,
@@ -23,6 +19,11 @@ if TYPE_CHECKING:
         score_layers,
         write_teacher_topk,
     )
+
+    from .adapters import AdapterCoverage, adapter_coverage, lora_config, lora_targets
+    from .conversion import ConversionReport, convert
+    from .selection import select_layers, uniform_layers
+    from .teacher.embedded import embedded_teacher, embedded_tokenizer
 
 __version__ = "0.2.0"
 
@@ -42,8 +43,8 @@ _HOME = {
     "adapter_coverage": "adapters",
     "calibrate": "trainers",
     "convert": "conversion",
-    "embedded_teacher": "embedded",
-    "embedded_tokenizer": "embedded",
+    "embedded_teacher": "teacher.embedded",
+    "embedded_tokenizer": "teacher.embedded",
     "held_out_kl": "trainers",
     "lora_config": "adapters",
     "lora_targets": "adapters",

@@ -12,9 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling import HybridConfig
-from .modeling.modeling_hybrid import decoder_layers
-from .probe import PROBE_TOKENS, probe, sound_logits
+from hf_hybrid.modeling import HybridConfig
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+
+from .teacher.probe import PROBE_TOKENS, probe, sound_logits
 
 
 # Where a LoraConfig has no targets PEFT takes them from here, by model type: a pattern, whoever the teacher was.

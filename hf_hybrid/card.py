@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_hybrid.trainers import LayerScores
 
     from .evaluation import Evaluation
-    from .recipe import Recipe
+    from .run.recipe import Recipe
 
 PLOT = "scores.png"
 # Where a card is to be read before the model has a name on the Hub.
@@ -83,7 +83,7 @@ def write_card(
     path = Path(folder) / "README.md"
     path.write_text(card_text(config, parameters, made, repo_id=repo_id, base_model=base_model), "utf-8")
     if made.scores is not None:
-        from .plots import plot_scores
+        from .run.plots import plot_scores
 
         plot_scores(made.scores, config.full_attention_layers, path.with_name(PLOT))
     return path

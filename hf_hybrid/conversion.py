@@ -18,9 +18,9 @@ from hf_hybrid.modeling.modeling_hybrid import decoder_layers, teacher_class
 
 from .adapters import merged
 from .exporting.native import mixer_options_of
-from .gguf_file import gguf_note, gguf_origin
-from .loading import check_plain, check_weights, prepared_teacher
-from .probe import PROBE_TOKENS, probe, sound_logits
+from .teacher.gguf_file import gguf_note, gguf_origin
+from .teacher.loading import check_plain, check_weights, prepared_teacher
+from .teacher.probe import PROBE_TOKENS, probe, sound_logits
 
 
 # A teacher that does not repeat itself (atomic additions on a GPU) may differ from its copy by this many times what

@@ -15,15 +15,15 @@ from hf_hybrid.trainers.durable import read_json, write_json
 from hf_hybrid.trainers.held_out import held_out_kl
 from hf_hybrid.trainers.precision import AS_LOADED
 
-from .data import load_rows
-from .embedded import embedded_teacher, embedded_tokenizer
+from .data.rows import load_rows
 from .evaluation import recall_of, recall_task
-from .folder import check_place, publish
-from .loading import load_model
-from .recipe import Recipe, find_recipe
-from .run import run_recipe
+from .run.folder import check_place, publish
+from .run.recipe import Recipe, find_recipe
+from .run.runner import run_recipe
+from .run.stages import Event, Listener, cut_for, train
 from .selection import uniform_layers
-from .stages import Event, Listener, cut_for, train
+from .teacher.embedded import embedded_teacher, embedded_tokenizer
+from .teacher.loading import load_model
 
 
 PROMPT = "import os\nimport sys\n\ndef "

@@ -20,8 +20,8 @@ from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
-from .data import text_prefix
-from .schema import parse
+from .data.rows import text_prefix
+from .run.schema import parse
 from .synthetic import associative_recall, ordinary_token_ids, task_accuracy
 from .tasks.scores import GenerationScore, TaskScore
 

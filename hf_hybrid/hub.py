@@ -27,9 +27,9 @@ from hf_hybrid.trainers.durable import read_json, read_record
 from . import __version__
 from .card import PLOT, Provenance, named_base, placed, write_card
 from .evaluation import Evaluation
-from .folder import ARTEFACTS
-from .origin import ORIGIN
-from .recipe import Recipe
+from .run.folder import ARTEFACTS
+from .run.origin import ORIGIN
+from .run.recipe import Recipe
 
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from hf_hybrid.modeling.configuration_hybrid import check_layers
-from hf_hybrid.trainers.scores import LayerScores
-from hf_hybrid.trainers.scoring import METHODS, method_of
-from hf_hybrid.trainers.scoring_rules import PHASES, POSITIONAL, check_count, positional_layers, uniform_layers
+from hf_hybrid.trainers.scoring.methods import METHODS, method_of
+from hf_hybrid.trainers.scoring.rules import PHASES, POSITIONAL, check_count, positional_layers, uniform_layers
+from hf_hybrid.trainers.scoring.scores import LayerScores
 
 
 __all__ = ["PHASES", "POSITIONAL", "SELECTORS", "check_selector", "layers_within", "select_layers", "uniform_layers"]

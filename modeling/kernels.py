@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .delta_rule import check_inputs, chunk_gated_delta_rule, recurrent_gated_delta_rule
-from .gla import chunk_gla, recurrent_gla
-from .kda import chunk_kda, recurrent_kda
+from .ops_delta_rule import check_inputs, chunk_gated_delta_rule, recurrent_gated_delta_rule
+from .ops_gla import chunk_gla, recurrent_gla
+from .ops_kda import chunk_kda, recurrent_kda
 
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,7 @@ import yaml
 from runs import contents, copy_run, results, tiny_recipe
 
 from hf_hybrid import cli
-from hf_hybrid.folder import ARTEFACTS
+from hf_hybrid.run.folder import ARTEFACTS
 
 
 ALL = [*ARTEFACTS.values()]

@@ -51,8 +51,8 @@ def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     """The `RunResult` of `tiny_recipe(*sources)`, in which nothing failed, and which no test changes."""
     from runs import tiny_recipe
 
-    from hf_hybrid.recipe import Recipe
-    from hf_hybrid.run import run_recipe
+    from hf_hybrid.run.recipe import Recipe
+    from hf_hybrid.run.runner import run_recipe
 
     return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
 
@@ -62,8 +62,8 @@ def finished_here(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathF
     """Such a run beside its teacher and texts, which its recipe names relative to the current folder."""
     from runs import tiny_recipe
 
-    from hf_hybrid.recipe import Recipe
-    from hf_hybrid.run import run_recipe
+    from hf_hybrid.run.recipe import Recipe
+    from hf_hybrid.run.runner import run_recipe
 
     folder = tmp_path_factory.mktemp("finished")
     for source in sources:

@@ -68,8 +68,8 @@ def run_and_die(recipe: dict[str, Any], folder: str, where: str, name: str) -> N
     """
     from transformers import TrainerState
 
-    from hf_hybrid.recipe import Recipe
-    from hf_hybrid.run import run_recipe
+    from hf_hybrid.run.recipe import Recipe
+    from hf_hybrid.run.runner import run_recipe
 
     checkpoints = 0
     rename, save = os.replace, TrainerState.save_to_json
@@ -116,8 +116,8 @@ def run_and_report(
     With `operation`, it kills itself before that change of `stage`, or of the whole call; with `tear`, it first cuts
     the newest file that is not published yet in half, as a kill amid a write leaves it.
     """
-    from hf_hybrid.recipe import Recipe
-    from hf_hybrid.run import run_recipe
+    from hf_hybrid.run.recipe import Recipe
+    from hf_hybrid.run.runner import run_recipe
 
     changes, start = 0, 0.0
     armed = stage == ""
@@ -194,7 +194,7 @@ def tear_newest(folder: Path) -> None:
 
 def copy_run(finished: Path, folder: Path, stage: str) -> None:
     """Makes `folder` a copy of a finished run as it was when `stage` started; for the first one, nothing."""
-    from hf_hybrid.folder import ARTEFACTS
+    from hf_hybrid.run.folder import ARTEFACTS
 
     later = list(ARTEFACTS)[list(ARTEFACTS).index(stage) :]
     gone = {ARTEFACTS[name] for name in later}
@@ -215,7 +215,7 @@ def contents(folder: Path, artefacts: list[str]) -> dict[str, tuple[str, int]]:
 
 def results(folder: Path) -> dict[str, Any]:
     """All that was computed in a run, without times: rows, losses, hashes of weights, scores, layers, figures."""
-    from hf_hybrid.data import load_rows
+    from hf_hybrid.data.rows import load_rows
 
     found: dict[str, Any] = {}
     for path in [*folder.glob("*.json"), *folder.glob("*/trainer_state.json"), *folder.glob("*/*.safetensors")]:

@@ -4,13 +4,13 @@ import copy
 
 import datasets
 import torch
-from compared import COMPARED
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
+from benchmarks.selection.compared import COMPARED
 from hf_hybrid.modeling.gated_deltanet import GatedDeltaNet
 from hf_hybrid.synthetic import associative_recall
-from hf_hybrid.trainers.scoring import METHODS
+from hf_hybrid.trainers.scoring.methods import METHODS
 
 
 # The package's methods and those of the benchmark.

@@ -27,7 +27,7 @@ from transformers import (
 
 import hf_hybrid as hh
 from hf_hybrid import cli
-from hf_hybrid.loading import load_model, load_pair
+from hf_hybrid.teacher.loading import load_model, load_pair
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

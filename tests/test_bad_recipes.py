@@ -8,10 +8,11 @@ import pytest
 import yaml
 from runs import LINES, tiny_recipe
 
-from hf_hybrid import inputs, loading
 from hf_hybrid.cli import main
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
+from hf_hybrid.run import inputs
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.teacher import loading
 
 
 @pytest.fixture(autouse=True)
@@ -236,8 +237,8 @@ def test_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_text_that_turns_into_bytes_later(tmp_path: Path) -> None:
-    from hf_hybrid.data import DataConfig
-    from hf_hybrid.text import open_text
+    from hf_hybrid.data.rows import DataConfig
+    from hf_hybrid.data.text import open_text
 
     (tmp_path / "a.txt").write_bytes("".join(LINES).encode() * 20 + b"\n\x00\n")
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(it holds zero bytes\)"):

@@ -99,7 +99,7 @@ def test_seeds_of_a_study_share_no_text_but_what_is_held_out(tmp_path, monkeypat
 
 def test_the_page_about_starts_holds_what_was_measured():
     studies = json.loads((starts.PAGE.parents[1] / "benchmarks" / "results" / "starts.json").read_text())
-    assert starts.PAGE.read_text().endswith(starts.page(studies))  # else: python benchmarks/starts.py --write-docs
+    assert starts.PAGE.read_text().endswith(starts.page(studies))  # else: python -m benchmarks.starts --write-docs
     differences = starts.summary(studies[0]["records"], lambda record: record["steps"]["0"]["kl"])
     by_start = {(r["start"], r["seed"]): r["steps"]["0"]["kl"] for r in studies[0]["records"]}
     paired = [by_start["the same, writes 0.2", seed] - by_start["drawn", seed] for seed in (0, 1, 2)]

@@ -12,12 +12,12 @@ from teachers import CONFIGS, tiny_teacher, tokens
 from torch import nn
 
 import hf_hybrid as hh
-from hf_hybrid.data import CutRows, load_rows
-from hf_hybrid.loading import load_teacher
+from hf_hybrid.data.rows import CutRows, load_rows
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stages import start_of
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import start_of
+from hf_hybrid.teacher.loading import load_teacher
 from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.calibration import (
     attention_statistics,

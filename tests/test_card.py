@@ -17,10 +17,10 @@ from hf_hybrid.card import Provenance, card_text, named_base, placed, save_model
 from hf_hybrid.evaluation import Evaluation, TextEvaluation
 from hf_hybrid.hub import provenance_of, push
 from hf_hybrid.modeling.model_card import GENERATED, licence_of, plain_card
-from hf_hybrid.recipe import Recipe
+from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.tasks.scores import Figure, GenerationScore, TaskScore
 from hf_hybrid.trainers import LayerScores
-from hf_hybrid.trainers.scores import LayerScore
+from hf_hybrid.trainers.scoring.scores import LayerScore
 
 
 EVALUATION = Evaluation(

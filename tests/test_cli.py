@@ -66,7 +66,7 @@ def test_an_error_is_told_by_the_other_processes_too_after_the_main_one(
 ) -> None:
     """A launcher ends all processes at the first failure, and any process may be the first."""
     waited: list[float] = []
-    monkeypatch.setattr("hf_hybrid.cli.time.sleep", waited.append)
+    monkeypatch.setattr("hf_hybrid.cli.commands.time.sleep", waited.append)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert main(["run", str(tmp_path / "none.yaml"), "--output", str(tmp_path / "run")]) == 2
@@ -150,7 +150,7 @@ def test_a_dataset_by_its_revision(
         asked.append((name, subset, options))
         return datasets.load_dataset("text", data_files=str(sources[1] / "*"), split="train", streaming=True)
 
-    monkeypatch.setattr("hf_hybrid.text.load_dataset", load)
+    monkeypatch.setattr("hf_hybrid.data.text.load_dataset", load)
     given = [command, str(sources[0]), "--dataset", "a/b", "--subset", "c", "--dataset-revision", "v1"]
     given += ["--block-size", "64", "--rows", "4", "--split", "test"]
     if command == "score":

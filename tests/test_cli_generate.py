@@ -18,7 +18,7 @@ from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.cli import main
-from hf_hybrid.cli_generate import Writer, turn_ends, write
+from hf_hybrid.cli.generate import Writer, turn_ends, write
 
 
 TEMPLATE = (

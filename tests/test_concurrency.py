@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from family_models import tiny_model
 from teachers import tokens
 
 import hf_hybrid as hh
+from benchmarks.families.models import tiny_model
 
 
 # StableLM's layers take keyword arguments and hand none to their attention.

@@ -12,9 +12,9 @@ import torch
 from runs import LINES, save_texts, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hf_hybrid import data as data_module
-from hf_hybrid import text as text_module
-from hf_hybrid.data import CutRows, DataConfig, build_rows, first_rows, load_rows, packed_rows
+from hf_hybrid.data import rows as data_module
+from hf_hybrid.data import text as text_module
+from hf_hybrid.data.rows import CutRows, DataConfig, build_rows, first_rows, load_rows, packed_rows
 from hf_hybrid.modeling.modeling_hybrid import packed_documents
 
 

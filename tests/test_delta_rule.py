@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_hybrid.modeling.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hf_hybrid.modeling.ops_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 
 
 FORMS = [recurrent_gated_delta_rule, chunk_gated_delta_rule]

@@ -12,14 +12,23 @@ from runs import LINES, save_teacher, tiny_recipe, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from hf_hybrid import data as data_module
-from hf_hybrid import text as text_module
-from hf_hybrid.data import CutRows, DataConfig, Packing, build_rows, first_rows, load_rows, packed_rows, text_prefix
+from hf_hybrid.data import rows as data_module
+from hf_hybrid.data import text as text_module
+from hf_hybrid.data.rows import (
+    CutRows,
+    DataConfig,
+    Packing,
+    build_rows,
+    first_rows,
+    load_rows,
+    packed_rows,
+    text_prefix,
+)
+from hf_hybrid.data.stream import PackedStream
 from hf_hybrid.evaluation import recall_task
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stages import Event
-from hf_hybrid.stream import PackedStream
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import Event
 
 
 BOS = 7

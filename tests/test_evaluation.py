@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import hf_hybrid as hh
 from hf_hybrid.evaluation import Evaluation, cache_bytes, evaluate_model, perplexity
-from hf_hybrid.plots import plot_scores
+from hf_hybrid.run.plots import plot_scores
 from hf_hybrid.trainers import LayerScore, LayerScores
 
 

@@ -10,11 +10,11 @@ from runs import contents, tiny_recipe
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
-from hf_hybrid.data import CutRows
-from hf_hybrid.folder import ARTEFACTS
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import RunResult, run_recipe
-from hf_hybrid.stages import Event, train, training_arguments
+from hf_hybrid.data.rows import CutRows
+from hf_hybrid.run.folder import ARTEFACTS
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import RunResult, run_recipe
+from hf_hybrid.run.stages import Event, train, training_arguments
 
 
 class Stopped(Exception):

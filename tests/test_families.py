@@ -1,11 +1,11 @@
 """Families of teachers whose attention differs in kind; `make families` does the same for every type there is."""
 
-import family_checks
 import pytest
 import torch
-from family_models import tiny_model
 
 import hf_hybrid as hh
+from benchmarks.families import checks as family_checks
+from benchmarks.families.models import tiny_model
 from hf_hybrid.modeling.adopted_attention import AdoptedAttention
 from hf_hybrid.modeling.library import CACHE_NAMES
 

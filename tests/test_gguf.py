@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid as hh
 from hf_hybrid import cli
-from hf_hybrid.gguf_file import gguf_origin
-from hf_hybrid.loading import load_model, load_pair, load_teacher, load_tokenizer
+from hf_hybrid.teacher.gguf_file import gguf_origin
+from hf_hybrid.teacher.loading import load_model, load_pair, load_teacher, load_tokenizer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*its weights are those of the GGUF file")
@@ -219,7 +219,7 @@ def test_a_file_on_the_hub(folder: Path) -> None:
             folder,
             f"""
             from hf_hybrid.card import save_model
-            from hf_hybrid.loading import load_pair
+            from hf_hybrid.teacher.loading import load_pair
             import hf_hybrid as hh
             teacher, tokenizer = load_pair("tester/files", gguf_file="a.gguf", revision="{commit}")
             assert teacher.config._commit_hash == "{commit}"

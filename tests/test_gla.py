@@ -3,7 +3,7 @@
 import torch
 from recurrences import RecurrenceTests, assert_close, run
 
-from hf_hybrid.modeling.gla import chunk_gla, recurrent_gla
+from hf_hybrid.modeling.ops_gla import chunk_gla, recurrent_gla
 
 
 class TestGatedLinearAttention(RecurrenceTests):

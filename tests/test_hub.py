@@ -20,7 +20,7 @@ from test_standalone import BLOCK
 
 import hf_hybrid as hh
 from hf_hybrid.card import save_model
-from hf_hybrid.recipe import Recipe
+from hf_hybrid.run.recipe import Recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,7 @@ def test_a_teacher_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
 
         import hf_hybrid as hh
         from hf_hybrid.cli import main
-        from hf_hybrid.loading import load_model, load_pair
+        from hf_hybrid.teacher.loading import load_model, load_pair
         new = model_info("tester/teacher").sha
         for revision, commit, weight in ((None, new, teacher.lm_head.weight), (old, old, before), ("main", new, None)):
             hybrid = hh.convert("tester/teacher", [1], revision=revision)
@@ -272,7 +272,11 @@ def test_a_server_that_dies_leaves_nothing_half_pushed(tmp_path: Path) -> None:
             repo = hub.repos["tester/mine"]
             assert len(repo.trees) == 1 and list(repo.trees[repo.resolve("main")]) == [".gitattributes"]
         hub.dies_at, hub.dead = None, False
-        run_in(hub, tmp_path, "from hf_hybrid.cli import main\nassert main(['push', 'model', 'tester/mine']) == 0")
+        run_in(
+            hub,
+            tmp_path,
+            "from hf_hybrid.cli import main\nassert main(['push', 'model', 'tester/mine']) == 0",
+        )
         assert "model.safetensors" in repo.trees[repo.resolve("main")]
 
 

@@ -15,7 +15,7 @@ import hf_hybrid as hh
 from hf_hybrid.card import save_model
 from hf_hybrid.cli import main
 from hf_hybrid.hub import push
-from hf_hybrid.recipe import Recipe
+from hf_hybrid.run.recipe import Recipe
 
 
 ROOT = Path(__file__).parents[1]

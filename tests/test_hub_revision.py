@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid as hh
 from hf_hybrid.card import save_model
-from hf_hybrid.loading import load_model, load_pair, load_tokenizer
+from hf_hybrid.teacher.loading import load_model, load_pair, load_tokenizer
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from recurrences import RecurrenceTests, assert_close, run
 
-from hf_hybrid.modeling.delta_rule import chunk_gated_delta_rule
-from hf_hybrid.modeling.kda import chunk_kda, recurrent_kda
+from hf_hybrid.modeling.ops_delta_rule import chunk_gated_delta_rule
+from hf_hybrid.modeling.ops_kda import chunk_kda, recurrent_kda
 
 
 class TestKimiDeltaAttention(RecurrenceTests):

@@ -13,9 +13,9 @@ from teachers import tiny_teacher
 from hf_hybrid import cli
 from hf_hybrid.conversion import convert
 from hf_hybrid.environment import describe_kernels
-from hf_hybrid.folder import ARTEFACTS
-from hf_hybrid.loading import load_model
 from hf_hybrid.modeling import kernels
+from hf_hybrid.run.folder import ARTEFACTS
+from hf_hybrid.teacher.loading import load_model
 
 
 class TestChoice:

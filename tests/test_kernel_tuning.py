@@ -5,9 +5,9 @@ import torch
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.kernel_tuning import run_once, tune_kernels
 from hf_hybrid.modeling import kernels
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.run.kernel_tuning import run_once, tune_kernels
 from hf_hybrid.trainers.precision import Precision
 
 

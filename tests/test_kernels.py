@@ -11,9 +11,9 @@ import torch
 from recurrences import assert_close, seq_idx_of
 
 from hf_hybrid.modeling import kernels
-from hf_hybrid.modeling.delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
-from hf_hybrid.modeling.gla import chunk_gla, recurrent_gla
-from hf_hybrid.modeling.kda import chunk_kda, recurrent_kda
+from hf_hybrid.modeling.ops_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from hf_hybrid.modeling.ops_gla import chunk_gla, recurrent_gla
+from hf_hybrid.modeling.ops_kda import chunk_kda, recurrent_kda
 
 
 ENTRIES = {

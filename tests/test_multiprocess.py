@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid.cli import main as cli
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import RunResult, run_recipe
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import RunResult, run_recipe
 from hf_hybrid.trainers.sharding import check_zero_stage
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from runs import copy_run, tiny_recipe
 
-from hf_hybrid.folder import ARTEFACTS
 from hf_hybrid.hub import push
-from hf_hybrid.origin import ORIGIN, artefact_digest, origin_of
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import RunResult, run_recipe, score_part
+from hf_hybrid.run.folder import ARTEFACTS
+from hf_hybrid.run.origin import ORIGIN, artefact_digest, origin_of
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import RunResult, run_recipe, score_part
 
 
 def origin_in(path: Path) -> dict[str, str]:

@@ -16,15 +16,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hf_hybrid", "modeling", "trainers")
+ROOMS = ("cli", "data", "exporting", "run", "tasks", "teacher")
 SYMLINKS = {"hf_hybrid/modeling", "hf_hybrid/recipes", "hf_hybrid/trainers"}
 # Where each file of the tree is installed; the rest of the tree is not.
 INSTALLED = {
     "hf_hybrid/": ("hf_hybrid/", (".py", "py.typed")),
-    "hf_hybrid/exporting/": ("hf_hybrid/exporting/", (".py",)),
-    "hf_hybrid/tasks/": ("hf_hybrid/tasks/", (".py",)),
+    **{f"hf_hybrid/{room}/": (f"hf_hybrid/{room}/", (".py",)) for room in ROOMS},
     "hf_hybrid/embedded_teacher/": ("hf_hybrid/embedded_teacher/", ("",)),
     "modeling/": ("hf_hybrid/modeling/", (".py",)),
     "trainers/": ("hf_hybrid/trainers/", (".py",)),
+    "trainers/scoring/": ("hf_hybrid/trainers/scoring/", (".py",)),
     "recipes/": ("hf_hybrid/recipes/", (".yaml",)),
     "recipes/accelerate/": ("hf_hybrid/recipes/accelerate/", (".yaml",)),
 }
@@ -97,13 +98,13 @@ def test_wheel_holds_each_file_once(tree: Path, dist: Path) -> None:
     assert {name.split("/")[0] for name in packaged} == {"hf_hybrid"}
 
 
-def test_packages_are_flat(tree: Path) -> None:
-    """setup.py lists the packages by name: a module in a new folder would be left out of the wheel."""
-    nested = [str(file.relative_to(tree)) for name in PACKAGES for file in tree.glob(f"{name}/*/**/*.py")]
-    folders = ("hf_hybrid/exporting/", "hf_hybrid/tasks/")
-    elsewhere = (*(f"{link}/" for link in SYMLINKS), *folders)
-    assert [name for name in nested if not name.startswith(elsewhere)] == []
-    assert [file for folder in folders for file in tree.glob(f"{folder}*/**/*.py")] == []
+def test_every_folder_with_modules_is_a_package_that_is_installed(tree: Path) -> None:
+    """setup.py finds packages by their `__init__.py`: a module in a folder without one would be left out."""
+    modules = {file.relative_to(tree) for name in PACKAGES for file in tree.glob(f"{name}/**/*.py")}
+    own = {path for path in modules if f"{path.parts[0]}/{path.parts[1]}" not in SYMLINKS}
+    assert {f"{path.parent}/" for path in own} == {
+        name for name in INSTALLED if (tree / name / "__init__.py").exists()
+    }
 
 
 def test_wheel_has_the_licence_and_the_command(dist: Path) -> None:

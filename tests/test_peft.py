@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from family_models import tiny_model
 from finetuning import TEXTS, hybrid, losses, settings, texts, tokenizer
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, NemotronConfi
 from trl import SFTConfig, SFTTrainer
 
 import hf_hybrid as hh
+from benchmarks.families.models import tiny_model
 
 
 EVERY_LAYER = "the adapter reaches the attention of 6 of 6 layers: softmax [2, 3], linear [0, 1, 4, 5]"

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from runs import save_teacher, save_texts, tiny_recipe
 
-from hf_hybrid import plan as planning
 from hf_hybrid.cli import main
-from hf_hybrid.folder import ARTEFACTS
-from hf_hybrid.plan import plan_recipe
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
+from hf_hybrid.run import plan as planning
+from hf_hybrid.run.folder import ARTEFACTS
+from hf_hybrid.run.plan import plan_recipe
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ import hf_hybrid as hh
 from hf_hybrid.evaluation import evaluate_model
 from hf_hybrid.modeling import MIXERS
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
 from hf_hybrid.trainers import HybridTrainer, HybridTrainingArguments
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
-from hf_hybrid.trainers.scoring import METHODS
+from hf_hybrid.trainers.scoring.methods import METHODS
 
 
 BF16 = Precision(torch.bfloat16)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_hybrid as hh
 from hf_hybrid import cli
-from hf_hybrid.loading import load_model, load_pair, load_teacher
+from hf_hybrid.teacher.loading import load_model, load_pair, load_teacher
 
 
 def quantised(folder: Path, **options: bool) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_hybrid.recipe import Recipe
+from hf_hybrid.run.recipe import Recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,11 +42,12 @@ def test_recipe_is_valid():
 
 def test_named_files_exist():
     tree = re.search(r"```\n(modeling/.*?)```", README, flags=re.S).group(1)
-    folder = ""
+    root = room = ""
     for line in tree.splitlines():
-        if not line.startswith(" "):
-            folder = line.split("/")[0]
-        for name in re.findall(r"[\w/]+\.py", line):
-            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+        found = re.match(r"( {2})?(\w+)/", line)
+        if found is not None:
+            root, room = (root, found[2]) if found[1] else (found[2], "")
+        for name in re.findall(r"\w+\.py", line):
+            assert (ROOT / root / room / name).exists(), f"{root}/{room}/{name}"
     for name in re.findall(r"`((?:recipes|benchmarks|docs|examples)/[\w./-]+)`", README):
         assert (ROOT / name).exists(), name

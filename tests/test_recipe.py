@@ -8,8 +8,8 @@ import yaml
 from runs import tiny_recipe
 from teachers import tiny_teacher
 
-from hf_hybrid.recipe import Recipe, find_recipe
-from hf_hybrid.stages import check_training, rows_needed, steps_of, training_arguments
+from hf_hybrid.run.recipe import Recipe, find_recipe
+from hf_hybrid.run.stages import check_training, rows_needed, steps_of, training_arguments
 
 
 def changed(**changes: Any) -> dict[str, Any]:

@@ -27,15 +27,15 @@ from runs import (
 )
 from torch.distributed import TCPStore
 
-from hf_hybrid.folder import ARTEFACTS
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stages import Event
+from hf_hybrid.run.folder import ARTEFACTS
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import Event
 
 
 STAGES = list(ARTEFACTS)
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hf_hybrid.run", "hf_hybrid.plots", "matplotlib.pyplot", "runs"])
+CONTEXT.set_forkserver_preload(["hf_hybrid.run.runner", "hf_hybrid.run.plots", "matplotlib.pyplot", "runs"])
 
 
 class Reference:

@@ -10,9 +10,9 @@ import torch
 from cases import Case
 from safetensors.torch import save_file
 
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stages import Event
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import Event
 from hf_hybrid.trainers.checkpoints import newest_checkpoint, seal
 
 

@@ -19,11 +19,11 @@ from runs import contents
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from hf_hybrid import inputs, pipeline
-from hf_hybrid.folder import ARTEFACTS, has_work
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stages import Event
+from hf_hybrid.run import inputs, pipeline
+from hf_hybrid.run.folder import ARTEFACTS, has_work
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import Event
 from hf_hybrid.trainers import AlignmentTrainer, DistillationTrainer
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hf_hybrid.folder import publish
+from hf_hybrid.run.folder import publish
 from hf_hybrid.trainers.checkpoints import damage, seal
 from hf_hybrid.trainers.durable import read_json, read_record, settle, write_json
-from hf_hybrid.trainers.scores import LayerScore
+from hf_hybrid.trainers.scoring.scores import LayerScore
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import torch
 from runs import PATIENCE, contents, run_and_die, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_hybrid import pipeline
-from hf_hybrid.folder import ARTEFACTS, claim, locked, publish
 from hf_hybrid.hub import provenance_of, push
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import RunResult, run_recipe
-from hf_hybrid.stages import Event
+from hf_hybrid.run import pipeline
+from hf_hybrid.run.folder import ARTEFACTS, claim, locked, publish
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import RunResult, run_recipe
+from hf_hybrid.run.stages import Event
 
 
 # Where a process is killed, in the order in which it gets there.
@@ -103,7 +103,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished: RunResult, sources: t
 
 def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[Path, Path], tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_hybrid.run", "runs"])
+    context.set_forkserver_preload(["hf_hybrid.run.runner", "runs"])
     recipe = tiny_recipe(*sources)
     before: dict[str, Any] = {}
     for where, name in DEATHS:
@@ -185,7 +185,7 @@ def test_what_cannot_work_fails_before_any_training(
 
 
 def test_a_truncated_artefact_is_named(sources: tuple[Path, Path], finished: RunResult, tmp_path: Path) -> None:
-    from hf_hybrid.loading import load_model
+    from hf_hybrid.teacher.loading import load_model
 
     folder = tmp_path / "model"
     folder.mkdir()

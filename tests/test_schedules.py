@@ -10,9 +10,9 @@ from runs import tiny_recipe
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
-from hf_hybrid.data import CutRows
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.stages import cut_for, training_arguments
+from hf_hybrid.data.rows import CutRows
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.stages import cut_for, training_arguments
 from hf_hybrid.trainers.hybrid_trainer import share_of_rate
 
 

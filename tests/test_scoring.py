@@ -10,9 +10,9 @@ from scored import DEAD, EVERY, LAYERS, LENGTH, Stop, arguments, recall_task, ro
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.trainers.scoring import check_request
-from hf_hybrid.trainers.scoring_job import Job
-from hf_hybrid.trainers.scoring_rules import POSITIONAL
+from hf_hybrid.trainers.scoring.job import Job
+from hf_hybrid.trainers.scoring.methods import check_request
+from hf_hybrid.trainers.scoring.rules import POSITIONAL
 
 
 # A random model predicts random text no better with a layer than without.

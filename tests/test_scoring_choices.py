@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compared import gates, sets, smart
 from scored import LAYERS, LENGTH, arguments, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.trainers import scoring_distill
+from benchmarks.selection.compared import gates, sets, smart
 from hf_hybrid.trainers.distillation import DistillationTrainer
 from hf_hybrid.trainers.held_out import standard_error
-from hf_hybrid.trainers.scores import LayerScore, LayerScores
+from hf_hybrid.trainers.scoring import distill as scoring_distill
+from hf_hybrid.trainers.scoring.scores import LayerScore, LayerScores
 
 
 class Table:
@@ -162,7 +162,7 @@ class TestGates:
 
     def test_a_part_of_the_way_is_integrated_over_that_part(self, tmp_path):
         """The shares up to a half add up to the fall of the KL at gates half open."""
-        from hf_hybrid.trainers.both_attentions import BothAttentions
+        from hf_hybrid.trainers.scoring.both_attentions import BothAttentions
 
         teacher = tiny_teacher("llama")
         student = weak_student(teacher)

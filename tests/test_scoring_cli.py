@@ -9,12 +9,12 @@ from runs import save_teacher, save_texts
 from hf_hybrid.cli import main
 from hf_hybrid.conversion import convert
 from hf_hybrid.evaluation import layer_cache_bytes
-from hf_hybrid.loading import load_pair
-from hf_hybrid.run import run_recipe
-from hf_hybrid.score import scoring_recipe
-from hf_hybrid.stages import Event
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.score import scoring_recipe
+from hf_hybrid.run.stages import Event
+from hf_hybrid.teacher.loading import load_pair
 from hf_hybrid.trainers import LayerScores
-from hf_hybrid.trainers.scoring import METHODS
+from hf_hybrid.trainers.scoring.methods import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from scored import LAYERS, LENGTH, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.plots import plot_scores
+from hf_hybrid.run.plots import plot_scores
 from hf_hybrid.selection import layers_within
 from hf_hybrid.trainers import LayerScore
 from hf_hybrid.trainers.distillation import DistillationTrainer

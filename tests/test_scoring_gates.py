@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-from compared import gates
-from compared.gates import PATH_GRADIENT, gated
 from scored import DEAD, LAYERS, LENGTH, arguments, rows, score
 
 import hf_hybrid as hh
+from benchmarks.selection.compared import gates
+from benchmarks.selection.compared.gates import PATH_GRADIENT, gated
 
 
 class TestGates:
@@ -34,7 +34,7 @@ class TestGates:
         Against the change of the KL when one gate opens by a little, computed with the gates themselves. The library's
         norms compute in float32, which leaves 2e-9 of the KL open: the little is a thousandth, on both sides.
         """
-        from hf_hybrid.trainers.both_attentions import BothAttentions
+        from hf_hybrid.trainers.scoring.both_attentions import BothAttentions
 
         teacher, student = (copy.deepcopy(model).double() for model in dead_layer)
         args = arguments(tmp_path)

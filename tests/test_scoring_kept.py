@@ -13,10 +13,10 @@ from scored import LAYERS, LENGTH, Stop, arguments, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe, score_part
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe, score_part
 from hf_hybrid.trainers.durable import held
-from hf_hybrid.trainers.scoring_job import Job
+from hf_hybrid.trainers.scoring.job import Job
 
 
 STEPS = 4

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from compared import COMPARED
 from runs import copy_run
 from scored import DEAD, LENGTH, Stop, arguments, rows, score
 
 import hf_hybrid as hh
-from hf_hybrid.folder import claim
+from benchmarks.selection.compared import COMPARED
 from hf_hybrid.hub import provenance_of
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
+from hf_hybrid.run.folder import claim
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
 from hf_hybrid.trainers import LayerScore
-from hf_hybrid.trainers.scoring import METHODS, Range, ScoringMethod, check_placement, check_request, method_of
-from hf_hybrid.trainers.scoring_method import table
+from hf_hybrid.trainers.scoring.methods import METHODS, Range, ScoringMethod, check_placement, check_request, method_of
+from hf_hybrid.trainers.scoring.scoring_method import table
 
 
 DOCS = Path(__file__).parents[1] / "docs" / "scoring.md"
@@ -119,7 +119,7 @@ class TestOwnMethod:
 @pytest.mark.parametrize("name", COMPARED)
 def test_what_moved_says_where_it_went(name):
     with pytest.raises(
-        ValueError, match=f"method='{name}' is no longer in the package.*benchmarks/compared.*COMPARED"
+        ValueError, match=f"method='{name}' is no longer in the package.*benchmarks/selection/compared.*COMPARED"
     ):
         method_of(name)
     assert name not in METHODS and method_of(COMPARED[name]) is COMPARED[name]

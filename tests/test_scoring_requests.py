@@ -9,8 +9,8 @@ from scored import EVERY, LAYERS, LENGTH, arguments, score, weak_student
 from teachers import tiny_teacher
 
 from hf_hybrid.trainers import LayerScore
-from hf_hybrid.trainers.scoring import check_placement, check_request
-from hf_hybrid.trainers.scoring_job import Job
+from hf_hybrid.trainers.scoring.job import Job
+from hf_hybrid.trainers.scoring.methods import check_placement, check_request
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ class TestShared:
 
     def test_trains_what_it_says(self, dead_layer, tmp_path):
         """With frozen softmax attention the restored layers are the teacher's; trained, they are not."""
-        from hf_hybrid.trainers.both_attentions import BothAttentions
+        from hf_hybrid.trainers.scoring.both_attentions import BothAttentions
 
         teacher, student = dead_layer
         changed = {}

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 import hf_hybrid as hh
 from hf_hybrid.trainers.held_out import HeldOut
 from hf_hybrid.trainers.precision import AS_LOADED
-from hf_hybrid.trainers.scoring_teacher import token_nll
+from hf_hybrid.trainers.scoring.teacher import token_nll
 
 
 class TestRecall:

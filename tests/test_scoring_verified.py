@@ -8,9 +8,9 @@ from scored import LAYERS, LENGTH, arguments, kl_with, rows, score, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
-from hf_hybrid.trainers import scoring_verified
 from hf_hybrid.trainers.held_out import standard_error
-from hf_hybrid.trainers.scores import LayerScore
+from hf_hybrid.trainers.scoring import verified as scoring_verified
+from hf_hybrid.trainers.scoring.scores import LayerScore
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from teachers import tiny_teacher, tokens
 from test_architecture import MODELING, PACKAGE, ROOT, TRAINERS, TRAVELLING_LIBRARIES, TRAVELLING_STDLIB, name_of
 
 import hf_hybrid as hh
-from hf_hybrid.data import DataConfig, first_rows
-from hf_hybrid.embedded import embedded_tokenizer
-from hf_hybrid.loading import load_model, load_pair, load_tokenizer
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
+from hf_hybrid.data.rows import DataConfig, first_rows
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.teacher.embedded import embedded_tokenizer
+from hf_hybrid.teacher.loading import load_model, load_pair, load_tokenizer
 
 
 # --- the code that travels: no file, no socket, no process

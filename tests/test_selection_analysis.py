@@ -6,9 +6,9 @@ import math
 import statistics
 
 import pytest
-import selection
-import selection_analysis as analysis
-import selection_report as report
+
+from benchmarks.selection import __main__ as selection
+from benchmarks.selection import analysis, report
 
 
 NAME, LAYERS = "qwen3-8-moved", 4

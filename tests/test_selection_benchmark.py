@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import selection_analysis as analysis
-import selection_ga_s2 as ga_s2
-import selection_methods as methods
-import selection_student as students
-import selection_truth as truth
 import torch
-from selection_data import (
+
+import hf_hybrid as hh
+from benchmarks.selection import analysis, ga_s2, methods, truth
+from benchmarks.selection import student as students
+from benchmarks.selection.data import (
     ALIGN_LENGTH,
     BATCH,
     SELECT_ROWS,
@@ -20,9 +19,7 @@ from selection_data import (
     read_lines,
     rows,
 )
-from selection_stack import stack
-
-import hf_hybrid as hh
+from benchmarks.selection.stack import stack
 from hf_hybrid.trainers.held_out import held_out_kl
 from hf_hybrid.trainers.hybrid_trainer import mixer_parameters
 

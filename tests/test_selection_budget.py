@@ -14,9 +14,9 @@ from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.evaluation import cache_bytes, layer_cache_bytes
-from hf_hybrid.recipe import Recipe, SelectStage
-from hf_hybrid.run import run_recipe
-from hf_hybrid.score import count_for, scoring_recipe
+from hf_hybrid.run.recipe import Recipe, SelectStage
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.score import count_for, scoring_recipe
 from hf_hybrid.selection import count_within, layers_within
 from hf_hybrid.trainers import LayerScore, LayerScores
 

@@ -5,9 +5,9 @@ import random
 from itertools import combinations
 
 import pytest
-from compared.smart import smart_layers
 
-from hf_hybrid.trainers.scoring_rules import positional_layers
+from benchmarks.selection.compared.smart import smart_layers
+from hf_hybrid.trainers.scoring.rules import positional_layers
 
 
 # The twelve lists that arXiv 2512.20569's repository calls "smart", with the layers of each model.

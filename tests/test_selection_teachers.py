@@ -15,12 +15,12 @@ import hf_hybrid as hh
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import selection_data  # noqa: E402
-import selection_teachers as training  # noqa: E402
-from selection_analysis import lineage  # noqa: E402
-from selection_data import FOLDER, KINDS, TEACHERS  # noqa: E402
-from selection_planting import plant  # noqa: E402
-from selection_recipes import RECIPES, REDUNDANT, TASKS, Recipe  # noqa: E402
+from benchmarks.selection import data as selection_data  # noqa: E402
+from benchmarks.selection import teachers as training  # noqa: E402
+from benchmarks.selection.analysis import lineage  # noqa: E402
+from benchmarks.selection.data import FOLDER, KINDS, TEACHERS  # noqa: E402
+from benchmarks.selection.planting import plant  # noqa: E402
+from benchmarks.selection.recipes import RECIPES, REDUNDANT, TASKS, Recipe  # noqa: E402
 
 
 def tiny(**changes: object) -> Recipe:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from runs import save_texts
 
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
 
 
 ROOT = Path(__file__).parents[1]

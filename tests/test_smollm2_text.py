@@ -14,7 +14,7 @@ import torch
 from smollm2 import text, written
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_hybrid.loading import load_pair
+from hf_hybrid.teacher.loading import load_pair
 
 
 SYLLABLES = ("ri", "ver", "sto", "ne", "win", "dow", "gar", "den", "tea", "cher", "let", "ter", "mor", "ning", "cir")

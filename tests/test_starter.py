@@ -13,11 +13,11 @@ from gguf_files import write_gguf
 from runs import save_teacher, save_texts
 from teachers import tiny_teacher
 
-from hf_hybrid import starter
 from hf_hybrid.cli import main
-from hf_hybrid.footprint import footprint
-from hf_hybrid.loading import empty_teacher
-from hf_hybrid.recipe import Recipe
+from hf_hybrid.run import starter
+from hf_hybrid.run.footprint import footprint
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.teacher.loading import empty_teacher
 
 
 @pytest.fixture(scope="module")

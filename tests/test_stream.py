@@ -16,13 +16,13 @@ from runs import LINES, PATIENCE, run_and_die, save_teacher, save_texts, tiny_re
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from hf_hybrid import data as data_module
-from hf_hybrid import text as text_module
-from hf_hybrid.data import DataConfig, PackedRows, SourceConfig, packed_rows
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stream import PackedStream
-from hf_hybrid.text import open_text
+from hf_hybrid.data import rows as data_module
+from hf_hybrid.data import text as text_module
+from hf_hybrid.data.rows import DataConfig, PackedRows, SourceConfig, packed_rows
+from hf_hybrid.data.stream import PackedStream
+from hf_hybrid.data.text import open_text
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from teachers import tiny_teacher
 
 import hf_hybrid as hh
 from hf_hybrid.cli import main
-from hf_hybrid.cli_text import named_files
+from hf_hybrid.cli.text import named_files
 from hf_hybrid.evaluation import Evaluation
 from hf_hybrid.tasks import (
     OFFLINE,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import RunResult, run_recipe
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import RunResult, run_recipe
 from hf_hybrid.trainers.losses import chunked_topk_kl_per_token, kl_per_token, topk_kl_per_token, topk_of_logits
 
 

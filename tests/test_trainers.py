@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import hf_hybrid as hh
 from hf_hybrid.trainers.losses import kl_per_token
-from hf_hybrid.trainers.scoring import steps_for
+from hf_hybrid.trainers.scoring.methods import steps_for
 
 
 def rows(count, length=24, seed=0, **columns):

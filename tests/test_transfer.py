@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from family_models import tiny_model
 from teachers import CONFIGS, tiny_teacher, tokens
 
 import hf_hybrid as hh
+from benchmarks.families.models import tiny_model
 from hf_hybrid import conversion
-from hf_hybrid.loading import load_teacher
 from hf_hybrid.modeling.modeling_hybrid import HybridForCausalLM
+from hf_hybrid.teacher.loading import load_teacher
 
 
 def attention_calls(teacher, ids):

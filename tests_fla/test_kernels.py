@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_hybrid.modeling import kernels
-from hf_hybrid.modeling.delta_rule import recurrent_gated_delta_rule
-from hf_hybrid.modeling.gla import recurrent_gla
-from hf_hybrid.modeling.kda import recurrent_kda
+from hf_hybrid.modeling.ops_delta_rule import recurrent_gated_delta_rule
+from hf_hybrid.modeling.ops_gla import recurrent_gla
+from hf_hybrid.modeling.ops_kda import recurrent_kda
 
 
 # Our entry, its reference, and fla's chunked operator.

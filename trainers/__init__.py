@@ -5,8 +5,7 @@ from .calibration import calibrate
 from .distillation import DistillationConfig, DistillationTrainer
 from .held_out import HeldOutKL, held_out_kl
 from .hybrid_trainer import HybridTrainer, HybridTrainingArguments
-from .scores import LayerScore, LayerScores
-from .scoring import score_layers
+from .scoring import LayerScore, LayerScores, score_layers
 from .teacher_pass import write_teacher_topk
 
 

@@ -10,10 +10,11 @@ import torch
 from accelerate import DistributedType
 from torch.utils.checkpoint import checkpoint
 
-from ..modeling.adopted_attention import positional_names
-from ..modeling.library import take_cache
-from ..modeling.modeling_hybrid import decoder_layers
-from ..modeling.packing import packed_documents, without_mask
+from hf_hybrid.modeling.adopted_attention import positional_names
+from hf_hybrid.modeling.library import take_cache
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.modeling.packing import packed_documents, without_mask
+
 from .distillation import final_hidden_states
 from .hybrid_trainer import mixer_parameters
 from .losses import alignment_loss

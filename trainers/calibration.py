@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 import torch
 
-from ..modeling.adopted_attention import AdoptedAttention, AttentionCall
-from ..modeling.gated_deltanet import GatedDeltaNet
-from ..modeling.gated_linear_attention import TEMPERATURE, GatedLinearAttention
-from ..modeling.kimi_delta_attention import KimiDeltaAttention
-from ..modeling.library import take_cache
-from ..modeling.linear_attention import LinearAttention, no_rotation, widen
-from ..modeling.modeling_hybrid import decoder_layers
-from ..modeling.sliding_window_attention import SlidingWindowAttention
+from hf_hybrid.modeling.adopted_attention import AdoptedAttention, AttentionCall
+from hf_hybrid.modeling.gated_deltanet import GatedDeltaNet
+from hf_hybrid.modeling.gated_linear_attention import TEMPERATURE, GatedLinearAttention
+from hf_hybrid.modeling.kimi_delta_attention import KimiDeltaAttention
+from hf_hybrid.modeling.library import take_cache
+from hf_hybrid.modeling.linear_attention import LinearAttention, no_rotation, widen
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.modeling.sliding_window_attention import SlidingWindowAttention
+
 from .alignment import in_dtype_of, teacher_attention
 from .held_out import batches
 from .modes import evaluating

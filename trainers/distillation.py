@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import torch
 
-from ..modeling.packing import without_mask
+from hf_hybrid.modeling.packing import without_mask
+
 from .hybrid_trainer import hybrid_of
 from .losses import (
     check_logit_function,

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
-from ..modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+
 from .precision import Precision, check_trainable, unprepared_afterwards
 from .sharding import check_zero_stage, keep_class_name, set_precision, shard_mixers, uses_fsdp2
 

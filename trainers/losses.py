@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..modeling.linear_attention import widen
+from hf_hybrid.modeling.linear_attention import widen
+
 from .modes import evaluating
 from .precision import Precision
 

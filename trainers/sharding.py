@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
 
 def uses_fsdp2(accelerator: Any) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from hf_hybrid.schema import read_yaml
+from hf_hybrid.run.schema import read_yaml
 from hf_hybrid.trainers.durable import settle, write_text
 
 

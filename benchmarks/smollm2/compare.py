@@ -27,15 +27,15 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 import hf_hybrid as hh
-from hf_hybrid.data import CutRows, DataConfig, first_rows, load_rows
+from hf_hybrid.data.rows import CutRows, DataConfig, first_rows, load_rows
 from hf_hybrid.environment import describe_kernels
 from hf_hybrid.evaluation import cache_bytes, perplexity
-from hf_hybrid.folder import ARTEFACTS
-from hf_hybrid.kernel_tuning import tune_kernels
-from hf_hybrid.loading import load_model, load_pair
-from hf_hybrid.recipe import Recipe
+from hf_hybrid.run.folder import ARTEFACTS
+from hf_hybrid.run.kernel_tuning import tune_kernels
+from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.selection import select_layers
 from hf_hybrid.tasks import TaskScore, ruler, ruler_cases
+from hf_hybrid.teacher.loading import load_model, load_pair
 from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
 from hf_hybrid.trainers.durable import read_json, write_json
 from hf_hybrid.trainers.held_out import HeldOut, standard_error

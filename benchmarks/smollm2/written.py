@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_hybrid.loading import load_pair
+from hf_hybrid.teacher.loading import load_pair
 
 
 FOLDER = Path(__file__).parent

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from typing import Any
 
-from ..data import text_prefix
+from ..data.rows import text_prefix
 from .words import ADJECTIVES, NOISE, NOUNS, essay, sentences
 
 

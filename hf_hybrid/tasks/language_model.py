@@ -19,7 +19,7 @@ from hf_hybrid.trainers.losses import check_logit_function, logit_function, toke
 from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import Precision
 
-from ..data import text_prefix
+from ..data.rows import text_prefix
 
 
 # Tokens of one forward pass, where the caller does not say how many rows.

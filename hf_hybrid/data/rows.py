@@ -1,0 +1,483 @@
+"""Text from anywhere, as packed rows of tokens: three sets that share no row, for training, scoring and reporting."""
+
+import dataclasses
+import math
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_from_disk
+
+from hf_hybrid.trainers.durable import read_record, write_json
+
+from .text import open_text
+
+
+SETS = ("train", "score", "report")
+_SHARD_TOKENS = 2**22  # held in memory at once while rows are written to disk: about 130 MB
+_TEXTS_AT_ONCE = 128
+_PACKING = "packing.json"
+_PROBE = "text"
+
+
+@dataclass
+class SourceConfig:
+    """
+    One of several sources of text. Exactly one of `dataset` and `text_files` is given.
+
+    Args:
+        weight (`float`): its share of the characters, relative to the other sources' weights.
+        dataset, subset, split, revision, streaming, text_files, text_column: as in [`DataConfig`].
+    """
+
+    weight: float = 1.0
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    text_files: list[str] = field(default_factory=list)
+    text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset) == bool(self.text_files):
+            given = "both dataset and text_files" if self.dataset else "neither dataset nor text_files"
+            raise ValueError(f"a source of data.sources gives {given}; give exactly one.")
+        _check_part(self, "a source of data.sources")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.sources has weight={self.weight}; pass a number above 0, or leave the source out.")
+
+
+@dataclass
+class DataConfig:
+    """
+    Where text comes from and how it becomes rows. Exactly one of `dataset`, `text_files`, `sources` and `source` is
+    given.
+
+    Args:
+        dataset (`str`, *optional*): name of a dataset for `datasets.load_dataset`; no code of the dataset is run.
+        subset, split, revision (`str`, *optional*): which part of it.
+        streaming (`bool`): read only as much of the dataset as is needed, without downloading the rest.
+        text_files (`list[str]`, *optional*): paths or patterns of local files. A `.jsonl` file holds a document
+            a line, any other file is one document. Files are taken in an order drawn with the seed.
+        sources (`list[SourceConfig]`, *optional*): several of these with weights, mixed document by document in exact
+            shares; the text ends where the first of them ends.
+        source (`str`, *optional*): `"embedded-demo"`, the built-in data of the embedded teacher.
+        text_column (`str`): the column, or key of a `.jsonl` line, with the text.
+        block_size (`int`): tokens of a row. Stages with shorter rows cut these into equal parts.
+        held_out_rows (`int`): rows that layers are scored on.
+        report_rows (`int`): rows that the final model is measured on.
+        respect_documents (`bool`): give each row `position_ids` that restart with each document, so that no token sees
+            another document. Off, as in the paper's released code, documents run into each other.
+        on_the_fly (`bool`): tokenise and pack the training rows as they are needed, in the text's order, and keep
+            only the held-out rows and those of the scores on disk. By default all rows are written once and drawn in
+            random order.
+    """
+
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    text_files: list[str] = field(default_factory=list)
+    sources: list[SourceConfig] = field(default_factory=list)
+    source: str | None = None
+    text_column: str = "text"
+    block_size: int = 512
+    held_out_rows: int = 64
+    report_rows: int = 64
+    respect_documents: bool = True
+    on_the_fly: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("dataset", "text_files", "sources", "source") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"data gives {' and '.join(given) or 'no source of text'}; give exactly one of dataset, text_files, "
+                "sources and source."
+            )
+        if self.source not in (None, "embedded-demo"):
+            raise ValueError(f"data.source={self.source!r} is unknown; the only one is 'embedded-demo'.")
+        if self.source and self.on_the_fly:
+            raise ValueError(f"data.on_the_fly reads text, and data.source={self.source!r} has none; leave it out.")
+        _check_part(self, "data")
+        if isinstance(self.text_files, str):
+            self.text_files = [self.text_files]
+        for name in ("block_size", "held_out_rows", "report_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} is too small; pass at least 1.")
+        if self.block_size == 1:
+            raise ValueError("data.block_size=1 makes rows of one token, in which nothing is predicted; pass more.")
+
+    def all_sources(self) -> list[SourceConfig]:
+        """The sources of text, each with its weight; one where there is only one."""
+        if self.sources:
+            return self.sources
+        names = ("dataset", "subset", "split", "revision", "streaming", "text_files", "text_column")
+        return [SourceConfig(**{name: getattr(self, name) for name in names})]
+
+
+def _check_part(config: DataConfig | SourceConfig, where: str) -> None:
+    """Raises a `ValueError` where a part of a dataset is named, and there is no dataset, or one without a name."""
+    for name, default in (("subset", None), ("split", "train"), ("revision", None)):
+        value = getattr(config, name)
+        if value is not None and not value.strip():
+            raise ValueError(f"{where} has {name}={value!r}; give a name, or leave it out.")
+        if not config.dataset and value != default:
+            raise ValueError(
+                f"{where} has {name}={value!r}, which is a part of a dataset, and no dataset; leave it out."
+            )
+    if not config.text_column.strip():
+        raise ValueError(f"{where} has text_column={config.text_column!r}; give the column with the text.")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """
+    How documents became the rows of a run: rows that are made later must be made alike.
+
+    Args:
+        prefix (`list[int]`): what every document begins with, and every row that a model sees; see [`text_prefix`].
+        documents_apart (`bool`): whether no document has rows in two of the sets.
+    """
+
+    prefix: list[int] = field(default_factory=list)
+    documents_apart: bool = False
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Packing":
+        """That of the rows in `folder`; of rows that an earlier version made, which had neither."""
+        path = Path(folder, _PACKING)
+        return read_record(cls, path) if path.is_file() else cls()
+
+    def breaks(self, config: DataConfig) -> tuple[int, ...]:
+        """After how many rows the next one begins with a new document."""
+        return (config.held_out_rows, config.held_out_rows + config.report_rows) if self.documents_apart else ()
+
+
+class RowSets(dict[str, Dataset]):
+    """The rows of a run by the names of their sets, and how they were made."""
+
+    def __init__(self, sets: dict[str, Dataset], packing: Packing) -> None:
+        super().__init__(sets)
+        self.packing = packing
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text by itself: for Llama and Gemma a beginning-of-sequence token."""
+    whole, plain = (tokenizer(_PROBE, add_special_tokens=special)["input_ids"] for special in (True, False))
+    ends = range(len(whole) - len(plain) + 1)
+    start = next((start for start in ends if whole[start : start + len(plain)] == plain), 0)
+    return [int(token) for token in whole[:start]]
+
+
+def build_rows(
+    config: DataConfig, tokenizer: Any, num_train_rows: int, seed: int, folder: Path, vocab_size: int | None = None
+) -> RowSets:
+    """
+    Returns the sets `train`, `score` and `report`, written to `folder` in shards and read from there.
+
+    The first documents of the text are held out (for `score`, then for `report`), training rows follow, and no
+    document is in two sets: what is left of one when a set is full is in none. A text of too few documents for that is
+    shared out by rows, which the sets' `packing` says. Only as much text is read as is needed. Where it ends early,
+    `train` has fewer rows than asked for.
+
+    Args:
+        config ([`DataConfig`]): the text.
+        tokenizer (`PreTrainedTokenizerBase`): the teacher's. Documents are joined by its end-of-sequence token.
+        num_train_rows (`int`): training rows, at most.
+        seed (`int`): of the order of files, and of synthetic data.
+        folder (`Path`): an empty folder, or one that does not exist.
+        vocab_size (`int`, *optional*): the teacher's; larger ids are then an error.
+    """
+    wanted = {"score": config.held_out_rows, "report": config.report_rows, "train": num_train_rows}
+    if config.source == "embedded-demo":
+        from ..demo_data import demo_rows
+
+        made = {name: iter(demo_rows(tokenizer, config.block_size, n, seed, name)) for name, n in wanted.items()}
+        counts = {name: _write(islice(rows, wanted[name]), folder / name, vocab_size) for name, rows in made.items()}
+        packing = Packing([], documents_apart=True)
+    else:
+        packing = Packing(text_prefix(tokenizer), documents_apart=True)
+        counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing)
+        if counts["train"] == 0:
+            packing = dataclasses.replace(packing, documents_apart=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing)
+    write_json(folder / _PACKING, dataclasses.asdict(packing))
+    _check_counts(counts, wanted, config)
+    return load_rows(folder)
+
+
+def first_rows(config: DataConfig, tokenizer: Any, num_rows: int, seed: int = 0) -> Dataset:
+    """Returns at most the first `num_rows` rows of the text, in memory: for measuring, not for training."""
+    rows = list(islice(packed_rows(config, tokenizer, seed), num_rows))
+    if not rows:
+        raise _no_rows(config)
+    return Dataset.from_list(rows)
+
+
+def load_rows(folder: str | Path) -> RowSets:
+    """Reads, memory-mapped, what [`build_rows`] wrote to `folder`."""
+    sets = {
+        name: concatenate_datasets([load_from_disk(str(shard)) for shard in sorted(Path(folder, name).iterdir())])
+        for name in SETS
+    }
+    return RowSets(sets, Packing.load(folder))
+
+
+class CutRows:
+    """
+    A view of `rows` with each row cut into equal rows of `block_size` tokens, in order; nothing is copied or written.
+
+    Args:
+        rows (`datasets.Dataset`): rows of one length with `input_ids` and optionally `position_ids`.
+        block_size (`int`): a divisor of that length.
+        prefix (`list[int]`): what every row begins with, see [`Packing`].
+    """
+
+    def __init__(self, rows: Dataset, block_size: int, prefix: SequenceOf[int] = ()) -> None:
+        length = len(rows[0]["input_ids"])
+        if length % block_size:
+            raise ValueError(f"rows of {length} tokens cannot be cut into {block_size}; pass a divisor of {length}.")
+        self.rows = rows.with_format("numpy")
+        self.block_size, self.prefix = block_size, prefix
+        self.parts = length // block_size
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.parts
+
+    def __getitem__(self, index: int | slice) -> dict[str, np.ndarray]:
+        """One row, or the rows of a slice stacked, as int64 arrays by column."""
+        if isinstance(index, slice):
+            rows = [self[i] for i in range(*index.indices(len(self)))]
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return cut_row(self.rows[index // self.parts], index % self.parts, self.block_size, self.prefix)
+
+
+def cut_row(
+    row: dict[str, np.ndarray], part: int, block_size: int, prefix: SequenceOf[int] = ()
+) -> dict[str, np.ndarray]:
+    """
+    The `part`-th `block_size` tokens of a row, as int64, with positions of their own. Where a document goes on from
+    the part before, its first tokens here give way to `prefix`: a model that expects it fails without it.
+    """
+    start = part * block_size
+    cut = {name: np.asarray(column[start : start + block_size], np.int64) for name, column in row.items()}
+    if "position_ids" in cut:
+        cut["position_ids"] = _positions(np.diff(cut["position_ids"], prepend=-2) != 1)
+    _begin(cut["input_ids"], prefix)
+    return cut
+
+
+def _begin(ids: np.ndarray, prefix: SequenceOf[int]) -> None:
+    """Makes the row `ids` begin with `prefix`, in place."""
+    ids[: len(prefix)] = prefix[: len(ids)]
+
+
+class PackedRows:
+    """
+    Iterator over rows of `block_size` tokens: documents one after the other, cut wherever a row is full.
+
+    Each row begins with the prefix of `packing`, and so does each document, but for those that run into each other.
+
+    Args:
+        config ([`DataConfig`]): the text.
+        tokenizer (`PreTrainedTokenizerBase`): the teacher's. Documents are joined by its end-of-sequence token.
+        seed (`int`): of the order of files.
+        state (`dict`, *optional*): what [`PackedRows.state`] gave; the rows go on from there.
+        packing ([`Packing`], *optional*): by default with the tokenizer's prefix, and without care for sets.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        seed: int = 0,
+        state: dict[str, Any] | None = None,
+        packing: Packing | None = None,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        packing = packing or Packing(text_prefix(tokenizer))
+        self.prefix, self.breaks = packing.prefix, packing.breaks(config)
+        if len(self.prefix) >= config.block_size:
+            raise ValueError(
+                f"data.block_size={config.block_size} leaves no room for text: the tokenizer puts {len(self.prefix)} "
+                "tokens before each; pass more."
+            )
+        self.text = open_text(config, seed)
+        self.rows = 0  # given out so far
+        self._ids, self._starts = np.empty(0, np.int32), np.empty(0, bool)
+        self._new_document = True
+        self._dropping = False  # the rest of a document that a full set began
+        self._ready: deque[dict[str, np.ndarray]] = deque()
+        self._taken: deque[dict[str, Any]] = deque()  # states, each from just before a batch of texts was read
+        if state is not None:
+            self.text.restore(state["text"])
+            self._ids, self._starts = np.asarray(state["ids"], np.int32), np.asarray(state["starts"], bool)
+            self._new_document, self._dropping = state["new_document"], state.get("dropping", False)
+            self.rows = state["row"]
+            for _ in range(state["skip"]):
+                next(self)
+
+    def __iter__(self) -> "PackedRows":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while not self._ready:
+            self._read()
+        self.rows += 1
+        return self._ready.popleft()
+
+    def state(self, rows: int | None = None) -> dict[str, Any]:
+        """
+        Where it was after `rows` rows, by default all that were given out, as plain data. States from before that are
+        forgotten: what is asked for next must be no earlier.
+        """
+        rows = self.rows if rows is None else rows
+        while len(self._taken) > 1 and self._taken[1]["row"] <= rows:
+            self._taken.popleft()
+        if not self._taken:
+            return self._now()
+        return {**self._taken[0], "skip": rows - self._taken[0]["row"]}
+
+    def _now(self) -> dict[str, Any]:
+        left: dict[str, Any] = {
+            "ids": self._ids.tolist(),
+            "starts": self._starts.tolist(),
+            "new_document": self._new_document,
+        }
+        left["dropping"] = self._dropping
+        return {"text": self.text.state(), **left, "row": self.rows + len(self._ready), "skip": 0}
+
+    def _read(self) -> None:
+        """Tokenises the next texts; raises `StopIteration` where there are none."""
+        taken = self._now()
+        batch = list(islice(self.text, _TEXTS_AT_ONCE))
+        if not batch:
+            raise StopIteration
+        self._taken.append(taken)
+        end, size = self.tokenizer.eos_token_id, self.config.block_size
+        tokens = self.tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        parts, marks, length = [self._ids], [self._starts], len(self._ids)
+        for (_, is_end), piece in zip(batch, tokens, strict=True):
+            if self._dropping:
+                self._dropping = not is_end
+                continue
+            ids = [*piece, end] if is_end and end is not None else piece
+            if ids and self._new_document and self.config.respect_documents:
+                ids = [*self.prefix, *ids]
+            mark = np.zeros(len(ids), bool)
+            mark[:1] = self._new_document
+            self._new_document = is_end or (self._new_document and not ids)
+            parts.append(np.asarray(ids, np.int32))
+            marks.append(mark)
+            length += len(ids)
+            given = self.rows + len(self._ready)
+            full = next((rows for rows in self.breaks if rows > given), math.inf)
+            if given + length // size >= full:
+                # The set is full: the next begins with a document of its own.
+                self._pack(parts, marks, int(full) - given)
+                self._ids, self._starts = np.empty(0, np.int32), np.empty(0, bool)
+                parts, marks, length = [self._ids], [self._starts], 0
+                self._dropping, self._new_document = not is_end, True
+        self._pack(parts, marks, length // size)
+
+    def _pack(self, parts: list[np.ndarray], marks: list[np.ndarray], count: int) -> None:
+        """Makes `count` rows ready, and keeps what is left over."""
+        size = self.config.block_size
+        ids, starts = np.concatenate(parts), np.concatenate(marks)
+        full = count * size
+        for row, mark in zip(*(x[:full].reshape(-1, size) for x in (ids, starts)), strict=True):
+            _begin(row, self.prefix)
+            columns = {"position_ids": _positions(mark)} if self.config.respect_documents else {}
+            self._ready.append({"input_ids": row, **columns})
+        self._ids, self._starts = ids[full:], starts[full:]
+
+
+def packed_rows(
+    config: DataConfig, tokenizer: Any, seed: int = 0, packing: Packing | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the rows of [`PackedRows`], from the first on."""
+    return PackedRows(config, tokenizer, seed, packing=packing)
+
+
+def _positions(starts: np.ndarray) -> np.ndarray:
+    """Position of each token in its document, for rows `[..., T]` of marks of first tokens; a row starts at 0."""
+    index = np.arange(starts.shape[-1])
+    return index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
+
+
+def _write_sets(
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    folder: Path,
+    wanted: dict[str, int],
+    vocab_size: int | None,
+    packing: Packing,
+) -> dict[str, int]:
+    """Writes the sets one after the other, in the order of `wanted`; returns how many rows each has."""
+    rows = packed_rows(config, tokenizer, seed, packing)
+    return {name: _write(islice(rows, n), folder / name, vocab_size) for name, n in wanted.items()}
+
+
+def _write(rows: Iterator[dict[str, Any]], folder: Path, vocab_size: int | None) -> int:
+    """Writes rows to `folder`, one shard after the other, and returns how many there were."""
+    written = 0
+    for number in count():
+        first = next(rows, None)
+        if first is None:
+            break
+        # Some iterators give lists, some arrays; stored, both are 32-bit integers.
+        columns = [name for name in ("input_ids", "position_ids") if name in first]
+        size = max(1, _SHARD_TOKENS // len(first["input_ids"]))
+        shard = [first, *islice(rows, size - 1)]
+        table = {name: [np.asarray(row[name], np.int32) for row in shard] for name in columns}
+        largest = max(int(row.max()) for row in table["input_ids"])
+        if vocab_size is not None and largest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {largest}, the teacher's vocabulary has {vocab_size}; pass the tokenizer "
+                "that belongs to the teacher."
+            )
+        features = Features({name: Sequence(Value("int32")) for name in columns})
+        Dataset.from_dict(table, features=features).save_to_disk(str(folder / f"shard-{number:05d}"))
+        written += len(shard)
+    return written
+
+
+def _check_counts(counts: dict[str, int], wanted: dict[str, int], config: DataConfig) -> None:
+    found, held_out = sum(counts.values()), wanted["score"] + wanted["report"]
+    if found == 0:
+        raise _no_rows(config)
+    if counts["train"] == 0:
+        raise ValueError(
+            f"{_name(config)} makes {found} rows of {config.block_size} tokens, and {held_out} are held out, so none "
+            "is left to train on; give more text, a smaller block_size, or fewer held_out_rows and report_rows."
+        )
+
+
+def _no_rows(config: DataConfig) -> ValueError:
+    if config.source is None and not any(text.strip() for text, _ in open_text(config, 0)):
+        return ValueError(f"{_name(config)} is empty; give one that has text.")
+    return ValueError(
+        f"{_name(config)} is shorter than one block of {config.block_size} tokens; give more text or a smaller "
+        "block_size."
+    )
+
+
+def _name(config: DataConfig) -> str:
+    if config.dataset:
+        return f"dataset {config.dataset!r} (split {config.split!r})"
+    if config.sources:
+        names = [source.dataset or ", ".join(source.text_files) for source in config.sources]
+        return f"the mixture of {' and '.join(names)}, which ends with the first of them,"
+    return f"text_files {config.text_files}" if config.text_files else f"data source {config.source!r}"
