@@ -463,7 +463,7 @@ def _push(options: argparse.Namespace) -> None:
 
 def _doctor(options: argparse.Namespace) -> None:
     _quiet()
-    from .environment import diagnose
+    from ..environment import diagnose
 
     found = diagnose()
     if options.json:
