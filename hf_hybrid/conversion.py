@@ -358,7 +358,8 @@ def _around(attention: torch.nn.Module, mixer: Any) -> torch.nn.Module:
             name: own[name] if type(own.get(name)) is type(value) else value
             for name, value in getattr(attention, kind).items()
         }
-    for name, theirs in attention._modules.items():
+    modules: Any = attention._modules
+    for name, theirs in modules.items():
         if f"{name}.bias" in mixer.left_out:
             shell._modules[name] = with_bias(shell._modules[name], theirs.bias)
     # Someone else's: hooks that record, a forward that moves tensors between devices.

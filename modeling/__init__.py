@@ -8,6 +8,8 @@ from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
 from .linear_attention import LinearAttention, LinearAttentionOptions
+from .mixer import Mixer
+from .model_card import replace_library_card
 from .modeling_hybrid import MIXERS, HybridForCausalLM, HybridModel
 from .sliding_window_attention import SlidingWindowAttention
 
@@ -20,6 +22,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridForCausalLM._
 HybridConfig.register_for_auto_class()
 HybridModel.register_for_auto_class("AutoModel")
 HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+HybridForCausalLM.write_card = replace_library_card
 
 __all__ = [
     "MIXERS",
@@ -31,5 +34,6 @@ __all__ = [
     "KimiDeltaAttention",
     "LinearAttention",
     "LinearAttentionOptions",
+    "Mixer",
     "SlidingWindowAttention",
 ]

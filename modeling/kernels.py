@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .ops_delta_rule import check_inputs, chunk_gated_delta_rule, recurrent_gated_delta_rule
+from .ops_common import check_inputs
+from .ops_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from .ops_gla import chunk_gla, recurrent_gla
 from .ops_kda import chunk_kda, recurrent_kda
 

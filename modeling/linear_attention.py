@@ -1,19 +1,20 @@
-"""What every linear-attention mixer shares: options, convolution, padding, cache, gate and norm.
+"""What mixers with a recurrence share: options, convolution, padding, the state in the cache, gate and norm.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads of the teacher, D key and V value width of a head.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache
 
-from .adopted_attention import AdoptedAttention, AttentionCall, expand_groups
+from .adopted_attention import AttentionCall, expand_groups
+from .mixer import Mixer, MixerOptions
 from .short_convolution import ShortConvolution
 
 
@@ -24,9 +25,9 @@ _GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @dataclass
-class LinearAttentionOptions:
+class LinearAttentionOptions(MixerOptions):
     """
-    Options of a mixer, `config.mixer_options`.
+    Options of a mixer with a recurrence, `config.mixer_options`.
 
     Args:
         rope (`bool`): rotate q and k with the teacher's rotary embedding, where the teacher has one.
@@ -51,29 +52,15 @@ class LinearAttentionOptions:
     qk_norm: bool = True
     projection_bias: bool = True
 
-    @classmethod
-    def from_dict(cls, options: dict[str, Any] | None, mixer: str | None = None) -> Self:
-        """The options in a dict; `mixer` is only named in the error about those that it does not have."""
-        known = [field.name for field in fields(cls) if field.init]
-        unknown = sorted(set(options or {}) - set(known))
-        if unknown:
-            raise ValueError(f"mixer_options {unknown} are unknown to {mixer or cls.__name__}; choose from {known}.")
-        kinds = get_type_hints(cls)
-        for name, value in (options or {}).items():
-            # In Python True is a 1, and every number that is not 0 is true.
-            if not isinstance(value, kinds[name]) or isinstance(value, bool) != (kinds[name] is bool):
-                kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
-                raise ValueError(f"mixer_options[{name!r}]={value!r} is of type {type(value).__name__}; pass {kind}.")
-        parsed = cls(**(options or {}))
-        if parsed.output_gate is not None and parsed.output_gate not in _GATES:
+    def __post_init__(self) -> None:
+        if self.output_gate is not None and self.output_gate not in _GATES:
             raise ValueError(
-                f"mixer_options['output_gate']={parsed.output_gate!r} is unknown; choose {sorted(_GATES)} or None."
+                f"mixer_options['output_gate']={self.output_gate!r} is unknown; choose {sorted(_GATES)} or None."
             )
-        if parsed.short_convolution < 0:
+        if self.short_convolution < 0:
             raise ValueError(
-                f"mixer_options['short_convolution']={parsed.short_convolution} is negative; pass 0 or a kernel size."
+                f"mixer_options['short_convolution']={self.short_convolution} is negative; pass 0 or a kernel size."
             )
-        return parsed
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
@@ -110,41 +97,6 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-class TokenCountingLinearAttentionLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override]
-    """Cache layer for a model without any softmax layer: a recurrent state has no length, so someone has to count."""
-
-    is_sliding = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        LinearAttentionLayer.__init__(self, **kwargs)
-        self.is_initialized = False
-        self.tokens_seen = 0
-
-    def count(self, num_tokens: int) -> None:
-        self.tokens_seen += num_tokens
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("a linear-attention layer caches no keys and values; call update_recurrent_state.")
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.tokens_seen = 0
-
-    def get_seq_length(self) -> int:
-        return self.tokens_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tokens_seen + query_length, 0
-
-
-def count_tokens_in(cache: Cache) -> Cache:
-    """Makes `cache` know its length: puts a counting layer first where no layer keeps keys. Returns `cache`."""
-    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        first: Any = cache.layers[0]
-        cache.layers[0] = TokenCountingLinearAttentionLayer(number_of_states=first.number_of_states)
-    return cache
-
-
 class HeadRMSNorm(nn.Module):
     """RMS norm over each head's V values, in fp32."""
 
@@ -159,26 +111,16 @@ class HeadRMSNorm(nn.Module):
         return (wide * self.weight.to(wide.dtype)).to(x.dtype)
 
 
-class LinearAttention(AdoptedAttention):
+class LinearAttention(Mixer):
     """
-    Base of the mixers: the teacher's attention with a recurrence in the place of its softmax. A subclass adds its
-    decay and write gates and the recurrence, in [`mix`].
-
-    Args:
-        attention (`nn.Module`): the teacher's `self_attn` of this layer.
-        config (`HybridConfig`): the hybrid's config; `text_config`, `mixer`, `mixer_options` and `kernel` are read.
-        layer_idx (`int`): the layer's index, which is also its index in the cache.
+    Base of the mixers with a recurrence in the place of the teacher's softmax. A subclass adds its decay and write
+    gates and the recurrence, in [`mix`]. Arguments as of [`Mixer`].
     """
 
-    options_class: ClassVar[type[LinearAttentionOptions]] = LinearAttentionOptions
-    # Names of the parameters made by `decay_parameter`.
-    decay_parameters: ClassVar[tuple[str, ...]] = ()
+    options_class: ClassVar[type[MixerOptions]] = LinearAttentionOptions
 
     def __init__(self, attention: nn.Module, config: Any, layer_idx: int) -> None:
-        super().__init__(attention, layer_idx)
-        mixer = config.layer_mixers[layer_idx]
-        self.options = self.options_class.from_dict(config.options_of(mixer), mixer)
-        self.hybrid_config = config
+        super().__init__(attention, config, layer_idx)
         self.leave_out(qk_norm=not self.options.qk_norm, bias=not self.options.projection_bias)
         eps = getattr(config.text_config, "rms_norm_eps", None) or 1e-6
         self.o_norm = HeadRMSNorm(self.value_dim, eps) if self.options.output_norm else None
@@ -189,11 +131,6 @@ class LinearAttention(AdoptedAttention):
         if self.options.short_convolution:
             channels = self.num_heads * self.head_dim + self.num_kv_heads * (self.head_dim + self.value_dim)
             self.conv = ShortConvolution(channels, self.options.short_convolution)
-
-    @property
-    def kernel(self) -> str:
-        """`config.kernel` as it is now."""
-        return self.hybrid_config.kernel
 
     def init_weights(self) -> None:
         """Initialises what the teacher does not have; called after the library's own initialisation."""
@@ -264,12 +201,7 @@ class LinearAttention(AdoptedAttention):
         layer: Any = cache.layers[self.layer_idx]
         # Only a convolution's update marks the library's layer as filled; without one we must.
         layer.has_previous_state[0] = True
-        self._count_tokens(cache, num_tokens)
-
-    def _count_tokens(self, cache: Cache, num_tokens: int) -> None:
-        layer = cache.layers[self.layer_idx]
-        if isinstance(layer, TokenCountingLinearAttentionLayer):
-            layer.count(num_tokens)
+        self.count_tokens(cache, num_tokens)
 
 
 def no_rotation(position_embeddings: Any) -> Any:
@@ -278,14 +210,3 @@ def no_rotation(position_embeddings: Any) -> Any:
         return torch.ones_like(position_embeddings)
     cos, sin = position_embeddings
     return torch.ones_like(cos), torch.zeros_like(sin)
-
-
-def check_cache(cache: Cache, linear_layers: list[int]) -> None:
-    """Raises a `ValueError` where `cache` has no place for a recurrent state in one of `linear_layers`."""
-    for i in linear_layers:
-        if i >= len(cache.layers) or not isinstance(cache.layers[i], LinearAttentionCacheLayerMixin):
-            found = type(cache.layers[i]).__name__ if i < len(cache.layers) else "nothing"
-            raise ValueError(
-                f"the cache has {found} for layer {i}, which is a linear-attention layer; make the cache from the "
-                "model's config: DynamicCache(config=model.config)."
-            )

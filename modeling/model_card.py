@@ -1,6 +1,6 @@
 """The part of a model card that a hybrid's config decides. What a run measured is added by `hf_hybrid.card`.
 
-It travels, so that `push_to_hub` writes a card that says what the model is, wherever the model was loaded.
+It does not travel: a model that a checkpoint's own code loaded is pushed with the library's card.
 """
 
 import re
@@ -38,39 +38,6 @@ _CITATION = """\
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/2505.03005}
 }"""
-
-
-class PushedWithCard:
-    """What `push_to_hub` of a hybrid does besides the library's."""
-
-    _tokenizer_to_push: Any = None
-
-    def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **kwargs: Any) -> Any:
-        """
-        Pushes weights, code and a model card to the Hub, in one commit.
-
-        The card says what the config says and holds no measurements; `hf-hybrid push` adds those of a run. A card that
-        somebody wrote is kept.
-
-        Args:
-            repo_id (`str`): name of the repository, with its owner.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): pushed in the same commit.
-            kwargs: see [`~transformers.PreTrainedModel.push_to_hub`].
-        """
-        self._tokenizer_to_push = tokenizer
-        try:
-            base: Any = super()
-            return base.push_to_hub(repo_id, **kwargs)
-        finally:
-            self._tokenizer_to_push = None
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
-        # The library's two ways to push meet here, with its own card in the folder already.
-        if self._tokenizer_to_push is not None:
-            self._tokenizer_to_push.save_pretrained(working_dir)
-        replace_library_card(self, str(working_dir), repo_id)
-        base: Any = super()
-        return base._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
 
 def plain_card(model: Any, repo_id: str, tags: list[str] | None = None) -> str:

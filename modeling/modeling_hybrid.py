@@ -4,10 +4,22 @@
 `config.layer_types[i] == "linear_attention"`; `HybridModel(config)` is the same without the head. Everything else
 (embeddings, norms, MLPs or experts, soft-capping, scaling, tied heads, parameter names) is the teacher's code. Nothing
 here knows a model family by name.
+
+The way of a call, from the outside in, and where each step stands:
+
+    model(ids)                      the teacher's `...ForCausalLM.forward`, in a class made by `_specialise`, below
+    _prepare_backbone_inputs        below, before the backbone: padding mask, documents of packed rows, the cache
+    backbone, layer                 the teacher's own `...Model` and decoder layers
+    hand_over                       adopted_attention.py, before each layer: gives its attention what was prepared
+    AdoptedAttention.forward        adopted_attention.py: runs the teacher's attention code, whose softmax is replaced
+    _to_mixer                       adopted_attention.py: what that code calls in the softmax's place
+    LinearAttention.attend          linear_attention.py: convolution, state from the cache, norm and gate
+    GatedDeltaNet.mix               gated_deltanet.py, or another mixer's file: decay, write strength
+    gated_delta_rule                kernels.py: fla's kernel or the torch form in ops_*.py
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -21,14 +33,14 @@ from .gated_deltanet import GatedDeltaNet
 from .gated_linear_attention import GatedLinearAttention
 from .kimi_delta_attention import KimiDeltaAttention
 from .library import cache_argument, take_cache
-from .linear_attention import LinearAttention, check_cache, count_tokens_in
-from .model_card import PushedWithCard
+from .mixer import Mixer
 from .packing import document_positions, packed_documents, padding_mask_of, positions_that_part
 from .restoring import check_fits, check_is_teacher, copied_attention
 from .sliding_window_attention import SlidingWindowAttention
+from .state_cache import check_cache, count_tokens_in
 
 
-MIXERS: dict[str, type[LinearAttention]] = {
+MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "gated_linear_attention": GatedLinearAttention,
     "kimi_delta_attention": KimiDeltaAttention,
@@ -45,7 +57,7 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     config: HybridConfig
     # Names of mixers in a config. A subclass adds its own: `mixers = MIXERS | {"mine": Mine}`.
-    mixers: ClassVar[dict[str, type[LinearAttention]]] = MIXERS
+    mixers: ClassVar[dict[str, type[Mixer]]] = MIXERS
     # What the conversion did with each tensor, for a model that was converted here and not loaded.
     conversion_report: Any = None
     # A recurrent state cannot be rolled back: the library then refuses assisted decoding. An instance is asked.
@@ -149,7 +161,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         layers, names = decoder_layers(self), set(type(self)._keep_in_fp32_modules_strict or ())
         return names.union(*(layers[i].self_attn.decay_parameters for i in self.linear_attention_layers))
 
-    def _mixer(self, i: int, attention: nn.Module) -> LinearAttention:
+    def _mixer(self, i: int, attention: nn.Module) -> Mixer:
         name = self.config.layer_mixers[i]
         if name is None:
             known = sorted(self.mixers)
@@ -161,11 +173,11 @@ class HybridPreTrainedModel(PreTrainedModel):
         # The library initialises by the teacher's rules, which know neither raw parameters nor identity convolutions.
         with torch.no_grad():
             for module in self.modules():
-                if isinstance(module, LinearAttention):
+                if isinstance(module, Mixer):
                     module.init_weights()
 
     @torch.no_grad()
-    def _init_new_modules(self, mixer: LinearAttention) -> None:
+    def _init_new_modules(self, mixer: Mixer) -> None:
         for name, child in mixer.named_children():
             if name not in mixer.adopted:
                 for module in child.modules():
@@ -201,7 +213,7 @@ class HybridModel(HybridPreTrainedModel):
         return self.base_model(*args, **kwargs)
 
 
-class HybridForCausalLM(PushedWithCard, HybridPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
     A causal language model in which some layers keep the teacher's softmax attention and the rest are linear.
 
@@ -210,6 +222,11 @@ class HybridForCausalLM(PushedWithCard, HybridPreTrainedModel, GenerationMixin):
     Args:
         config (`HybridConfig`): which layers are linear, which mixer, and the teacher's config.
     """
+
+    # Called with a folder and a repository's name before that folder is pushed. The package writes its card; the code
+    # in a checkpoint leaves the library's.
+    write_card: ClassVar[Callable[..., None] | None] = None
+    _tokenizer_to_push: Any = None
 
     def __init__(self, config: HybridConfig) -> None:
         check_mixers(config, self.mixers)
@@ -253,6 +270,38 @@ class HybridForCausalLM(PushedWithCard, HybridPreTrainedModel, GenerationMixin):
             )
         base: Any = super()
         return base.init_continuous_batching(*args, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self: Any, repo_id: str, *, tokenizer: Any = None, **kwargs: Any
+    ) -> Any:
+        """
+        Pushes weights, code and a model card to the Hub, in one commit.
+
+        The card says what the config says and holds no measurements; `hf-hybrid push` adds those of a run. A card that
+        somebody wrote is kept.
+
+        Args:
+            repo_id (`str`): name of the repository, with its owner.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): pushed in the same commit.
+            kwargs: see [`~transformers.PreTrainedModel.push_to_hub`].
+        """
+        self._tokenizer_to_push = tokenizer
+        try:
+            base: Any = super()
+            return base.push_to_hub(repo_id, **kwargs)
+        finally:
+            self._tokenizer_to_push = None
+
+    def _upload_modified_files(  # type: ignore[override]
+        self: Any, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any
+    ) -> Any:
+        # The library's two ways to push meet here, with its own card in the folder already.
+        if self._tokenizer_to_push is not None:
+            self._tokenizer_to_push.save_pretrained(working_dir)
+        if self.write_card is not None:
+            self.write_card(str(working_dir), repo_id)
+        base: Any = super()
+        return base._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(
@@ -299,7 +348,7 @@ class _Specialised:
         return (_new, self._made_of, *state[2:])
 
 
-def check_mixers(config: HybridConfig, mixers: dict[str, type[LinearAttention]] = MIXERS) -> None:
+def check_mixers(config: HybridConfig, mixers: dict[str, type[Mixer]] = MIXERS) -> None:
     """Raises a `ValueError` where `config` names a mixer that is not in `mixers`, or options that its mixers lack."""
     names = {name for name in config.layer_mixers if name is not None}
     for name in sorted(names, key=str):
@@ -409,7 +458,7 @@ def _projection(attention: nn.Module) -> torch.Tensor:
     return next(parameter for child in attention.children() for parameter in child.parameters())
 
 
-def _cast(mixer: LinearAttention, dtype: torch.dtype) -> LinearAttention:
+def _cast(mixer: Mixer, dtype: torch.dtype) -> Mixer:
     """`mixer` in `dtype`, except for the decay parameters, which are never in half precision."""
     kept = {name: getattr(mixer, name).data for name in mixer.decay_parameters}
     mixer.to(dtype)

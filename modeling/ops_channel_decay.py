@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops_delta_rule_chunk import no_autocast
+from .ops_common import no_autocast
 
 
 # Bytes of one [S, N, C, K] intermediate of a segment, per thread on the CPU.

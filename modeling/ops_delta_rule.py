@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops_delta_rule_chunk import ChunkGatedDeltaRule, no_autocast
-
-
-_MINIMUM_CHUNK = 16
+from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast
+from .ops_delta_rule_chunk import ChunkGatedDeltaRule
 
 
 def recurrent_gated_delta_rule(
@@ -121,29 +119,6 @@ def _step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: T
     return (q.unsqueeze(-2) @ state).squeeze(-2), state
 
 
-def fit_chunk_size(chunk_size: int | None, q: Tensor) -> int:
-    """`chunk_size` or the device's default, and less where `q` `[B, T, ...]` is short and need not be padded to it."""
-    if chunk_size is None:
-        chunk_size = 32 if q.device.type == "cpu" else 64
-    if chunk_size < _MINIMUM_CHUNK or chunk_size & (chunk_size - 1):
-        raise ValueError(
-            f"chunk_size={chunk_size}, but chunks are inverted by halves: give a power of 2, {_MINIMUM_CHUNK} or more."
-        )
-    while chunk_size > _MINIMUM_CHUNK and chunk_size // 2 >= q.shape[1]:
-        chunk_size //= 2
-    return chunk_size
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def first_state(q: Tensor, v: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if state is not None:
-        return state.to(dtype)
-    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1], dtype=dtype)
-
-
 def _documents(seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The running document index of each token as [chunks, B, C], and of the state entering each chunk [chunks, B].
 
@@ -155,48 +130,3 @@ def _documents(seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     running = torch.cat([running, running[:, -1:].expand(-1, missing)], dim=1)
     running = running.unflatten(1, (-1, chunk_size)).transpose(0, 1)
     return running, torch.cat([torch.zeros_like(running[:1, :, 0]), running[:-1, :, -1]])
-
-
-def check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    *,
-    decay_per_channel: bool = False,
-) -> None:
-    """Raise ValueError where the shapes do not fit together, saying what to do."""
-    if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}, expected [B, T, H, K]: split the heads into a dimension.")
-    batch, tokens, heads, key_dim = q.shape
-    if tokens == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}, that is no tokens (T = 0): pass at least one token.")
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            f"v has shape {tuple(v.shape)}, expected [B, T, H, V] = [{batch}, {tokens}, {heads}, V] as q has: "
-            "expand q and k to all value heads (repeat_interleave over H) before the call."
-        )
-    state_shape = (batch, heads, key_dim, v.shape[-1])
-    decay = (tuple(q.shape[:3]), "[B, T, H], one log decay per token and head")
-    if decay_per_channel:
-        decay = (tuple(q.shape), "[B, T, H, K], one log decay per token, head and key channel")
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
-        ("k", k, tuple(q.shape), "[B, T, H, K] as q: expand k to all heads"),
-        ("g", g, *decay),
-        ("beta", beta, tuple(q.shape[:3]), "[B, T, H], one write strength per token and head"),
-        (
-            "initial_state",
-            initial_state,
-            state_shape,
-            "[B, H, K, V]: transpose a state that is stored as [B, H, V, K]",
-        ),
-        ("seq_idx", seq_idx, (batch, tokens), "[B, T], one document index per token; expand it over the rows"),
-    ]
-    for name, x, shape, hint in expected:
-        if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}, that is {hint}.")
-    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
-        raise ValueError(f"seq_idx has dtype {seq_idx.dtype}, expected integers: pass seq_idx.to(torch.int32).")

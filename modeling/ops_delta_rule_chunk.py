@@ -15,7 +15,6 @@ layout is [chunks, rows, C, ...], a row being one head of one sequence, so that 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ops_common import invert_unit_lower, no_autocast
 
-# Wider blocks are inverted by doubling; triangular substitution is exact but slow, products of blocks are fast.
-_BASE_BLOCK = 16
+
 # exp of it is 0 in every dtype, and sums over a chunk keep their digits; -inf would be NaN in differences.
 _FORGETS_ALL = -1e3
 # Bytes of one [chunks, rows, C, D] intermediate per thread: about fifteen of them are alive at a time.
@@ -138,33 +137,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Ten
     """total += alpha * a @ b, in place, over all chunks and rows of a segment."""
     total.view(-1, *total.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), alpha=alpha)
     return total
-
-
-def invert_unit_lower(lower: Tensor) -> Tensor:
-    """(I + strictly lower part of `lower`)^-1 for [n, C, C], by substitution in small blocks and block doubling.
-
-    A Neumann product over the whole width would be fewer operations, but its intermediate powers overflow when keys
-    are nearly identical and beta is near 2. Here every product is a block of the true inverse.
-    """
-    n, size, _ = lower.shape
-    base = min(_BASE_BLOCK, size)
-    count = size // base
-    blocks = lower.view(n, count, base, count, base).diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(-1, base, base)
-    identity = torch.eye(base, dtype=lower.dtype, device=lower.device).expand_as(blocks)
-    blocks = torch.linalg.solve_triangular(blocks, identity, upper=False, unitriangular=True)
-    inverse = torch.zeros_like(lower)
-    diagonal = inverse.view(n, count, base, count, base).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    diagonal.copy_(blocks.view(n, count, base, base))
-    width = base
-    while width < size:
-        for start in range(0, size, 2 * width):
-            first, second = slice(start, start + width), slice(start + width, start + 2 * width)
-            corner = torch.bmm(
-                torch.bmm(inverse[:, second, second], lower[:, second, first]), inverse[:, first, first]
-            )
-            torch.neg(corner, out=inverse[:, second, first])
-        width *= 2
-    return inverse
 
 
 def _masks(
@@ -335,13 +307,6 @@ def _backward(
                 _store(x, block, gradients[i], None if i else scale)  # the segment's q is scaled
         d_initial[rows] = d_state.view(shape)
     return *gradients, d_initial
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Keep autocast from casting products to half precision; entered only where it is on, for the sake of decoding."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 class ChunkGatedDeltaRule(torch.autograd.Function):

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .ops_channel_decay import decayed_products, forget_at_restarts, run_chunks
-from .ops_delta_rule import check_inputs, compute_dtype, first_state, fit_chunk_size
-from .ops_delta_rule_chunk import no_autocast
+from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast
 
 
 def recurrent_gla(

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .ops_channel_decay import decayed_products, forget_at_restarts, run_chunks
-from .ops_delta_rule import check_inputs, compute_dtype, first_state, fit_chunk_size
-from .ops_delta_rule_chunk import invert_unit_lower, no_autocast
+from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, invert_unit_lower, no_autocast
 
 
 def recurrent_kda(

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, H query heads, G key/value heads, D key and V value width of a head, W tokens of the window.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .adopted_attention import AttentionCall
-from .linear_attention import LinearAttention, LinearAttentionOptions
+from .mixer import Mixer, MixerOptions
 
 
 @dataclass
-class SlidingWindowOptions(LinearAttentionOptions):
+class SlidingWindowOptions(MixerOptions):
     """
     Options of [`SlidingWindowAttention`].
 
@@ -25,22 +25,13 @@ class SlidingWindowOptions(LinearAttentionOptions):
     """
 
     window: int = 512
-    # The teacher's attention has none of these and keeps its rotary embedding, norms and biases.
-    rope: bool = field(default=True, init=False)
-    output_norm: bool = field(default=False, init=False)
-    output_gate: str | None = field(default=None, init=False)
-    short_convolution: int = field(default=0, init=False)
-    silu_qk: bool = field(default=False, init=False)
-    silu_v: bool = field(default=False, init=False)
-    qk_norm: bool = field(default=True, init=False)
-    projection_bias: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise ValueError(f"mixer_options['window']={self.window!r} is not a number of tokens; pass 1 or more.")
 
 
-class SlidingWindowAttention(LinearAttention):
+class SlidingWindowAttention(Mixer):
     r"""
     The teacher's softmax attention, cut to a window of W tokens (Longformer, arXiv 2004.05150, section 3.1; causal):
 
@@ -88,7 +79,7 @@ class SlidingWindowAttention(LinearAttention):
         """Puts `slots` into the cache; returns them behind the window before them, where there is one."""
         window = self.options.window
         layer: Any = cache.layers[self.layer_idx]
-        self._count_tokens(cache, slots.shape[1])
+        self.count_tokens(cache, slots.shape[1])
         if layer.has_previous_state[0]:
             return cache.update_conv_state(slots.mT, self.layer_idx).mT
         # The library's layer sizes its buffer by what it is given first; zeros in front are not valid.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,13 @@ def test_travelling_strings_do_not_read_as_relative_imports(file: Path) -> None:
         if re.search(r"^\s*(from|import)\s+\.", node.value, flags=re.MULTILINE)
     ]
     assert found == []
+
+
+def test_the_card_and_the_registration_stay_here() -> None:
+    """Prose about a model is not what a stranger should have to read before running its code."""
+    travels = {Path(path).name for path in get_relative_import_files(ROOT / "modeling" / "modeling_hybrid.py")}
+    stays = {file.name for file in MODELING} - travels - {"modeling_hybrid.py"}
+    assert stays == {"__init__.py", "model_card.py"}
 
 
 # --- one way: modeling <- trainers <- hf_hybrid <- cli

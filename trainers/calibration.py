@@ -23,7 +23,6 @@ from hf_hybrid.modeling.kimi_delta_attention import KimiDeltaAttention
 from hf_hybrid.modeling.library import take_cache
 from hf_hybrid.modeling.linear_attention import LinearAttention, no_rotation, widen
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
-from hf_hybrid.modeling.sliding_window_attention import SlidingWindowAttention
 
 from .alignment import in_dtype_of, teacher_attention
 from .held_out import batches
@@ -149,7 +148,7 @@ def calibrate(
         mixer, attention = layers[i].self_attn, decoder_layers(teacher)[i].self_attn
         if "indexer" in attention._modules:
             found.left[i] = f"all of {type(mixer).__name__}, whose teacher's softmax sees only some tokens,"
-        elif isinstance(mixer, LinearAttention) and not isinstance(mixer, SlidingWindowAttention):
+        elif isinstance(mixer, LinearAttention):
             mixers[i] = mixer
         else:
             found.left[i] = f"all of {type(mixer).__name__}"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import hf_hybrid as hh
 from hf_hybrid.conversion import check_teacher
-from hf_hybrid.modeling.linear_attention import LinearAttention
+from hf_hybrid.modeling.mixer import Mixer
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.teacher.loading import load_teacher
 
@@ -98,7 +98,7 @@ def transfer(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def attending_by_softmax(mixer: LinearAttention, scale: float) -> Iterator[None]:
+def attending_by_softmax(mixer: Mixer, scale: float) -> Iterator[None]:
     """Plain causal softmax in the place of the recurrence."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: object) -> torch.Tensor:
@@ -116,7 +116,7 @@ def attending_by_softmax(mixer: LinearAttention, scale: float) -> Iterator[None]
         del mixer.attend
 
 
-def mixers(model: PreTrainedModel) -> dict[int, LinearAttention]:
+def mixers(model: PreTrainedModel) -> dict[int, Mixer]:
     return {i: decoder_layers(model)[i].self_attn for i in model.linear_attention_layers}
 
 

@@ -59,9 +59,8 @@ def _mixers_by_shape(student: Any) -> list[Any]:
     layers = decoder_layers(student)
     found: dict[tuple[Any, ...], Any] = {}
     for mixer in (layers[i].self_attn for i in student.linear_attention_layers):
-        kind: Any = type(mixer)
-        if kind.mix is not LinearAttention.mix:
-            found.setdefault((kind.__mro__[1], mixer.num_heads, mixer.head_dim, mixer.value_dim), mixer)
+        if isinstance(mixer, LinearAttention):
+            found.setdefault((type(mixer).__mro__[1], mixer.num_heads, mixer.head_dim, mixer.value_dim), mixer)
     return list(found.values())
 
 
