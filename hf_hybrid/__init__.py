@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     )
 
     from .adapters import AdapterCoverage, adapter_coverage, lora_config, lora_targets
+    from .card import save_model
     from .conversion import ConversionReport, convert
+    from .evaluation import Evaluation, evaluate_model
+    from .hub import push
+    from .run.recipe import Recipe
+    from .run.runner import run_recipe
     from .selection import select_layers, uniform_layers
     from .teacher.embedded import embedded_teacher, embedded_tokenizer
+    from .teacher.loading import load_pair
 
 __version__ = "0.2.0"
 
@@ -35,19 +41,26 @@ _HOME = {
     "ConversionReport": "conversion",
     "DistillationConfig": "trainers",
     "DistillationTrainer": "trainers",
+    "Evaluation": "evaluation",
     "HybridConfig": "modeling",
     "HybridForCausalLM": "modeling",
     "HybridTrainer": "trainers",
     "HybridTrainingArguments": "trainers",
     "LayerScores": "trainers",
+    "Recipe": "run.recipe",
     "adapter_coverage": "adapters",
     "calibrate": "trainers",
     "convert": "conversion",
     "embedded_teacher": "teacher.embedded",
     "embedded_tokenizer": "teacher.embedded",
+    "evaluate_model": "evaluation",
     "held_out_kl": "trainers",
+    "load_pair": "teacher.loading",
     "lora_config": "adapters",
     "lora_targets": "adapters",
+    "push": "hub",
+    "run_recipe": "run.runner",
+    "save_model": "card",
     "score_layers": "trainers",
     "select_layers": "selection",
     "uniform_layers": "selection",
@@ -61,19 +74,26 @@ __all__ = [
     "ConversionReport",
     "DistillationConfig",
     "DistillationTrainer",
+    "Evaluation",
     "HybridConfig",
     "HybridForCausalLM",
     "HybridTrainer",
     "HybridTrainingArguments",
     "LayerScores",
+    "Recipe",
     "adapter_coverage",
     "calibrate",
     "convert",
     "embedded_teacher",
     "embedded_tokenizer",
+    "evaluate_model",
     "held_out_kl",
+    "load_pair",
     "lora_config",
     "lora_targets",
+    "push",
+    "run_recipe",
+    "save_model",
     "score_layers",
     "select_layers",
     "uniform_layers",
