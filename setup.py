@@ -24,6 +24,8 @@ TEST = [
     "ruff",
     "setuptools>=77",
     "types-PyYAML",
+    # Exported hybrids are run in llama.cpp: wheels of 34 MB, nothing is built.
+    "xllamacpp>=2026.10.11549; sys_platform == 'linux'",
 ]
 
 

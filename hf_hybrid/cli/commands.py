@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..exporting.native import LAYOUTS, options_for
 from .evaluate import add_evaluate_options, evaluation_of, list_tasks, print_evaluation
+from .export import add_export_options, check_export_options, export_as_told
 from .generate import add_chat_options, add_generate_options, check_options, prompts_of
 from .score import add_score_options
 from .text import GGUF_HELP, SEEDS, add_text_options, check_numbers, text_of
@@ -34,6 +36,7 @@ examples:
   hf-hybrid convert Qwen/Qwen3-0.6B --full-attention-layers 3,10,17,24 --output hybrid
   hf-hybrid convert SmolLM2-135M-Instruct.Q4_1.gguf --full-attention-layers 3,10,17,24 --output hybrid
   hf-hybrid push my_run me/my-hybrid --private
+  hf-hybrid export my_run --to gguf --output my_gguf     (--list says what it fits)
   hf-hybrid evaluate my_run/model --teacher Qwen/Qwen3-0.6B --data-files 'texts/*.txt'
   hf-hybrid evaluate my_run/model --tasks ruler --lengths 1024,4096 --cases 50
   hf-hybrid generate my_run/model 'Once upon a time' --teacher Qwen/Qwen3-0.6B
@@ -142,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--output", required=True, help="new folder for the model")
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
+    convert.add_argument("--export-to", choices=tuple(LAYOUTS), help="use mixer options that fit this layout")
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall, cache size and tasks of a model")
     add_evaluate_options(evaluate)
@@ -149,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     add_generate_options(generate)
     chat = add("chat", _chat, "talk to a model, and to its teacher beside it")
     add_chat_options(chat)
+    export = add("export", _export, "write a hybrid as a model that transformers and servers have themselves")
+    add_export_options(export)
     push = add("push", _push, "upload the model of a run, its code, tokenizer and card to the Hub, in one commit")
     push.add_argument("folder", metavar="FOLDER", help="a finished run, or a folder with a model and its tokenizer")
     push.add_argument("repo_id", metavar="REPO_ID", help="name on the Hub, owner/name; made if need be")
@@ -161,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     env = add("env", _env, "show versions, devices, and which kernels would run on them and why")
     for sub in (init, run, score, convert, evaluate, generate, chat):
         sub.add_argument("--trust-remote-code", action="store_true", help="let the teacher run code of its own")
-    for sub in (demo, run, score, evaluate, generate, push, doctor, env):
+    for sub in (demo, run, score, evaluate, generate, export, push, doctor, env):
         sub.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
     return parser
 
@@ -359,6 +365,7 @@ def _convert(options: argparse.Namespace) -> None:
     _quiet()
     from ..card import save_model
     from ..conversion import convert
+    from ..exporting.export import check_fits
     from ..run.folder import check_place, publish
     from ..teacher.loading import load_pair
 
@@ -370,7 +377,12 @@ def _convert(options: argparse.Namespace) -> None:
         revision=options.revision,
         gguf_file=options.gguf_file,
     )
-    student = convert(teacher, layers, mixer=options.mixer)
+    mixer_options = None
+    if options.export_to is not None:
+        mixer_options = options_for(options.export_to, options.mixer, {}, "--export-to")
+    student = convert(teacher, layers, mixer=options.mixer, mixer_options=mixer_options)
+    if options.export_to is not None:
+        check_fits(student.config, options.export_to)
     student.config.teacher_name_or_path = options.teacher
     with publish(folder) as partial:
         note = "Not trained: the new tensors of its linear layers are random. Align and distil it before use."
@@ -430,6 +442,12 @@ def _chat(options: argparse.Namespace) -> None:
     from .generate import chat
 
     chat(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    check_export_options(options)
+    _quiet()
+    export_as_told(options)
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -1,9 +1,18 @@
-"""The mixer options with which a linear layer is one that transformers and servers have themselves."""
+"""
+The mixer options with which a linear layer is one that transformers and servers have themselves, and the layouts that
+are exported. Nothing is imported here that takes time.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 
+LAYOUTS = {
+    "qwen3_5": "transformers' own Qwen3_5ForCausalLM (text only), without remote code",
+    "gguf": "the same for llama.cpp, in one GGUF file",
+}
+# Of the weights in a GGUF file.
+FILE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 NATIVE_MIXER = "gated_deltanet"
 # With these, `gated_deltanet` is the Gated DeltaNet of transformers' Qwen3-Next and Qwen3.5: it projects without
 # biases, convolves q, k and v over four tokens, applies SiLU to all three and knows neither positions nor q/k norms.
@@ -15,7 +24,18 @@ NATIVE_OPTIONS: dict[str, Any] = {
     "qk_norm": False,
     "projection_bias": False,
 }
+# What such a layer has no choice about. Its convolution may be of any length, or the identity where there is none.
+NEEDED_OPTIONS = {name: value for name, value in NATIVE_OPTIONS.items() if name != "short_convolution"} | {
+    "output_norm": True,
+    "output_gate": "silu",
+}
 _PRESETS = {"native": NATIVE_OPTIONS}
+
+
+def check_layout(to: str, where: str = "to") -> None:
+    """Raises a `ValueError` where there is no layout of that name."""
+    if to not in LAYOUTS:
+        raise ValueError(f"{where}={to!r} is no layout; choose one of {list(LAYOUTS)}.")
 
 
 def mixer_options_of(options: dict[str, Any] | str | None, mixer: str | Sequence[str | None]) -> dict[str, Any] | None:
@@ -26,12 +46,30 @@ def mixer_options_of(options: dict[str, Any] | str | None, mixer: str | Sequence
         raise ValueError(
             f"mixer_options={options!r} is no preset; pass one of {sorted(_PRESETS)}, or a dict of options."
         )
-    others = sorted(
-        {name for name in ([mixer] if isinstance(mixer, str) else mixer) if name not in (None, NATIVE_MIXER)}
-    )
+    names = [mixer] if isinstance(mixer, str) else mixer
+    others = sorted({name for name in names if name not in (None, NATIVE_MIXER)})
     if others:
         raise ValueError(
             f"mixer_options={options!r} makes a {NATIVE_MIXER} that servers have themselves; there is none for "
             f"{others}. Pass mixer={NATIVE_MIXER!r}, or a dict of options."
         )
     return dict(_PRESETS[options])
+
+
+def options_for(to: str, mixer: str, options: dict[str, Any], where: str = "export_to") -> dict[str, Any]:
+    """
+    The mixer options of a hybrid that is to be exported: those that the layout needs, and what else is in `options`.
+    A `ValueError` names one that would not fit.
+    """
+    check_layout(to, where)
+    if mixer != NATIVE_MIXER:
+        raise ValueError(f"mixer {mixer!r} cannot be exported ({where}: {to}); only {NATIVE_MIXER!r} can.")
+    plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
+    given = plain | options.get(NATIVE_MIXER, {})
+    for name, wanted in NEEDED_OPTIONS.items():
+        if name in given and given[name] != wanted:
+            raise ValueError(
+                f"mixer_options.{name}={given[name]!r} cannot be exported ({where}: {to}), which needs {wanted!r}; "
+                f"leave one of the two out."
+            )
+    return NATIVE_OPTIONS | given

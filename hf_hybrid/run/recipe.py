@@ -23,6 +23,7 @@ from hf_hybrid.trainers.durable import write_text
 from hf_hybrid.trainers.scoring.methods import MOVED, method_of
 
 from ..data.rows import DataConfig
+from ..exporting.native import options_for
 from ..selection import POSITIONAL, check_selector
 from .schema import parse, read_yaml, typed, unknown_key
 
@@ -294,6 +295,8 @@ class Recipe:
             `fp16` in `training` under autocast, in which scores and the teacher's top k are measured too.
         trust_remote_code (`bool`): whether the teacher may run code of its own.
         mixer (`str`), mixer_options (`dict`): see [`convert`].
+        export_to (`str`, *optional*): a layout that the finished model is to fit, see [`~hf_hybrid.export`]: the
+            mixers get the options that it needs, from the start, and what would not fit is refused.
         seed (`int`): of everything random.
         training (`dict`): more fields of [`~transformers.TrainingArguments`] and of the trainers' own that decide the
             result, such as precision and optimizer, the same for all stages.
@@ -316,6 +319,7 @@ class Recipe:
     trust_remote_code: bool = False
     mixer: str = "gated_deltanet"
     mixer_options: dict[str, Any] = field(default_factory=dict)
+    export_to: str | None = None
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     execution: dict[str, Any] = field(default_factory=dict)
@@ -326,6 +330,10 @@ class Recipe:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is no seed; pass a whole number from 0 to {2**32 - 1}.")
         check_dtype(self.dtype)
+        if self.export_to is not None:
+            self.mixer_options = options_for(self.export_to, self.mixer, self.mixer_options)
+            if self.select.k == 0 or self.select.layers == []:
+                raise ValueError(f"select keeps no layer, and export_to: {self.export_to} needs one with softmax.")
         self._check_scores()
         self._check_arguments()
         self._share_micro_batch_size()
@@ -430,7 +438,7 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """What decides the result, as nested dictionaries: all of the recipe but how it is executed."""
         data = self.to_dict()
-        del data["execution"]
+        del data["execution"], data["export_to"]  # what that changes stands in the mixers' options
         data["training"] = {name: value for name, value in self.training.items() if name not in _OF_EXECUTION}
         for name in self.stages():
             data[name] = {
