@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 import hf_hybrid as hh
-from hf_hybrid.teacher.loading import load_pair
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(0)  # the tensors that the teacher does not have are drawn at random
-    teacher, tokenizer = load_pair(args.teacher)
+    teacher, tokenizer = hh.load_pair(args.teacher)
     hybrid = hh.convert(teacher, args.full_attention_layers, mixer=args.mixer)
     print(hybrid.conversion_report)
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid as hh
-from hf_hybrid.card import save_model
-from hf_hybrid.hub import push
 
 
 def main() -> None:
@@ -27,8 +25,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         if args.model == "embedded":
-            save_model(hh.convert(hh.embedded_teacher(), [2, 3]), hh.embedded_tokenizer(), folder)
-        pushed = push(folder if args.model == "embedded" else Path(args.model), args.repo, private=args.private)
+            hh.save_model(hh.convert(hh.embedded_teacher(), [2, 3]), hh.embedded_tokenizer(), folder)
+        pushed = hh.push(folder if args.model == "embedded" else Path(args.model), args.repo, private=args.private)
     print(f"Pushed {len(pushed.files)} files, {sum(pushed.files.values())} bytes: {pushed.url}")
 
     # What anyone does who has transformers. A pinned revision runs the code that you have read, and no other.

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     )
 
     from .adapters import AdapterCoverage, adapter_coverage, lora_config, lora_targets
+    from .card import save_model
     from .conversion import ConversionReport, convert
+    from .evaluation import Evaluation, evaluate_model
     from .exporting.export import ExportReport, export, import_native, layouts_of
+    from .hub import push
+    from .run.recipe import Recipe
+    from .run.runner import run_recipe
     from .selection import select_layers, uniform_layers
     from .teacher.embedded import embedded_teacher, embedded_tokenizer
+    from .teacher.loading import load_pair
 
 __version__ = "0.2.0"
 
@@ -34,25 +40,32 @@ _HOME = {
     "AlignmentConfig": "trainers",
     "AlignmentTrainer": "trainers",
     "ConversionReport": "conversion",
-    "ExportReport": "exporting.export",
     "DistillationConfig": "trainers",
     "DistillationTrainer": "trainers",
+    "Evaluation": "evaluation",
+    "ExportReport": "exporting.export",
     "HybridConfig": "modeling",
     "HybridForCausalLM": "modeling",
     "HybridTrainer": "trainers",
     "HybridTrainingArguments": "trainers",
     "LayerScores": "trainers",
+    "Recipe": "run.recipe",
     "adapter_coverage": "adapters",
     "calibrate": "trainers",
     "convert": "conversion",
     "embedded_teacher": "teacher.embedded",
     "embedded_tokenizer": "teacher.embedded",
+    "evaluate_model": "evaluation",
     "export": "exporting.export",
     "held_out_kl": "trainers",
     "import_native": "exporting.export",
     "layouts_of": "exporting.export",
+    "load_pair": "teacher.loading",
     "lora_config": "adapters",
     "lora_targets": "adapters",
+    "push": "hub",
+    "run_recipe": "run.runner",
+    "save_model": "card",
     "score_layers": "trainers",
     "select_layers": "selection",
     "uniform_layers": "selection",
@@ -66,23 +79,30 @@ __all__ = [
     "ConversionReport",
     "DistillationConfig",
     "DistillationTrainer",
+    "Evaluation",
     "ExportReport",
     "HybridConfig",
     "HybridForCausalLM",
     "HybridTrainer",
     "HybridTrainingArguments",
     "LayerScores",
+    "Recipe",
     "adapter_coverage",
     "calibrate",
     "convert",
     "embedded_teacher",
     "embedded_tokenizer",
+    "evaluate_model",
     "export",
     "held_out_kl",
     "import_native",
     "layouts_of",
+    "load_pair",
     "lora_config",
     "lora_targets",
+    "push",
+    "run_recipe",
+    "save_model",
     "score_layers",
     "select_layers",
     "uniform_layers",

@@ -12,11 +12,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_hybrid.modeling.library import cache_argument
 from hf_hybrid.trainers import held_out_kl
-from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.durable import write_json
 from hf_hybrid.trainers.held_out import batches, standard_error
-from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
+from hf_hybrid.trainers.losses import check_logit_function
 from hf_hybrid.trainers.modes import evaluating
+from hf_hybrid.trainers.next_token import predict, predicted_tokens
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 from hf_hybrid.trainers.teacher_trainer import counted_tokens
 
@@ -258,25 +258,12 @@ def perplexity_of(losses: Sequence[tuple[float, int]]) -> tuple[float, float]:
 def row_losses(model: PreTrainedModel, rows: Any, batch_size: int, precision: Precision) -> list[tuple[float, int]]:
     """Of each row the sum of the negative log likelihoods of its predicted tokens, in nats, and their number."""
     check_logit_function(model, precision)
-    logits = logit_function(model, precision)
-    chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
     found: list[tuple[float, int]] = []
     with evaluating(model):
         for batch in batches(rows, batch_size, model.device):
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
-            counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-            predicted = counts[:, 1:] & counts[:, :-1]
-            if "position_ids" in batch:
-                predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
-            hidden = final_hidden_states(model, batch, precision)[:, :-1][predicted]
-            targets = ids[:, 1:][predicted].long()
-            parts = [
-                torch.nn.functional.cross_entropy(logits(part).float(), target, reduction="none")
-                for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-            ]
-            numbers = predicted.sum(-1).tolist()
-            losses = torch.cat(parts).double().cpu().split(numbers) if parts else ()
-            found += [(loss.sum().item(), number) for loss, number in zip(losses, numbers, strict=True)]
+            nll, predicted = predict(model, batch, precision)[0].double(), predicted_tokens(batch)
+            losses = torch.where(predicted, nll, 0.0).sum(-1)
+            found += zip(losses.tolist(), predicted.sum(-1).tolist(), strict=True)
     return found
 
 

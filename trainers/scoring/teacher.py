@@ -8,12 +8,11 @@ import torch
 
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
-from ..distillation import final_hidden_states, kl_of_batch
+from ..distillation import kl_of_batch
 from ..held_out import HeldOut, row_means
-from ..losses import LogitFunction, logit_function, tokens_per_chunk, widen
 from ..modes import evaluating
+from ..next_token import predict, predicted_tokens
 from ..precision import Precision
-from ..teacher_trainer import model_inputs
 from .job import Job
 from .scores import LayerScore, LayerScores
 from .scoring_method import ScoringMethod
@@ -86,27 +85,8 @@ def token_nll(held_out: HeldOut, model: Any) -> Rows:
 
 
 def nll_of_batch(model: Any, batch: dict[str, torch.Tensor], precision: Precision) -> Rows:
-    """Negative log likelihood of each row's tokens that have one before them in their document, nats per token."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    predicted = counts[:, 1:] & counts[:, :-1]
-    if "position_ids" in batch:
-        predicted = predicted & (batch["position_ids"].diff(dim=-1) == 1)
-    return row_means(predict(model, batch, precision)[0], predicted)
-
-
-def predict(model: Any, batch: dict[str, torch.Tensor], precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL of every token but the first, `[B, T - 1]`, and whether it was the most likely; a chunk of logits a time."""
-    hidden = final_hidden_states(model, model_inputs(batch), precision)[:, :-1]
-    targets = batch["input_ids"][:, 1:].long()
-    head: LogitFunction = logit_function(model, precision)
-    chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
-    nll, right = [], []
-    for part, target in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
-        logits = widen(head(part))
-        nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-        right.append(logits.argmax(-1) == target)
-    return torch.cat(nll).view_as(targets), torch.cat(right).view_as(targets)
+    """Mean negative log likelihood of each row's predicted tokens, nats per token."""
+    return row_means(predict(model, batch, precision)[0], predicted_tokens(batch))
 
 
 ABLATION_KL = ScoringMethod(

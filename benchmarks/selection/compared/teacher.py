@@ -12,10 +12,11 @@ from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.held_out import HeldOut, row_means
 from hf_hybrid.trainers.losses import widen
 from hf_hybrid.trainers.modes import evaluating
+from hf_hybrid.trainers.next_token import predict
 from hf_hybrid.trainers.scoring.job import Job
 from hf_hybrid.trainers.scoring.scores import LayerScore, LayerScores
 from hf_hybrid.trainers.scoring.scoring_method import ScoringMethod
-from hf_hybrid.trainers.scoring.teacher import Rows, ablate, nll_of_batch, predict
+from hf_hybrid.trainers.scoring.teacher import Rows, ablate, nll_of_batch
 
 
 def ablation_ppl(job: Job) -> LayerScores:
