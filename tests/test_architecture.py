@@ -239,6 +239,7 @@ RUNNERS = {
     "hf_hybrid/evaluation.py": {"layer_cache_bytes"},
     "hf_hybrid/synthetic.py": {"task_accuracy"},
     "hf_hybrid/demo.py": {"reload_elsewhere"},
+    "hf_hybrid/serving/vllm_model.py": {"forward"},
     "hf_hybrid/teacher/probe.py": {"probe"},
 }
 # Functions for users, which measure finished models, may default to the dtype of the weights.

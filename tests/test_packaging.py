@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hf_hybrid", "modeling", "trainers")
-ROOMS = ("cli", "data", "exporting", "run", "tasks", "teacher")
+ROOMS = ("cli", "data", "exporting", "run", "serving", "tasks", "teacher")
 SYMLINKS = {"hf_hybrid/modeling", "hf_hybrid/recipes", "hf_hybrid/trainers"}
 # Where each file of the tree is installed; the rest of the tree is not.
 INSTALLED = {
@@ -112,7 +112,9 @@ def test_wheel_has_the_licence_and_the_command(dist: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = {name.split(".dist-info/")[1]: name for name in archive.namelist() if ".dist-info/" in name}
         assert "licenses/LICENSE" in info
-        assert "hf-hybrid = hf_hybrid.__main__:run_and_exit" in archive.read(info["entry_points.txt"]).decode()
+        entry_points = archive.read(info["entry_points.txt"]).decode()
+        assert "hf-hybrid = hf_hybrid.__main__:run_and_exit" in entry_points
+        assert "[vllm.general_plugins]\nhf_hybrid = hf_hybrid.serving.vllm_plugin:register" in entry_points
 
 
 def test_source_distribution_builds_the_same_wheel(tree: Path, dist: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Hybrids in other programs, as they were saved: the vLLM plugin. For what needs no plugin, see `exporting`."""
