@@ -34,7 +34,8 @@ from transformers import PrinterCallback, TrainerCallback
 import hf_hybrid as hh
 from benchmarks.selection.data import TEACHERS, load_teacher
 from benchmarks.selection.data import rows as task_rows
-from hf_hybrid.data.rows import DataConfig, build_rows
+from hf_hybrid.data.config import DataConfig
+from hf_hybrid.data.rows import build_rows
 from hf_hybrid.demo_data import demo_rows
 from hf_hybrid.evaluation import recall_of, recall_task
 from hf_hybrid.modeling.linear_attention import widen

@@ -237,7 +237,7 @@ def test_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_text_that_turns_into_bytes_later(tmp_path: Path) -> None:
-    from hf_hybrid.data.rows import DataConfig
+    from hf_hybrid.data.config import DataConfig
     from hf_hybrid.data.text import open_text
 
     (tmp_path / "a.txt").write_bytes("".join(LINES).encode() * 20 + b"\n\x00\n")

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_hybrid.data import rows as data_module
 from hf_hybrid.data import text as text_module
-from hf_hybrid.data.rows import CutRows, DataConfig, build_rows, first_rows, load_rows, packed_rows
+from hf_hybrid.data.config import DataConfig
+from hf_hybrid.data.rows import CutRows, build_rows, first_rows, load_rows, packed_rows
 from hf_hybrid.modeling.modeling_hybrid import packed_documents
 
 

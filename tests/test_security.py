@@ -21,7 +21,8 @@ from teachers import tiny_teacher, tokens
 from test_architecture import MODELING, PACKAGE, ROOT, TRAINERS, TRAVELLING_LIBRARIES, TRAVELLING_STDLIB, name_of
 
 import hf_hybrid as hh
-from hf_hybrid.data.rows import DataConfig, first_rows
+from hf_hybrid.data.config import DataConfig
+from hf_hybrid.data.rows import first_rows
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
 from hf_hybrid.teacher.embedded import embedded_tokenizer

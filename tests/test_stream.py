@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_hybrid.data import rows as data_module
 from hf_hybrid.data import text as text_module
-from hf_hybrid.data.rows import DataConfig, PackedRows, SourceConfig, packed_rows
+from hf_hybrid.data.config import DataConfig, SourceConfig
+from hf_hybrid.data.rows import PackedRows, packed_rows
 from hf_hybrid.data.stream import PackedStream
 from hf_hybrid.data.text import open_text
 from hf_hybrid.run.recipe import Recipe

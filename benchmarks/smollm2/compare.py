@@ -27,7 +27,8 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 import hf_hybrid as hh
-from hf_hybrid.data.rows import CutRows, DataConfig, first_rows, load_rows
+from hf_hybrid.data.config import DataConfig
+from hf_hybrid.data.rows import CutRows, first_rows, load_rows
 from hf_hybrid.environment import describe_kernels
 from hf_hybrid.evaluation import cache_bytes, perplexity
 from hf_hybrid.run.folder import ARTEFACTS

@@ -60,7 +60,8 @@ def evaluation_of(options: argparse.Namespace) -> Any:
         raise ValueError(f"--output {options.output}: there is no folder {Path(options.output).parent}; make it.")
     import torch
 
-    from ..data.rows import DataConfig, first_rows
+    from ..data.config import DataConfig
+    from ..data.rows import first_rows
     from ..environment import describe_kernels
     from ..evaluation import evaluate_model
     from ..tasks import OFFLINE, RULER_TASKS
@@ -116,7 +117,7 @@ def haystack_of(files: list[str] | None) -> list[str] | None:
     """The documents of these files, as far as two million characters go."""
     if files is None:
         return None
-    from ..data.rows import DataConfig
+    from ..data.config import DataConfig
     from ..data.text import open_text
 
     texts, size = [], 0

@@ -1,1 +1,1 @@
-"""From text to rows of token ids: sources (`text.py`), rows on disk (`rows.py`), rows on the fly (`stream.py`)."""
+"""From text to rows of token ids: what a recipe says of it (`config`), `text`, `rows` on disk, `stream` on the fly."""

@@ -11,7 +11,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hybrid.trainers.durable import read_json, write_json
 
-from .rows import DataConfig, PackedRows, Packing, cut_row, text_prefix
+from .config import DataConfig
+from .rows import PackedRows, Packing, cut_row, text_prefix
 
 
 _FILE = "stream.json"

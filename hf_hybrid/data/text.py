@@ -6,28 +6,27 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from .config import DataConfig, SourceConfig
 
-if TYPE_CHECKING:
-    from .rows import DataConfig, SourceConfig
 
 _PIECE_CHARACTERS = 2**18  # a longer text file is tokenised in pieces, cut at line ends
 
 
-def open_text(config: "DataConfig", seed: int) -> "Mixture":
+def open_text(config: DataConfig, seed: int) -> "Mixture":
     """The text of `config`, from its start."""
     return Mixture([(_open(source, seed), source.weight) for source in config.all_sources()])
 
 
-def _open(source: "SourceConfig", seed: int) -> "FileTexts | DatasetTexts":
+def _open(source: SourceConfig, seed: int) -> "FileTexts | DatasetTexts":
     return DatasetTexts(source) if source.dataset else FileTexts(source, seed)
 
 
-def check_sources(config: "DataConfig") -> None:
+def check_sources(config: DataConfig) -> None:
     """Raises a `ValueError` where the local files of `config` are none, or no text, from the beginning of each."""
     for source in [] if config.source else config.all_sources():
         if source.text_files:
@@ -113,7 +112,7 @@ class Mixture:
 class FileTexts:
     """Iterator over the pieces of local files, in an order drawn with the seed; an open file is never read whole."""
 
-    def __init__(self, source: "SourceConfig", seed: int) -> None:
+    def __init__(self, source: SourceConfig, seed: int) -> None:
         self.files = find_files(source.text_files)
         random.Random(seed).shuffle(self.files)
         self.text_column = source.text_column
@@ -160,7 +159,7 @@ class FileTexts:
 class DatasetTexts:
     """Iterator over the documents of a dataset of `datasets`, whose own state it keeps."""
 
-    def __init__(self, source: "SourceConfig") -> None:
+    def __init__(self, source: SourceConfig) -> None:
         self.source = source
         rows = _load(source)
         self.rows = rows if isinstance(rows, IterableDataset) else rows.to_iterable_dataset()
@@ -208,7 +207,7 @@ def _text_of_line(line: str, where: str, text_column: str) -> str:
     return _text_of(record if isinstance(record, dict) else {}, where, text_column)
 
 
-def _load(source: "SourceConfig") -> Any:
+def _load(source: SourceConfig) -> Any:
     try:
         return load_dataset(
             source.dataset, source.subset, split=source.split, streaming=source.streaming, revision=source.revision

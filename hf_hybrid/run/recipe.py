@@ -22,7 +22,7 @@ from hf_hybrid.trainers import AlignmentConfig, DistillationConfig
 from hf_hybrid.trainers.durable import write_text
 from hf_hybrid.trainers.scoring.methods import MOVED, method_of
 
-from ..data.rows import DataConfig
+from ..data.config import DataConfig
 from ..exporting.native import options_for
 from ..selection import POSITIONAL, check_selector
 from .schema import parse, read_yaml, typed, unknown_key

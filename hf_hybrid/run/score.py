@@ -9,7 +9,8 @@ from hf_hybrid.trainers import DistillationConfig, LayerScores, score_layers
 from hf_hybrid.trainers.scoring.methods import METHODS, check_request, method_of
 
 from ..conversion import convert
-from ..data.rows import DataConfig, RowSets
+from ..data.config import DataConfig
+from ..data.rows import RowSets
 from ..evaluation import layer_cache_bytes
 from ..selection import count_within, layers_within, select_layers
 from .inputs import load_run_pair

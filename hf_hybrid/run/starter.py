@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ..conversion import check_teacher
-from ..data.rows import DataConfig
+from ..data.config import DataConfig
 from ..data.text import check_sources, find_files
 from ..teacher.loading import empty_teacher
 from .footprint import Footprint, device_memory, footprint
