@@ -320,3 +320,38 @@ def test_these_find_what_they_look_for() -> None:
     assert [name for name, _ in functions_around(tree, runs_a_model)] == ["f", "f"]
     for file, names in RUNNERS.items():
         assert names == {name for name, _ in functions_around(parse(ROOT / file), runs_a_model)}, file
+
+
+# --- no circles
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its import name."""
+    found = {}
+    for file in (*MODELING, *TRAINERS, *PACKAGE):
+        own = [] if file.stem == "__init__" else [file.stem]
+        found[".".join([package_of(file), *own])] = file
+    return found
+
+
+def imported_by(file: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the package that `file` imports, wherever in it, but for what type checkers alone read."""
+    tree = parse(file)
+    unread = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    names = {name for node, name in imports(tree, package_of(file)) if node not in unread}
+    # `from .module import name` asks for `module.name`, `from . import module` for `module`.
+    return {name if name in known else name.rpartition(".")[0] for name in names} & known.keys()
+
+
+def test_imports_have_no_circles() -> None:
+    known = modules()
+    left = {name: imported_by(file, known) - {name} for name, file in known.items()}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}, "these import one another"
