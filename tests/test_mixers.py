@@ -247,7 +247,7 @@ class TestMixedMixers:
             ({"mixer_options": {"window": 8}}, "unknown to gated_deltanet; choose from"),
             (
                 {"mixer": "sliding_window", "mixer_options": {"rope": False}},
-                r"\['rope'\] are unknown to sliding_window; choose from \['window'\]",
+                r"\['rope'\] are unknown to sliding_window; choose from \['window', 'sinks'\]",
             ),
             ({"mixer_options": {"sliding_window": {"window": 8}}}, "the model's mixers are"),
             ({"mixer_options": {"rope": "no"}}, r"mixer_options\['rope'\]='no' is of type str; pass bool"),
