@@ -19,6 +19,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from hf_hybrid.trainers.held_out import standard_error
 
 PAGE = Path(__file__).parents[1] / "docs" / "native.md"
 _TABLES = "## The tables"
+# Records are of one study where these are equal.
+_SAME = ("teacher", "keep", "tokens", "rates", "precision")
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "native": NATIVE_OPTIONS,
@@ -51,8 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(parser: argparse.ArgumentParser, output: str, variants: Sequence[str]) -> argparse.Namespace:
+    """The options of a benchmark of hybrids with several mixer options, of which `variants` are the default ones."""
     parser.add_argument("--teacher", default="embedded", help="a folder, Hub id or GGUF file")
     parser.add_argument("--mixer", default="gated_deltanet", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -66,16 +69,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--keep", type=int, nargs="*", default=[2, 3], help="layers that keep softmax")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=[name for name in VARIANTS if "bias" not in name]
-    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(variants))
     parser.add_argument("--align-lr", type=float, default=3e-3)
     parser.add_argument("--mixer-lr", type=float, default=3e-3, help="of the mixers in the distillation")
     parser.add_argument("--lr", type=float, default=3e-4, help="of all else in the distillation")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
     parser.add_argument("--trial", action="store_true", help="sizes that say nothing")
     parser.add_argument("--write-docs", action="store_true", help="only put the tables of --output into the page")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "native" / "native.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "native" / output)
     args = parser.parse_args()
     if args.text and args.block is None:
         args.block = 256
@@ -150,14 +151,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def main() -> None:
-    args, began = parse_args(), time.perf_counter()
-    if args.write_docs:
-        before, mark, _ = PAGE.read_text("utf-8").partition(_TABLES)
-        PAGE.write_text(before + mark + "\n\n" + page(read(args.output)), "utf-8")
-        return
-    study, length = Study(args), args.block or 256
-    about: dict[str, Any] = {
+def about_run(args: argparse.Namespace, study: Study, script: str) -> dict[str, Any]:
+    """What was run, on what."""
+    length = args.block or 256
+    return {
         "teacher": Path(args.teacher).name,
         "keep": args.keep,
         "tokens": {
@@ -168,17 +165,30 @@ def main() -> None:
         },
         "rates": {"alignment": args.align_lr, "mixers": args.mixer_lr, "all else": args.lr},
         "precision": str(study.precision),
-    }
-    others = [found for found in read(args.output) if any(found[key] != about[key] for key in about)]
-    same = [found for found in read(args.output) if found not in others]
-    records = same[0]["records"] if same else []
-    about |= {
-        "command": shlex.join(["python", "benchmarks/native.py", *map(_public, sys.argv[1:])]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *map(_public, sys.argv[1:])]),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU, one thread",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "teacher_recall": study.recall_of(study.teacher),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args, began = (
+        parse_args(parser, "native.json", [name for name in VARIANTS if "bias" not in name]),
+        time.perf_counter(),
+    )
+    if args.write_docs:
+        before, mark, _ = PAGE.read_text("utf-8").partition(_TABLES)
+        PAGE.write_text(before + mark + "\n\n" + page(read(args.output)), "utf-8")
+        return
+    study = Study(args)
+    about = {name: value for name, value in about_run(args, study, "native.py").items() if name in _SAME}
+    others = [found for found in read(args.output) if any(found[key] != about[key] for key in about)]
+    same = [found for found in read(args.output) if found not in others]
+    records = same[0]["records"] if same else []
+    about = about_run(args, study, "native.py")
     made = {(record["variant"], record["seed"]) for record in records}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in args.variants:

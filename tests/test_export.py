@@ -57,6 +57,12 @@ def test_transformers_loads_the_same_model_as_its_own(layers, dtype, tmp_path):
     torch.testing.assert_close(rest, hybrid(ids).logits[:, 30:], rtol=0, atol=2e-5)
 
 
+def test_a_model_that_was_cast_in_memory(tmp_path):
+    """Its rotary angles are in bf16, and what is saved of it has none."""
+    report = hh.export(native(layers=(1, 3))[0].to(torch.bfloat16), output=tmp_path / "out")
+    assert report.largest_difference < 2e-5
+
+
 @pytest.mark.parametrize("taps", [0, 2, 6])
 def test_any_convolution_fits(taps, tmp_path):
     hybrid = changed(native()[0], short_convolution=taps)

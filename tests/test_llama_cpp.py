@@ -170,7 +170,7 @@ def test_q4_k(tokenizer, tmp_path, monkeypatch):
         return kinds.F32 if narrow else kinds.Q4_K
 
     monkeypatch.setattr(gguf.quants, "quantize", quantize)
-    monkeypatch.setattr(llama_cpp, "_type_of", type_of)
+    monkeypatch.setattr(llama_cpp, "type_of", type_of)
     hh.export(student, to="gguf", file_type="q4_0", output=tmp_path / "out", tokenizer=tokenizer)
     file = tmp_path / "out" / "out-q4_0.gguf"
     assert {entry.tensor_type.name for entry in gguf.GGUFReader(file).tensors} == {"F32", "Q4_K"}

@@ -277,7 +277,17 @@ def _check(report: ExportReport) -> None:
 
 
 def _in_fp32(model: Any) -> Any:
-    return model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    """
+    The hybrid as it is loaded in fp32: one that was cast in memory has rotary angles in half precision, which are in
+    no checkpoint.
+    """
+    if model.dtype == torch.float32:
+        return model
+    with torch.device(model.device):
+        wide: Any = HybridForCausalLM._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    wide.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    wide.tie_weights()
+    return wide.eval()
 
 
 def _rows(model: Any) -> torch.Tensor:

@@ -121,7 +121,7 @@ def write_gguf(
     for source, tensor in tensors.items():
         target = _name(source)
         wide = _theirs(target, tensor.float()).cpu().numpy()
-        kind = _type_of(gguf, target, wide, file_type)
+        kind = type_of(gguf, target, wide, file_type)
         writer.add_tensor(target, gguf.quants.quantize(wide, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -160,7 +160,8 @@ def _ours(target: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, None] if part == "ssm_conv1d.weight" else tensor
 
 
-def _type_of(gguf: Any, target: str, tensor: np.ndarray, file_type: str) -> Any:
+def type_of(gguf: Any, target: str, tensor: np.ndarray, file_type: str) -> Any:
+    """The type, of the library's, of one tensor in a file of type `file_type`."""
     kinds = gguf.GGMLQuantizationType
     if tensor.ndim < 2 or _part(target) in _KEPT_IN_FP32:
         return kinds.F32
