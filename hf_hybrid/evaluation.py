@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -104,6 +104,20 @@ class Evaluation:
         """All measurements by name."""
         return dataclasses.asdict(self)
 
+    def short(self) -> str:
+        """The main figures in one line, the teacher's behind the model's."""
+        parts = []
+        if self.kl is not None:
+            parts.append(f"KL {self.kl:.4f} ± {self.kl_sem:.4f} nats per token")
+        for name, shown in (("perplexity", ".3f"), ("recall", ".3f")):
+            own, its = getattr(self, name), getattr(self, f"teacher_{name}")
+            if own is not None:
+                parts.append(f"{name} {own:{shown}}" + ("" if its is None else f" (teacher {its:{shown}})"))
+        if self.cache_bytes is not None:
+            its = "" if self.teacher_cache_bytes is None else f" (teacher {self.teacher_cache_bytes:,})"
+            parts.append(f"cache of {self.cache_context:,} tokens {self.cache_bytes:,} bytes{its}")
+        return ", ".join(parts)
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes them as JSON, in one step or not at all."""
         write_json(path, self.to_dict())
@@ -121,6 +135,7 @@ def evaluate_model(
     cache_context: int | None = None,
     seed: int = 0,
     precision: Precision = AS_LOADED,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """
     Measures `model`, and `teacher` beside it.
@@ -138,13 +153,16 @@ def evaluate_model(
         seed (`int`): of the recall task.
         precision ([`~hf_hybrid.trainers.precision.Precision`]): what the models run in, by default the dtype of their
             weights, as whoever loads them will run them.
+        progress (`Callable`, *optional*): called with how many passes of a row through KL and perplexities are done,
+            how many there are, and what is measured.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32_768
     result = Evaluation(cache_context=cache_context or min(limit, 32_768))
     if teacher is not None:
         _check_vocabularies(model, teacher)
     if rows is not None:
-        _measure_texts(result, model, teacher, rows if isinstance(rows, dict) else {"": rows}, batch_size, precision)
+        texts = rows if isinstance(rows, dict) else {"": rows}
+        _measure_texts(result, model, teacher, texts, batch_size, precision, progress)
     task = None
     if tokenizer is not None:
         task = recall_task(model.config, tokenizer, recall_rows, recall_length, seed=seed)
@@ -201,20 +219,30 @@ def _measure_texts(
     texts: dict[str, Any],
     batch_size: int,
     precision: Precision,
+    progress: Callable[[int, int, str], None] | None,
 ) -> None:
     """KL and perplexity of each text into `result.texts`, where there are several, and of all rows into `result`."""
     kls: list[float] = []
+    done, total = 0, sum(map(len, texts.values())) * (1 if teacher is None else 3)
+
+    def told(what: str) -> Callable[[int, int], None]:
+        before = done
+        return lambda rows, _: None if progress is None else progress(before + rows, total, what)
+
     losses: dict[str, list[tuple[float, int]]] = {"": [], "teacher_": []}
     for name, rows in texts.items():
         tokens = sum(int(counted_tokens(batch)) for batch in batches(rows, batch_size, torch.device("cpu")))
         found = TextEvaluation(name, len(rows), tokens)
         if teacher is not None:
-            kl = held_out_kl(model, teacher, rows, batch_size, precision)
+            kl = held_out_kl(model, teacher, rows, batch_size, precision, told(f"KL {name}".strip()))
+            done += len(rows)
             found.kl, found.kl_sem = kl.mean, kl.sem
             kls += kl.per_sequence
         for who, measured in (("", model), ("teacher_", teacher)):
             if measured is not None:
-                of_rows = row_losses(measured, rows, batch_size, precision)
+                what = f"{'teacher: ' if who else ''}perplexity {name}".strip()
+                of_rows = row_losses(measured, rows, batch_size, precision, told(what))
+                done += len(rows)
                 losses[who] += of_rows
                 value, sem = perplexity_of(of_rows)
                 setattr(found, f"{who}perplexity", value)
@@ -255,7 +283,13 @@ def perplexity_of(losses: Sequence[tuple[float, int]]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel, rows: Any, batch_size: int, precision: Precision) -> list[tuple[float, int]]:
+def row_losses(
+    model: PreTrainedModel,
+    rows: Any,
+    batch_size: int,
+    precision: Precision,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[float, int]]:
     """Of each row the sum of the negative log likelihoods of its predicted tokens, in nats, and their number."""
     check_logit_function(model, precision)
     found: list[tuple[float, int]] = []
@@ -264,6 +298,8 @@ def row_losses(model: PreTrainedModel, rows: Any, batch_size: int, precision: Pr
             nll, predicted = predict(model, batch, precision)[0].double(), predicted_tokens(batch)
             losses = torch.where(predicted, nll, 0.0).sum(-1)
             found += zip(losses.tolist(), predicted.sum(-1).tolist(), strict=True)
+            if progress is not None:
+                progress(len(found), len(rows))
     return found
 
 

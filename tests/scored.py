@@ -1,6 +1,7 @@
 """A teacher in which the least useful layer is known, and its scores by any method."""
 
 import copy
+import re
 
 import datasets
 import torch
@@ -80,3 +81,9 @@ def kl_with(student, teacher, layers):
 
 class Stop(Exception):
     pass
+
+
+def step_of(text: str) -> int | None:
+    """The step of a training run that a line of progress tells of; None for another line."""
+    found = re.search(r": step (\d+) of ", text)
+    return found and int(found[1])

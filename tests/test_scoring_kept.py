@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from runs import copy_run
-from scored import LAYERS, LENGTH, Stop, arguments, rows, score, weak_student
+from scored import LAYERS, LENGTH, Stop, arguments, rows, score, step_of, weak_student
 from teachers import tiny_teacher
 
 import hf_hybrid as hh
@@ -153,17 +153,16 @@ class TestCheckpoints:
         stop_at = 2 if "halving" in name else 4
 
         def stop(done, total, text):
-            seen.append((done, text))
-            runs = sum(event == (last, "training") for event in seen)
-            if runs == 1 and (done, text) == (stop_at, "training"):
+            seen.append(step_of(text))
+            if seen.count(last) == 1 and seen[-1] == stop_at:
                 raise Stop
 
         with pytest.raises(Stop):
             score(*pair, tmp_path, name.split(",")[0], steps=stop, **case)
-        assert [event for event in seen if event[1] == "training"][-1] == (stop_at, "training")
+        assert seen[-1] == stop_at
         resumed_steps = []
         resumed = score(*pair, tmp_path, name.split(",")[0], steps=lambda *e: resumed_steps.append(e), **case)
-        trained = [done for done, _, text in resumed_steps if text == "training"]
+        trained = [step_of(text) for _, _, text in resumed_steps if step_of(text)]
         assert trained[: last - stop_at + 1] == [*range(stop_at, last + 1)]
         whole = score(*pair, tmp_path, name.split(",")[0], **case | {"output_dir": None})
         assert values(resumed) == values(whole) and resumed.order == whole.order and resumed.options == whole.options
@@ -185,7 +184,7 @@ class TestCheckpoints:
         """A second one that was given the same layer trains without, and leaves them alone."""
 
         def stop(done, total, text):
-            if done == 3:
+            if step_of(text) == 3:
                 raise Stop
 
         given = {"layers": [1], "output_dir": tmp_path / "kept", **BUDGET}
@@ -196,8 +195,8 @@ class TestCheckpoints:
         steps = []
 
         def look(done, total, text):
-            steps.append(done)
-            assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before or text != "training"
+            steps.append(step_of(text))
+            assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before or not step_of(text)
 
         with held(folder / ".lock") as mine:
             assert mine

@@ -53,7 +53,12 @@ def standard_error(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def held_out_kl(
-    student: Any, teacher: Any, dataset: Any, batch_size: int = 8, precision: Precision = AS_LOADED
+    student: Any,
+    teacher: Any,
+    dataset: Any,
+    batch_size: int = 8,
+    precision: Precision = AS_LOADED,
+    progress: Callable[[int, int], None] | None = None,
 ) -> HeldOutKL:
     """
     Measures `KL(teacher || student)` on every row of `dataset`, in order.
@@ -67,9 +72,10 @@ def held_out_kl(
         batch_size (`int`): rows at once; rows of one batch must be of one length.
         precision ([`Precision`]): what both run in, by default each in the dtype of its weights. `Precision.of(args)`
             measures as a Trainer with `args` trains.
+        progress (`Callable`, *optional*): called with how many rows are done, and how many there are.
     """
     held_out = HeldOut(dataset, teacher, batch_size, precision)
-    return HeldOutKL(held_out.kl(student), held_out.tokens)
+    return HeldOutKL(held_out.kl(student, progress), held_out.tokens)
 
 
 def batches(dataset: Any, batch_size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
@@ -124,8 +130,15 @@ class HeldOut:
         self._kept_bytes = 0
 
     @torch.no_grad()
-    def measure(self, of_batch: Callable[[int, dict[str, torch.Tensor]], list[Any]]) -> list[Any]:
-        """`of_batch(index, batch)` gives one entry a row; returns those of all rows, in order, on every process."""
+    def measure(
+        self,
+        of_batch: Callable[[int, dict[str, torch.Tensor]], list[Any]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """
+        `of_batch(index, batch)` gives one entry a row; returns those of all rows, in order, on every process.
+        `progress` is called with how many rows are done, and how many there are.
+        """
         # Sharded models need all processes in every forward pass, so where the batches do not come out even, some
         # measure the last one once more.
         last = len(self.batches) - 1
@@ -134,9 +147,11 @@ class HeldOut:
             index = min(number, last)
             batch = {name: tensor.to(self.teacher.device) for name, tensor in self.batches[index].items()}
             found.append(of_batch(index, batch))
+            if progress is not None:
+                progress(sum(len(batch["input_ids"]) for batch in self.batches[: index + 1]), self.rows)
         return [row for rows in gathered(found)[: last + 1] for row in rows]
 
-    def kl(self, student: Any) -> list[float]:
+    def kl(self, student: Any, progress: Callable[[int, int], None] | None = None) -> list[float]:
         """`KL(teacher || student)` of each row, the mean over its tokens, in nats per token."""
 
         def of_batch(index: int, batch: dict[str, torch.Tensor]) -> list[float]:
@@ -146,7 +161,7 @@ class HeldOut:
             return row_means(kl, batch.get("attention_mask"))
 
         with evaluating(student):
-            return self.measure(of_batch)
+            return self.measure(of_batch, progress)
 
     def reference(self, index: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The teacher's final hidden states of a batch."""

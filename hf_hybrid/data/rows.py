@@ -4,10 +4,10 @@ import dataclasses
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,13 @@ def text_prefix(tokenizer: Any) -> list[int]:
 
 
 def build_rows(
-    config: DataConfig, tokenizer: Any, num_train_rows: int, seed: int, folder: Path, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    num_train_rows: int,
+    seed: int,
+    folder: Path,
+    vocab_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> RowSets:
     """
     Returns the sets `train`, `score` and `report`, written to `folder` in shards and read from there.
@@ -85,21 +91,23 @@ def build_rows(
         seed (`int`): of the order of files, and of synthetic data.
         folder (`Path`): an empty folder, or one that does not exist.
         vocab_size (`int`, *optional*): the teacher's; larger ids are then an error.
+        progress (`Callable`, *optional*): called with how many rows there are, and how many there will be at most.
     """
     wanted = {"score": config.held_out_rows, "report": config.report_rows, "train": num_train_rows}
     if config.source == "embedded-demo":
         from ..demo_data import demo_rows
 
         made = {name: iter(demo_rows(tokenizer, config.block_size, n, seed, name)) for name, n in wanted.items()}
-        counts = {name: _write(islice(rows, wanted[name]), folder / name, vocab_size) for name, rows in made.items()}
+        told = _told(chain(*(islice(rows, wanted[name]) for name, rows in made.items())), wanted, progress)
+        counts = {name: _write(islice(told, wanted[name]), folder / name, vocab_size) for name in wanted}
         packing = Packing([], documents_apart=True)
     else:
         packing = Packing(text_prefix(tokenizer), documents_apart=True)
-        counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing)
+        counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
         if counts["train"] == 0:
             packing = dataclasses.replace(packing, documents_apart=False)
             shutil.rmtree(folder, ignore_errors=True)
-            counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing)
+            counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
     write_json(folder / _PACKING, dataclasses.asdict(packing))
     _check_counts(counts, wanted, config)
     return load_rows(folder)
@@ -314,10 +322,22 @@ def _write_sets(
     wanted: dict[str, int],
     vocab_size: int | None,
     packing: Packing,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, int]:
     """Writes the sets one after the other, in the order of `wanted`; returns how many rows each has."""
-    rows = packed_rows(config, tokenizer, seed, packing)
+    rows = _told(packed_rows(config, tokenizer, seed, packing), wanted, progress)
     return {name: _write(islice(rows, n), folder / name, vocab_size) for name, n in wanted.items()}
+
+
+def _told(
+    rows: Iterator[dict[str, Any]], wanted: dict[str, int], progress: Callable[[int, int], None] | None
+) -> Iterator[dict[str, Any]]:
+    """`rows`, and tells `progress` of each of them."""
+    total = sum(wanted.values())
+    for done, row in enumerate(rows, 1):
+        if progress is not None:
+            progress(done, total)
+        yield row
 
 
 def _write(rows: Iterator[dict[str, Any]], folder: Path, vocab_size: int | None) -> int:

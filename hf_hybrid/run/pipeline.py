@@ -54,6 +54,17 @@ from .stages import (
 )
 
 
+ABOUT = {
+    "data": "text becomes rows of tokens to train on, to choose layers on, and to report on",
+    "align": "every layer linear, each learns what its softmax gave",
+    "score": "what softmax attention is worth in each layer",
+    "select": "the layers that keep softmax attention",
+    "distill": "the hybrid learns what the teacher says, by KL in nats per token",
+    "finetune": "the hybrid learns the text itself",
+    "evaluate": "the hybrid and its teacher on held-out rows",
+    "model": "the hybrid with its code, tokenizer and card, as others load it",
+    "report": "all figures in one file",
+}
 # What the main process does alone while the others wait.
 _ALONE = frozenset({"data", "select", "model", "report"})
 
@@ -108,19 +119,23 @@ class Pipeline:
         """Makes the artefact of one stage, from those of the stages before it."""
         if not self.checked:
             self._check()
-        self.listener(Event(name, "start"))
+        self.listener(Event(name, "start", text=self._about(name)))
         start = time.perf_counter()
         set_seed(self.recipe.seed)
         stage = self._methods()[name]
-        if name in _ALONE:
-            on_main(stage)
-        else:
-            stage()
+        result = on_main(stage) if name in _ALONE else stage()
         seconds = time.perf_counter() - start
         on_main(lambda: self._tidy(name, seconds))
-        self.listener(Event(name, "done", text=f"{seconds:.1f} s"))
+        self.listener(Event(name, "done", text=f"{seconds:.1f} s", result=result))
 
-    def _methods(self) -> dict[str, Callable[[], None]]:
+    def _about(self, name: str) -> str:
+        """What a stage does, in words for whoever waits for it."""
+        text, stage = ABOUT[name], self.recipe.stages().get(name)
+        if name == "score" and self.recipe.score is not None:
+            return f"{text}, by {self.recipe.score.method}"
+        return text if stage is None else f"{text}; {self._tokens_of(name):,} tokens"
+
+    def _methods(self) -> dict[str, Callable[[], str]]:
         return {
             "data": self._data,
             "align": self._align,
@@ -164,6 +179,8 @@ class Pipeline:
 
     @functools.cached_property
     def _pair(self) -> tuple[Any, Any]:
+        if self.recipe.teacher != "embedded":
+            self.listener(Event("run", "note", text=f"loading {self.recipe.teacher}"))
         model, tokenizer = load_run_pair(self.recipe, self.folder)
         return model.to(self.device).requires_grad_(False), tokenizer
 
@@ -208,7 +225,7 @@ class Pipeline:
     def _checkpoints(self, name: str) -> Path:
         return self.folder / f"{name}_checkpoints"
 
-    def _train(self, name: str, student: Any) -> None:
+    def _train(self, name: str, student: Any) -> str:
         rows: Any = None
         if streams(self.recipe, name):
             rows = stream_for(self.recipe, name, self.tokenizer, self.rows.packing)
@@ -236,6 +253,9 @@ class Pipeline:
         on_main(lambda: self._publish_student(name, student, trainer.state, weights))
         if topk is None and is_sharded(self.teacher):
             del self._pair  # the next stage may want it whole
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in " if losses else ""
+        return f"{loss}{trainer.state.global_step:,} steps"
 
     def _tune_kernels(self, name: str, student: Any) -> None:
         """Does at once, and says, what the first step of a stage would wait for in silence."""
@@ -259,11 +279,14 @@ class Pipeline:
     def _sign(self, name: str, partial: Path) -> None:
         write_json(partial / ORIGIN, origin_of(self.recipe, self.folder, name))
 
-    def _data(self) -> None:
+    def _data(self) -> str:
+        def report(done: int, total: int) -> None:
+            self.listener(Event("data", "step", done, total, f"row {done:,} of {total:,}"))
+
         with publish(self.folder / ARTEFACTS["data"], listed=True) as partial:
             vocabulary = self.teacher.config.vocab_size
             needed = rows_needed(self.recipe)
-            rows = build_rows(self.recipe.data, self.tokenizer, needed, self.recipe.seed, partial, vocabulary)
+            rows = build_rows(self.recipe.data, self.tokenizer, needed, self.recipe.seed, partial, vocabulary, report)
             if not rows.packing.documents_apart:
                 text = (
                     "the text has too few documents to hold whole ones out, so one may go on from the held-out rows "
@@ -279,19 +302,21 @@ class Pipeline:
                         f"batch_size={stage.batch_size}; give more text or a smaller batch_size."
                     )
             self._sign("data", partial)
+            counts = {name: len(rows[name]) for name in ("train", "score", "report")}
+        size = self.recipe.data.block_size
+        return f"rows of {size:,} tokens: " + ", ".join(f"{count:,} to {name}" for name, count in counts.items())
 
-    def _align(self) -> None:
+    def _align(self) -> str:
         r = self.recipe
         student: Any = convert(self.teacher, [], mixer=r.mixer, mixer_options=r.mixer_options, kernel=r.kernel)
         student.config.teacher_name_or_path = r.teacher  # not where this machine keeps it
         student.to(self._training_dtype).requires_grad_(True)
-        self._train("align", student)
+        return self._train("align", student)
 
-    def _score(self) -> None:
-        if self.recipe.score is None:
-            return
+    def _score(self) -> str:
         scores = self.measure_scores()
         on_main(lambda: write_artefact(self.recipe, self.folder, "score", scores.to_dict()))
+        return scores.short()
 
     def measure_scores(self, layers: Iterable[int] | None = None) -> LayerScores:
         """Scores all or some layers; what is measured is kept in the run's folder `scores` as it comes."""
@@ -301,7 +326,7 @@ class Pipeline:
             self._tune_kernels("score", student)
         return score_stage(r, student, self.teacher, self.tokenizer, self.rows, kept, self.listener, layers=layers)
 
-    def _select(self) -> None:
+    def _select(self) -> str:
         r, scores = self.recipe, self.scores
         if r.select.cache_bytes is None:
             layers = choose(r, scores, self.teacher.config.num_hidden_layers)
@@ -310,21 +335,26 @@ class Pipeline:
         if scores is not None:
             plot_scores(scores, layers, self.folder / "scores.png")
         write_artefact(r, self.folder, "select", {"selector": r.select.rule, "layers": layers})
+        return f"softmax attention in {layers} of {self.teacher.config.num_hidden_layers} layers, by {r.select.rule}"
 
-    def _distill(self) -> None:
+    def _distill(self) -> str:
         student = self._student_of("align")
         student.set_full_attention_layers(self.selected, self.teacher)
-        self._train("distill", student)
+        return self._train("distill", student)
 
-    def _finetune(self) -> None:
-        self._train("finetune", self._student_of("distill"))
+    def _finetune(self) -> str:
+        return self._train("finetune", self._student_of("distill"))
 
     def _finished_student(self, kernel: str) -> Any:
         last = "distill" if self.recipe.finetune is None else "finetune"
         return self._load(last, self.teacher.dtype, kernel)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> str:
         stage = self.recipe.distill
+
+        def report(done: int, total: int, text: str) -> None:
+            self.listener(Event("evaluate", "step", done, total, text))
+
         evaluation = evaluate_model(
             self._finished_student(self.recipe.kernel),
             self.teacher,
@@ -332,29 +362,34 @@ class Pipeline:
             self._cut("distill", "report"),
             batch_size=stage.micro_batch_size or stage.batch_size,
             seed=self.recipe.seed,
+            progress=report,
         )
         if evaluation.kl is not None and not math.isfinite(evaluation.kl):
             raise ValueError(f"the finished model has a held-out KL of {evaluation.kl}; no card is written of that.")
         on_main(lambda: write_artefact(self.recipe, self.folder, "evaluate", evaluation.to_dict()))
+        return evaluation.short()
 
-    def _model(self) -> None:
+    def _model(self) -> str:
         evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])
         with publish(self.folder / ARTEFACTS["model"]) as partial:
             card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe, "tokens": self._tokens()}
             # Which kernels ran here is no matter of the model's.
             save_model(self._finished_student("auto"), self.tokenizer, partial, **card)
             self._sign("model", partial)
+        return f"in {self.folder / ARTEFACTS['model']}"
 
     def _tokens(self) -> dict[str, int]:
         """The tokens that each stage trained on."""
         r, scores = self.recipe, self.scores
-        tokens = {
-            name: steps_of(r, name) * stage.batch_size * (stage.block_size or r.data.block_size)
-            for name, stage in r.stages().items()
-        }
+        tokens = {name: self._tokens_of(name) for name in r.stages()}
         return tokens if scores is None else tokens | {"score": scores.tokens}
 
-    def _report(self) -> None:
+    def _tokens_of(self, name: str) -> int:
+        stage = self.recipe.stages()[name]
+        block = stage.block_size or self.recipe.data.block_size
+        return steps_of(self.recipe, name) * stage.batch_size * block
+
+    def _report(self) -> str:
         r, scores = self.recipe, self.scores
         found = [] if scores is None else scores.scores
         listed = [
@@ -377,3 +412,4 @@ class Pipeline:
             "model": ARTEFACTS["model"],
         }
         write_artefact(r, self.folder, "report", report)
+        return f"in {self.folder / ARTEFACTS['report']}"

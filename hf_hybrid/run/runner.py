@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def run_recipe(
     join(recipe, folder)
     with explained(folder), contextlib.ExitStack() as stack:
         moved = on_main(lambda: _enter(folder, recipe, start_from, stack))
-        pipeline = Pipeline(recipe, folder, _in_main(progress))
+        to_do = stages if stop_after is None else stages[: stages.index(stop_after) + 1]
+        pipeline = Pipeline(recipe, folder, _numbered(_in_main(progress), to_do))
         if moved:
             pipeline.listener(Event(str(start_from), "note", text=f"made again; kept are {', '.join(moved)}"))
         there = on_main(lambda: {name for name in ARTEFACTS if (folder / ARTEFACTS[name]).exists()})
@@ -99,7 +100,7 @@ def run_recipe(
         if "data" not in there:
             on_main(lambda: check_sources(recipe.data))
         done: dict[str, str] = {}
-        for name in stages:
+        for name in to_do:
             done[name] = "found" if already_finished or name in there else "done"
             if done[name] == "found":
                 # A kill may have come after the artefact and before this.
@@ -109,8 +110,6 @@ def run_recipe(
                 pipeline.listener(Event(name, "found"))
             else:
                 pipeline.make(name)
-            if name == stop_after:
-                break
     finished = all((folder / ARTEFACTS[name]).exists() for name in ("model", "report"))
     selection, report = (read_json(folder / ARTEFACTS[name]) for name in ("select", "report"))
     selected = None if selection is None else selection["layers"]
@@ -171,6 +170,12 @@ def _check_order(folder: Path, stages: list[str]) -> None:
             f"{folder} has {there[0]}, but not {ARTEFACTS[missing[0]]}, from which it was made; put that back, or "
             f"make it and what follows again with --from {missing[0]}."
         )
+
+
+def _numbered(listener: Listener, stages: list[str]) -> Listener:
+    """`listener`, which hears of each stage of `stages` which of how many it is."""
+    places = {name: number for number, name in enumerate(stages, 1)}
+    return lambda event: listener(replace(event, number=places.get(event.stage, 0), of=len(stages)))
 
 
 def _in_main(progress: Listener | None) -> Listener:

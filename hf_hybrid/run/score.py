@@ -141,15 +141,11 @@ def score_stage(
     layers: Iterable[int] | None = None,
 ) -> LayerScores:
     """Scores all or some layers as the score stage of `recipe` says; results are kept in `folder` as they come."""
-    stage, num_layers = cast(ScoreStage, recipe.score), teacher.config.num_hidden_layers
-    method = method_of(stage.method)
+    stage = cast(ScoreStage, recipe.score)
 
-    def report(score: Any) -> None:
-        text = f"layer {score.layer}: {score}"
-        listener(Event("score", "step", score.layer + 1, num_layers, text))
-
-    def steps(done: int, total: int, text: str) -> None:
-        listener(Event("score", "step", done, total, text))
+    def steps(done: float, total: float, text: str) -> None:
+        # Without a measure of how far it is, it is something to be told.
+        listener(Event("score", "step" if total else "note", done, total, text))
 
     return score_layers(
         student,
@@ -159,14 +155,12 @@ def score_stage(
         args=cast(DistillationConfig, training_arguments(recipe, "score", folder.with_name("score_checkpoints"))),
         tokens_per_layer=stage.tokens_per_layer,
         layers=layers,
-        method=method,
+        method=stage.method,
         options=stage.options,
         k=count_for(recipe, teacher, student),
         output_dir=folder,
         checkpoints=stage.checkpoints,
-        progress=report,
-        # Layer after layer, each reports itself; rounds over all of them report at the end.
-        steps=None if method.splits and not method.together(stage.options) else steps,
+        steps=steps,
     )
 
 

@@ -50,15 +50,21 @@ class Event:
     Args:
         stage (`str`): the stage's name.
         kind (`str`): `"found"` (done before), `"start"`, `"step"`, `"note"` or `"done"`.
-        done, total (`int`): steps, for `"step"`.
-        text (`str`): for the reader.
+        done, total (`float`): for `"step"`, how far the stage is: steps, or layers and parts of them.
+        text (`str`): for the reader: at the start what the stage does, on the way where it is, at the end how long it
+            took.
+        result (`str`): for `"done"`, what came of it; in several lines where it is a table.
+        number, of (`int`): the stage's place among those of the call; 0 for what is no stage.
     """
 
     stage: str
     kind: str
-    done: int = 0
-    total: int = 0
+    done: float = 0
+    total: float = 0
     text: str = ""
+    result: str = ""
+    number: int = 0
+    of: int = 0
 
 
 Listener = Callable[[Event], None]
@@ -227,7 +233,7 @@ def keep_topk(recipe: Recipe, name: str, teacher: Any, rows: Any, folder: Path, 
         return None
 
     def report(done: int, total: int) -> None:
-        listener(Event(name, "step", done, total, "rows of the teacher's top k"))
+        listener(Event(name, "step", done, total, f"row {done:,} of {total:,} of the teacher's top k"))
 
     size = stage.micro_batch_size or stage.batch_size
     precision = Precision.of(training_arguments(recipe, name, folder))
@@ -309,13 +315,13 @@ class _Steps(CheckedSteps):
     def __init__(self, name: str, listener: Listener) -> None:
         self.name = name
         self.listener = listener
-        self.text = ""
+        self.loss = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().on_log(args, state, control, logs, **kwargs)
         if logs and "loss" in logs:
-            self.text = f"loss {float(logs['loss']):.4f}"
-            self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
+            self.loss = f", loss {float(logs['loss']):.4f}"
+            self._tell(state)
 
     def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:
         whole = [path for path in checkpoints_in(Path(args.output_dir)) if damage(path) is None]
@@ -328,7 +334,11 @@ class _Steps(CheckedSteps):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
-        self.listener(Event(self.name, "step", state.global_step, state.max_steps, self.text))
+        self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        text = f"step {state.global_step:,} of {state.max_steps:,}{self.loss}"
+        self.listener(Event(self.name, "step", state.global_step, state.max_steps, text))
 
 
 def check_finite(folder: Path) -> None:

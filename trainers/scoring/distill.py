@@ -75,6 +75,7 @@ def each_distilled(job: Job, prepare: Callable[[int], None], prefix: str, rounds
         for layer in job.layers:
 
             def work(layer: int = layer) -> LayerScore:
+                job.part = (len(scores), len(job.layers))
                 prepare(layer)
                 measured = _Measure(job, points)
                 job.distil(f"{prefix}_{layer:03d}", callbacks=[measured])
@@ -228,7 +229,7 @@ def _advance(
     if not new.diverged:
         new.curve.append([new.tokens, new.value, new.sem])
     scores[layer] = new
-    job.say(number + 1, len(points), f"layer {layer}: KL {new}")
+    job.say((number + 1) / len(points), 1, f"round {number + 1} of {len(points)}, layer {layer}: KL {new}")
 
 
 class _StopAt(TrainerCallback):

@@ -37,7 +37,7 @@ from .scores import LayerScore, LayerScores, without_nan
 from .scoring_method import ScoringMethod
 
 
-Steps = Callable[[int, int, str], None]
+Steps = Callable[[float, float, str], None]
 _CLAIM = "settings"
 
 
@@ -60,6 +60,8 @@ class Job:
     Work goes through [`Job.once`], which keeps each result in `folder` and takes it from there in a later call. Each
     file says by `origin`, a digest, from which settings, rows and models it came, and is taken only where these are
     the call's: a job that began before the folder was given to other scores may still write into it.
+
+    `part` says which of how many distillations the next one is, for whoever listens.
     """
 
     method: ScoringMethod
@@ -76,6 +78,7 @@ class Job:
     progress: Callable[[LayerScore], None] | None = None
     steps: Steps | None = None
     checkpoints: int = 10
+    part: tuple[int, int] = (0, 1)
     baseline: float = math.nan
     origin: str = ""
     notes: list[str] = field(default_factory=list)
@@ -109,7 +112,7 @@ class Job:
         check_finite(f"softmax in layers {self.student.full_attention_layers}", rows)
         return rows
 
-    def say(self, done: int, total: int, text: str) -> None:
+    def say(self, done: float, total: float, text: str) -> None:
         """Tells whoever listens how far the work is; only the main process speaks."""
         if self.steps is not None and PartialState().is_main_process:
             self.steps(done, total, text)
@@ -444,11 +447,22 @@ class _Count(CheckedSteps):
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.loss = ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs, **kwargs)
+        if logs and "loss" in logs:
+            self.loss = f", loss {float(logs['loss']):.4f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.job.tokens_forward_backward += tokens_per_step(self.job.train_dataset, args)
         super().on_step_end(args, state, control, **kwargs)
-        self.job.say(state.global_step, state.max_steps, "training")
+        done, total = self.job.part
+        # What it is measured by at its end counts as one step more.
+        share = state.global_step / (state.max_steps + 1)
+        softmax = self.job.student.full_attention_layers
+        text = f"softmax in {softmax}: step {state.global_step:,} of {state.max_steps:,}{self.loss}"
+        self.job.say(done + share, total, text)
 
     def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:
         raise NotFinite(f"the {what} is {value} at step {state.global_step} of {state.max_steps}")

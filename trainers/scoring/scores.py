@@ -192,6 +192,16 @@ class LayerScores:
         differences = [sign * (b - a) for a, b in zip(rows[better], rows[worse], strict=True)]
         return sum(differences) / len(differences), standard_error(differences)
 
+    def short(self, most: int = 8) -> str:
+        """The `most` best layers, a line each, for whoever follows a run."""
+        direction = "higher" if self.higher_is_better else "lower"
+        by_layer = {score.layer: score for score in self.scores}
+        best = [by_layer[layer] for layer in self.ranking[:most]]
+        lines = [f"{self.measure}, {self.unit}; {direction} is worth more"]
+        lines += [f"  layer {s.layer:>3}  {s}" + ("" if s.diverged else f" ± {s.sem:.4f}") for s in best]
+        left = len(self.scores) - len(best)
+        return "\n".join(lines if left == 0 else [*lines, f"  and {left} more"])
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the scores as JSON; an existing file is replaced in one step or not at all."""
         write_json(path, self.to_dict())

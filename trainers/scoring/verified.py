@@ -106,6 +106,7 @@ def _distilled(job: Job, by_set: dict[tuple[int, ...], list[str]]) -> list[dict[
             name = f"distilled_{len(verdicts)}"
 
             def work(layers: tuple[int, ...] = layers, name: str = name) -> list[float] | str:
+                job.part = (len(verdicts), len(by_set))
                 job.student.set_full_attention_layers(list(layers), job.teacher)
                 try:
                     job.distil(name)
