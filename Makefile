@@ -56,8 +56,12 @@ $(VLLM_READY): tests_vllm/requirements.txt constraints.txt setup.py
 	@touch $@
 
 .PHONY: demo
-demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to end
+demo: $(READY) ## turn a small teacher into a hybrid on the CPU, from start to end, in three minutes
 	$(BIN)/hf-hybrid demo --output $(OUTPUT)
+
+.PHONY: demo-full
+demo-full: $(READY) ## the same with two to four times the tokens
+	$(BIN)/hf-hybrid demo --full --output $(OUTPUT)_full
 
 .PHONY: test
 test: $(READY) ## run the tests, but for the slow ones
@@ -143,5 +147,5 @@ format: $(READY) ## fix lint and format
 
 .PHONY: clean
 clean: ## remove builds, caches and the demo's output (.venv and its kind stay)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output selection_quick site
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov demo_output demo_output_full selection_quick site
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -45,8 +45,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
+from hf_hybrid.places import find_recipe
 from hf_hybrid.run.kernel_tuning import side_by_side
-from hf_hybrid.run.recipe import find_recipe
 from hf_hybrid.trainers import losses
 
 

@@ -310,10 +310,10 @@ def test_a_teacher_in_another_dtype(tmp_path: Path) -> None:
 
 def test_a_mistake_is_one_line_whatever_is_installed(tmp_path: Path) -> None:
     """peft imports it where it is installed; the one line of a mistake stays the only one."""
-    command = [sys.executable, "-m", "hf_hybrid", "run", "demmo", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "hf_hybrid", "score", "embedded", "--method", "best", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("hf-hybrid: there is no recipe 'demmo'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("hf-hybrid: --method='best' is unknown") and done.stderr.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 from runs import save_teacher, save_texts, tiny_recipe
 
-from hf_hybrid.progress import StageBars, duration
-from hf_hybrid.recipe import Recipe
-from hf_hybrid.run import run_recipe
-from hf_hybrid.stages import Event
+from hf_hybrid.run.progress import StageBars, duration
+from hf_hybrid.run.recipe import Recipe
+from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import Event
 
 
 class Clock:

@@ -8,7 +8,8 @@ import yaml
 from runs import tiny_recipe
 from teachers import tiny_teacher
 
-from hf_hybrid.run.recipe import Recipe, find_recipe
+from hf_hybrid.places import find_recipe
+from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.stages import check_training, rows_needed, steps_of, training_arguments
 
 

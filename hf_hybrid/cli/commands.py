@@ -15,10 +15,10 @@ from typing import Any
 
 from .. import __version__
 from ..exporting.native import LAYOUTS, options_for
-from .evaluate import add_evaluate_options, evaluation_of, list_tasks, print_evaluation
+from .evaluate import add_evaluate_options, check_evaluate_places, evaluation_of, list_tasks, print_evaluation
 from .export import add_export_options, check_export_options, export_as_told
 from .generate import add_chat_options, add_generate_options, check_options, prompts_of
-from .score import add_score_options
+from .score import add_score_options, check_score_places
 from .text import GGUF_HELP, SEEDS, add_text_options, check_numbers, text_of
 
 
@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", _demo, "make a hybrid of the built-in teacher, start to end, in minutes on a CPU")
     demo.add_argument("--output", default="demo_output", help="folder to write to (default: %(default)s)")
+    demo.add_argument("--full", action="store_true", help="with two to four times the tokens")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     init = add("init", _init, "write a commented recipe that fits a teacher and this machine, to start from")
     init.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, GGUF file, or 'embedded'")
@@ -211,21 +212,29 @@ def _print_json(data: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     check_numbers(options, seed=SEEDS)
+    from ..places import check_place
+
+    check_place(options.output)
     _quiet()
     from rich.console import Console
 
-    from ..demo import comparison_table, run_demo
+    from ..demo import MEANING, comparison_table, describe_demo, run_demo
     from ..run.progress import StageBars
 
+    print(describe_demo(options.full), file=sys.stderr)
     with StageBars() as bars:
-        report = run_demo(options.output, options.seed, progress=bars.show)
+        report = run_demo(options.output, options.seed, progress=bars.show, full=options.full)
     if options.json:
         _print_json(report)
         return
     Console().print(comparison_table(report))
+    print(MEANING)
     print(f"Reloaded without hf_hybrid, the logits differ by {report['reload']['max_abs_logit_diff']:.1e}. It writes:")
     print(report["reload"]["text"])
     print(f"Saved in {options.output}: run/model, report.json, scores.png.")
+    print("Next, a model of your own, by its name on the Hub or its folder, and text to train on:")
+    print("  hf-hybrid init YOUR_MODEL --data-files 'texts/*.txt' --output recipe.yaml")
+    print("  hf-hybrid run recipe.yaml --output my_run --plan")
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -239,6 +248,10 @@ def _init(options: argparse.Namespace) -> None:
 
     if options.teacher != "embedded":
         check_found(options.teacher, options.gguf_file)
+    if options.data_files:
+        from ..places import find_files
+
+        find_files(options.data_files)
     _quiet()
     from hf_hybrid.trainers.durable import write_text
 
@@ -260,10 +273,14 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    _quiet()
-    from ..run.recipe import Recipe, find_recipe
+    from ..places import check_recipe, find_recipe
 
-    recipe = Recipe.load(find_recipe(options.recipe))
+    path = find_recipe(options.recipe)
+    check_recipe(path, options.output)
+    _quiet()
+    from ..run.recipe import Recipe
+
+    recipe = Recipe.load(path)
     if options.plan:
         _plan(recipe, options)
         return
@@ -302,6 +319,7 @@ def _plan(recipe: Any, options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    check_score_places(options)
     _quiet()
     from .score import draw_scores, recipe_of
 
@@ -359,17 +377,19 @@ def _convert(options: argparse.Namespace) -> None:
         raise ValueError(f"--output {folder} exists and is not an empty folder; choose a new one.")
     given = options.full_attention_layers
     layers = [] if given.strip().lower() in ("", "none") else parse_layers(given, "--full-attention-layers")
+    from ..places import check_place
     from ..teacher.names import check_found
 
     check_found(options.teacher, options.gguf_file)
+    check_place(folder, options.teacher)
     _quiet()
     from ..card import save_model
     from ..conversion import convert
     from ..exporting.export import check_fits
-    from ..run.folder import check_place, publish
+    from ..run.folder import publish
     from ..teacher.loading import load_pair
 
-    check_place(folder, options.teacher)
+    print(f"Loading {options.teacher}.", file=sys.stderr)
     teacher, tokenizer = load_pair(
         options.teacher,
         trust_remote_code=options.trust_remote_code,
@@ -384,6 +404,7 @@ def _convert(options: argparse.Namespace) -> None:
     if options.export_to is not None:
         check_fits(student.config, options.export_to)
     student.config.teacher_name_or_path = options.teacher
+    print(f"Saving the hybrid in {folder}.", file=sys.stderr)
     with publish(folder) as partial:
         note = "Not trained: the new tensors of its linear layers are random. Align and distil it before use."
         save_model(student, tokenizer, partial, note=note if student.linear_attention_layers else "")
@@ -412,8 +433,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, gguf_file in ((options.model, options.gguf_file), (options.teacher, options.teacher_gguf_file)):
         if name is not None:
             check_found(name, gguf_file)
+    check_evaluate_places(options)
     _quiet()
-    evaluation = evaluation_of(options)
+    from ..run.progress import StageBars
+
+    with StageBars() as bars:
+        evaluation = evaluation_of(options, bars.show)
     result = evaluation.to_dict()
     if options.output is not None:
         evaluation.save(options.output)
@@ -451,9 +476,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
+    if not Path(options.folder).is_dir():
+        raise ValueError(f"{options.folder} is no folder; give that of a finished run or of a model.")
     _quiet()
     from ..hub import push
 
+    if not options.dry_run:
+        print(f"Uploading {options.folder} to {options.repo_id}.", file=sys.stderr)
     result = push(
         options.folder,
         options.repo_id,

@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,20 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write the measurements there, as JSON")
 
 
-def evaluation_of(options: argparse.Namespace) -> Any:
-    """The [`Evaluation`] that the options ask for."""
+def check_evaluate_places(options: argparse.Namespace) -> None:
+    """Raises a `ValueError` where a path that the options name cannot be what it is given for."""
+    from ..places import find_files
+
+    for some in named_files(options.data_files or [], "--data-files").values():
+        find_files(some)
+    if options.haystack_files:
+        find_files(options.haystack_files)
+    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
+        raise ValueError(f"--output {options.output}: there is no folder {Path(options.output).parent}; make it.")
+
+
+def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) -> Any:
+    """The [`Evaluation`] that the options ask for; `listener` gets an [`Event`] of how far it is."""
     text = text_of(options)
     if text and not (options.dataset or options.data_files):
         option = next(name for name in TEXT_FIELDS if getattr(options, name) is not None).replace("_", "-")
@@ -56,14 +68,13 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     if options.tasks is not None and not names:
         raise ValueError(f"--tasks {options.tasks!r} names no task; see --tasks list.")
     files = named_files(options.data_files or [], "--data-files")
-    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
-        raise ValueError(f"--output {options.output}: there is no folder {Path(options.output).parent}; make it.")
     import torch
 
     from ..data.config import DataConfig
     from ..data.rows import first_rows
     from ..environment import describe_kernels
     from ..evaluation import evaluate_model
+    from ..run.stages import Event
     from ..tasks import OFFLINE, RULER_TASKS
     from ..teacher.loading import load_model, load_pair, load_tokenizer
 
@@ -72,6 +83,7 @@ def evaluation_of(options: argparse.Namespace) -> Any:
     remote = options.trust_remote_code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     named: dict[str, Any] = {"revision": options.revision, "gguf_file": options.gguf_file}
+    listener(Event("evaluate", "start", text=f"loading {options.model}"))
     if options.model == "embedded":
         model, tokenizer = load_pair(options.model, **named)
     else:
@@ -81,9 +93,10 @@ def evaluation_of(options: argparse.Namespace) -> Any:
         check_positions(model, max(lengths), "--lengths")
     model = model.to(device)
     if model.config.model_type == "hf_hybrid":
-        print(describe_kernels(device, model.config.kernel), file=sys.stderr)
+        listener(Event("evaluate", "note", text=describe_kernels(device, model.config.kernel)))
     teacher = None
     if options.teacher is not None:
+        listener(Event("evaluate", "note", text=f"loading {options.teacher}"))
         named = {"revision": options.teacher_revision, "gguf_file": options.teacher_gguf_file}
         teacher = load_pair(options.teacher, trust_remote_code=remote, **named)[0].to(device)
     rows = {}
@@ -91,17 +104,25 @@ def evaluation_of(options: argparse.Namespace) -> Any:
         config = DataConfig(**(text if some is None else {**text, "text_files": some}))
         check_positions(model, config.block_size)
         rows[name] = first_rows(config, tokenizer, config.held_out_rows)
-    result = evaluate_model(model, teacher, tokenizer, rows or None, batch_size=options.batch_size)
+
+    def told(done: int, total: int, text: str) -> None:
+        listener(Event("evaluate", "step", done, total, text))
+
+    def of(text: str) -> dict[str, Any]:
+        return {"progress": lambda done, total: told(done, total, text)}
+
+    given: dict[str, Any] = {"batch_size": options.batch_size, "progress": told}
+    result = evaluate_model(model, teacher, tokenizer, rows or None, **given)
     if names:
         forms = ("likelihood", "generation") if options.form == "both" else (options.form,)
         asked: dict[str, Any] = {"lengths": lengths, "cases": options.cases, "seed": options.seed, "forms": forms}
         asked["texts"] = haystack_of(options.haystack_files)
         if "generation" in names:
             names = [name for name in names if name != "generation"]
-            result.generation = free_generation(model, tokenizer, teacher)
-        result.tasks = run_tasks(model, tokenizer, names, **asked)
+            result.generation = free_generation(model, tokenizer, teacher, **of("free generation"))
+        result.tasks = run_tasks(model, tokenizer, names, **asked, **of("tasks"))
         if teacher is not None:
-            result.teacher_tasks = run_tasks(teacher, tokenizer, names, **asked)
+            result.teacher_tasks = run_tasks(teacher, tokenizer, names, **asked, **of("the teacher's tasks"))
     return result
 
 

@@ -30,11 +30,27 @@ _SELECT = ("k", "fraction", "cache_bytes", "context")
 _OTHERS = ("revision", "gguf_file", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
 
 
+def check_score_places(options: argparse.Namespace) -> None:
+    """Raises a `ValueError` where a path that the options name cannot be what it is given for."""
+    from ..places import check_place, check_recipe, find_files, find_recipe
+    from ..teacher.names import check_found
+
+    if options.recipe is not None:
+        check_recipe(find_recipe(options.recipe), options.output)
+    elif options.teacher is not None:
+        if options.teacher != "embedded":
+            check_found(options.teacher, options.gguf_file)
+        check_place(options.output, options.teacher)
+    if options.data_files:
+        find_files(options.data_files)
+
+
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe that the options name or make."""
     from hf_hybrid.trainers.scoring.methods import method_of
 
-    from ..run.recipe import Recipe, find_recipe
+    from ..places import find_recipe
+    from ..run.recipe import Recipe
     from ..run.score import scoring_recipe
 
     given = [name for name in (*_OTHERS, *TEXT_FIELDS) if getattr(options, name) is not None]

@@ -1,6 +1,5 @@
 """Text of datasets and local files, piece by piece, from any position that it was left at."""
 
-import glob
 import json
 import random
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from ..places import find_files
 from .config import DataConfig, SourceConfig
 
 
@@ -181,22 +181,6 @@ class DatasetTexts:
         if self.iterator is None:
             self.iterator = iter(self.rows)
         return _text_of(next(self.iterator), f"dataset {self.source.dataset!r}", self.source.text_column), True
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """The files that `patterns` name, sorted, each once; `**` goes into subfolders."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        files = [Path(match) for match in matches if Path(match).is_file()]
-        if not files and matches:
-            raise ValueError(f"text_files: {pattern!r} is a folder; name the files in it, as in '{matches[0]}/*.txt'.")
-        if not files:
-            raise ValueError(
-                f"text_files: {pattern!r} matches no file; give a path or a pattern such as 'texts/*.txt'."
-            )
-        found.update(files)
-    return sorted(found)
 
 
 def _text_of_line(line: str, where: str, text_column: str) -> str:

@@ -14,6 +14,7 @@ from hf_hybrid.trainers.checkpoints import damage, seal
 from hf_hybrid.trainers.durable import PARTIAL, read_json, sync_directory, sync_tree, write_json
 from hf_hybrid.trainers.scoring.methods import MOVED, method_of
 
+from ..places import HEADER, is_run
 from .recipe import Recipe
 
 
@@ -29,7 +30,6 @@ ARTEFACTS = {
     "model": "model",
     "report": "report.json",
 }
-_HEADER = "# The recipe of the run in this folder, written by hf-hybrid. Do not edit.\n"
 
 
 @contextlib.contextmanager
@@ -71,24 +71,6 @@ def check_whole(folder: Path, stage: str) -> None:
         )
 
 
-def check_place(folder: str | os.PathLike, teacher: str | None = None) -> None:
-    """Raises a `ValueError` where no folder can be made at `folder`, or it lies in that of the `teacher`."""
-    if not str(folder).strip():
-        raise ValueError("the output folder has no name; give one.")
-    folder = Path(folder)
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not place.is_dir():
-        raise ValueError(f"{folder}: not a directory: {place} is a file; choose another output folder.")
-    if not _is_run(folder) and not os.access(place, os.W_OK | os.X_OK):
-        read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
-        reason = "read-only file system" if read_only else f"{place}: permission denied"
-        raise ValueError(f"{folder} cannot be written: {reason}. Choose another output folder.")
-    if teacher and Path(teacher, "config.json").is_file():
-        inner, outer = folder.resolve(), Path(teacher).resolve()
-        if outer == inner or outer in inner.parents:
-            raise ValueError(f"{folder} lies in the teacher's folder {teacher}; choose an output folder elsewhere.")
-
-
 def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[str]:
     """
     Makes `folder` the run of `recipe`, or raises a `ValueError` where it is something else.
@@ -103,14 +85,14 @@ def claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> list[s
         `list[str]`: what was set aside, as paths in `folder`.
     """
     identity = folder / "recipe.yaml"
-    if not _is_run(folder):
+    if not is_run(folder):
         _refuse_strangers(folder)
-        recipe.save(identity, _HEADER)
+        recipe.save(identity, HEADER)
         return []
     differences = check_claim(folder, recipe, start_from)
     moved = [] if start_from is None else set_aside(folder, start_from)
     if differences:
-        recipe.save(identity, _HEADER)
+        recipe.save(identity, HEADER)
     return moved
 
 
@@ -119,7 +101,7 @@ def check_claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> 
     Raises a `ValueError` where [`claim`] does, and writes nothing; returns how a run's recipe there differs.
     """
     identity = folder / "recipe.yaml"
-    if not _is_run(folder):
+    if not is_run(folder):
         _refuse_strangers(folder)
         return []
     there = Recipe.load(identity)
@@ -139,7 +121,7 @@ def check_claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> 
 def keep_execution(folder: Path, recipe: Recipe) -> None:
     """Writes down how the run in `folder`, which is one of `recipe`, is executed from now on."""
     if Recipe.load(folder / "recipe.yaml").to_dict() != recipe.to_dict():
-        recipe.save(folder / "recipe.yaml", _HEADER)
+        recipe.save(folder / "recipe.yaml", HEADER)
 
 
 def _first_stage(there: Recipe, here: Recipe) -> str:
@@ -185,11 +167,6 @@ def set_aside(folder: Path, stage: str) -> list[str]:
     return [f"set_aside/{number}/{name}" for name in names]
 
 
-def _is_run(folder: Path) -> bool:
-    identity = folder / "recipe.yaml"
-    return identity.is_file() and identity.read_text("utf-8").startswith(_HEADER)
-
-
 def _refuse_strangers(folder: Path) -> None:
     ours = {".lock", f"recipe.yaml{PARTIAL}"}  # what a kill at the very start leaves
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.exists() else []
@@ -223,7 +200,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     To be held from before [`claim`] on: of two first calls with two recipes, the second must not write.
     """
-    if not _is_run(folder):
+    if not is_run(folder):
         _refuse_strangers(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -44,6 +44,7 @@ from .stages import (
     check_training,
     cut_for,
     keep_topk,
+    outcome,
     rows_needed,
     start_of,
     steps_of,
@@ -253,9 +254,7 @@ class Pipeline:
         on_main(lambda: self._publish_student(name, student, trainer.state, weights))
         if topk is None and is_sharded(self.teacher):
             del self._pair  # the next stage may want it whole
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in " if losses else ""
-        return f"{loss}{trainer.state.global_step:,} steps"
+        return outcome(trainer.state)
 
     def _tune_kernels(self, name: str, student: Any) -> None:
         """Does at once, and says, what the first step of a stage would wait for in silence."""

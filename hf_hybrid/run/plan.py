@@ -16,11 +16,12 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
 from ..conversion import check_teacher, convert
-from ..data.text import check_sources, find_files, open_text
+from ..data.text import check_sources, open_text
 from ..demo_data import demo_rows
+from ..places import check_place, find_files
 from ..selection import uniform_layers
 from ..teacher.loading import checked_revision, empty_teacher
-from .folder import ARTEFACTS, check_claim, check_place
+from .folder import ARTEFACTS, check_claim
 from .footprint import Footprint, device_memory, footprint
 from .inputs import load_run_pair
 from .pipeline import check_recipe, stages_of

@@ -9,8 +9,6 @@ import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -473,18 +471,6 @@ class Recipe:
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key)
         ]
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe at a path, or the shipped one of that name."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = {entry.name.removesuffix(".yaml"): entry for entry in (files("hf_hybrid") / "recipes").iterdir()}
-    if name in shipped:
-        return Path(str(shipped[name]))
-    known = sorted(key for key, entry in shipped.items() if entry.name.endswith(".yaml"))
-    raise ValueError(f"there is no recipe {name!r}; give the path of a YAML file, or one of the shipped {known}.")
 
 
 def check_dtype(dtype: str) -> None:

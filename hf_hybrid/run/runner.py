@@ -13,8 +13,9 @@ from hf_hybrid.trainers.durable import read_json
 from hf_hybrid.trainers.processes import is_main_process, on_main
 
 from ..data.text import check_sources
+from ..places import check_place
 from ..teacher.loading import checked_revision
-from .folder import ARTEFACTS, check_place, claim, explained, keep_execution, locked, remove_partials
+from .folder import ARTEFACTS, claim, explained, keep_execution, locked, remove_partials
 from .origin import check_origin
 from .pipeline import Pipeline, scores_in, stages_of
 from .recipe import Recipe

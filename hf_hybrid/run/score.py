@@ -18,7 +18,7 @@ from .recipe import AlignStage, DistillStage, Recipe, ScoreStage, SelectStage
 from .stages import Event, Listener, cut_for, training_arguments
 
 
-# The recipe `demo`'s rates and budgets, for the teacher that it is made for.
+# The recipe `demo-full`'s rates and budgets, for the teacher that it is made for.
 _EMBEDDED: dict[str, Any] = {"align": 250_000, "score": 60_000, "block_size": 256, "align_rate": 3e-3}
 _EMBEDDED |= {"rate": 3e-4, "mixer_rate": 3e-3}
 # The papers' rates; far fewer tokens, so that a first look is not a day's work.
@@ -48,7 +48,7 @@ def scoring_recipe(
         data (`dict`, *optional*): fields of [`DataConfig`]; may be left out for the embedded teacher.
         select (`dict`, *optional*): how many layers to keep, fields of [`SelectStage`]; by default a quarter.
         tokens_per_layer, align_tokens (`int`, *optional*): budgets. By default 200,000 and 2 million, and those of the
-            recipe `demo` for the embedded teacher; the papers use 200 to 600 million and 100 million.
+            recipe `demo-full` for the embedded teacher; the papers use 200 to 600 million and 100 million.
         options (`dict`, *optional*): options of the method.
         seed (`int`): of everything random.
         revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_hybrid.trainers import (
@@ -296,6 +296,13 @@ def train(
             go_on(rows, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
+
+
+def outcome(state: TrainerState) -> str:
+    """What came of a training, in a line: the loss at its start and at its end, each a mean over some steps."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in " if losses else ""
+    return f"{loss}{state.global_step:,} steps"
 
 
 def trainer_of(name: str, student: Any, teacher: Any, args: Any, rows: Any) -> HybridTrainer:

@@ -10,7 +10,8 @@ import yaml
 
 from ..conversion import check_teacher
 from ..data.config import DataConfig
-from ..data.text import check_sources, find_files
+from ..data.text import check_sources
+from ..places import find_files
 from ..teacher.loading import empty_teacher
 from .footprint import Footprint, device_memory, footprint
 from .pipeline import check_recipe

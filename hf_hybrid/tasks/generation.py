@@ -1,6 +1,6 @@
 """Free generation: what a model writes beside what its teacher writes, and how much it repeats itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_hybrid.trainers.held_out import standard_error
@@ -56,6 +56,7 @@ def free_generation(
     new_tokens: int = 128,
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GenerationScore:
     """
     Lets a model, and its teacher beside it, write greedily behind each prompt, and compares what they wrote.
@@ -67,11 +68,12 @@ def free_generation(
         new_tokens (`int`): how many each may write at most.
         batch_size (`int`, *optional*): rows at once, by default as many as have 32,768 tokens.
         precision ([`Precision`]): what both run in, by default each in the dtype of its weights.
+        progress (`Callable`, *optional*): called with how many prompts are done, and how many there are.
     """
     prompts = list(PROMPTS if prompts is None else prompts)
     if not prompts or new_tokens < 1:
         raise ValueError(f"{len(prompts)} prompts and new_tokens={new_tokens}: pass at least one of each.")
-    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
     ours = _written(ModelLM(model, tokenizer, **common), prompts, new_tokens)
     theirs = None if teacher is None else _written(ModelLM(teacher, tokenizer, **common), prompts, new_tokens)
     result = GenerationScore(len(prompts), new_tokens)

@@ -7,7 +7,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from lm_eval import evaluator
@@ -41,6 +41,7 @@ def ruler(
     texts: Sequence[str] | None = None,
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[TaskScore]:
     """
     Measures a model in memory on the tasks after RULER, in the order of `tasks` and `lengths`.
@@ -55,6 +56,7 @@ def ruler(
         batch_size (`int`, *optional*): rows at once, by default as many as have 32,768 tokens.
         precision ([`Precision`]): what the model runs in, by default the dtype of its weights; `Precision(
             torch.bfloat16)` for autocast.
+        progress (`Callable`, *optional*): called with how many rows are done, and how many there are.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r} is neither of {' and '.join(FORMS)}.")
@@ -64,7 +66,7 @@ def ruler(
     for case in cases:
         sets.setdefault((case.task, case.length), []).append(case)
     made = {f"{name}_{length}": CaseTask(f"{name}_{length}", some, form) for (name, length), some in sets.items()}
-    lm = ModelLM(model, tokenizer, batch_size=batch_size, precision=precision)
+    lm = ModelLM(model, tokenizer, batch_size=batch_size, precision=precision, progress=progress)
     samples = run_lm_eval(lm, made)["samples"]
     found = []
     for (name, length), key in zip(sets, made, strict=True):
@@ -191,20 +193,21 @@ def run_tasks(
     texts: Sequence[str] | None = None,
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[TaskScore]:
     """
     Measures a model in memory on tasks by their names: `ruler` for all after RULER, one of these, or one of lm-eval's
     own, most of which fetch their data from the Hub.
 
     Args:
-        model, tokenizer, lengths, seed, texts, batch_size, precision: as in [`ruler`].
+        model, tokenizer, lengths, seed, texts, batch_size, precision, progress: as in [`ruler`].
         names (`Sequence[str]`): the tasks.
         cases (`int`): how many for each task and length; of a task of lm-eval, the first.
         forms (`Sequence[str]`): in which of [`FORMS`] ours are asked; lm-eval's have their own.
     """
     ours, theirs = check_names(names)
     found: list[TaskScore] = []
-    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+    common: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
     if ours:
         drawn = ruler_cases(tokenizer, tasks=ours, lengths=lengths, cases=cases, seed=seed, texts=texts)
         for form in forms:

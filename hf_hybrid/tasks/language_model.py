@@ -5,7 +5,7 @@ lm-eval's own `HFLM` makes the logits of every token of a prompt, for a row of 8
 1.6 GB in fp32. Here the backbone runs over all tokens and the head over those of the answers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,15 +38,25 @@ class ModelLM(TemplateLM):
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         precision ([`Precision`]): what the model runs in.
         batch_size (`int`, *optional*): rows of one forward pass, by default as many as have 32,768 tokens.
+        progress (`Callable`, *optional*): called with how many rows of a call are done, and how many there are.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, precision: Precision, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        precision: Precision,
+        batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         super().__init__()
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is too small; pass at least 1.")
         check_logit_function(model, precision)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.precision = batch_size, precision
+        self.progress = progress or (lambda done, total: None)
         self.before = text_prefix(tokenizer)
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._device = model.device
@@ -121,8 +131,11 @@ class ModelLM(TemplateLM):
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         logits, device = logit_function(self.model, self.precision), self.model.device
         chunk = tokens_per_chunk(self.model.config.get_text_config().vocab_size)
+        done = 0
         with evaluating(self.model), self.precision.running(device):
             for batch in _batches(rows, self.batch_size):
+                self.progress(done, len(rows))
+                done += len(batch)
                 width = max(len(tokens) for tokens, _ in batch) - 1
                 ids = torch.zeros(len(batch), width, dtype=torch.int64)
                 where: list[int] = []
@@ -170,11 +183,14 @@ class ModelLM(TemplateLM):
         """[`write`] in batches, for prompts of any lengths."""
         rows = [(tokens + [0] * new_tokens, i) for i, tokens in enumerate(prompts)]
         found: list[list[int]] = [[]] * len(prompts)
+        done = 0
         for batch in _batches(sorted(rows, key=lambda row: -len(row[0])), self.batch_size):
             self._check_length(len(batch[0][0]))
             written = self.write([prompts[i] for _, i in batch], new_tokens, **options)
             for (_, i), tokens in zip(batch, written, strict=True):
                 found[i] = tokens
+            done += len(batch)
+            self.progress(done, len(prompts))
         return found
 
     @torch.no_grad()

@@ -1,0 +1,41 @@
+"""The Python of docs/scoring.md, docs/evaluation.md and docs/scaling.md runs as it stands, on small models."""
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import hf_hybrid as hh
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def rows(count: int, seed: int) -> datasets.Dataset:
+    ids = torch.randint(300, 1_000, (count, 32), generator=torch.Generator().manual_seed(seed))
+    return datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+
+
+@pytest.fixture(scope="module")
+def given() -> dict:
+    """What the pages speak of without making it."""
+    teacher = hh.embedded_teacher()
+    student = hh.convert(teacher, [])
+    names = {"hh": hh, "teacher": teacher, "student": student, "hybrid": student}
+    names |= {"tokenizer": hh.embedded_tokenizer(), "rows": rows(8, 0), "train_dataset": rows(8, 0)}
+    return names | {"eval_dataset": rows(2, 1), "held_out": rows(2, 1)}
+
+
+@pytest.mark.parametrize("page", ["scoring", "evaluation", "scaling"])
+def test_snippets(page, given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), flags=re.S)
+    assert blocks
+    names = dict(given)
+    for block in blocks:
+        exec(compile(block, f"docs/{page}.md", "exec"), names)
+    if page == "scoring":
+        assert "layer" in capsys.readouterr().out
+        assert names["scores"].method == "first-rows" and len(names["scores"].scores) == 6
