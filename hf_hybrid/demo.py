@@ -31,7 +31,7 @@ from .teacher.loading import load_model
 # What the demo does beside its run.
 _BESIDE = ["uniform", "all linear", "compare"]
 # Minutes on two quiet cores, of the demo and of the full one.
-_MINUTES = {False: "three", True: "eight"}
+_MINUTES = {False: "three", True: "seven"}
 PROMPT = "import os\nimport sys\n\ndef "
 # Runs with nothing of ours and nothing optional: what a user has who installed torch and transformers.
 _RELOAD = """
@@ -196,9 +196,9 @@ def describe_demo(full: bool) -> str:
 # Below the table.
 MEANING = """\
 KL: how far what the model expects next is from what the teacher does, on held-out text, with its standard error. 0 is
-    the teacher itself; at a tenth or two the hybrid mostly writes what the teacher would, at 1 it does not.
+    the teacher itself; at a few tenths the hybrid mostly expects what the teacher does, at 1 and above it does not.
 recall: how often it finds again, among many, the token that followed a token earlier in the row. The teacher's own is
-    the best to hope for; guessing gives 0.01. It is what linear attention loses first."""
+    the best to hope for; guessing is next to nothing. It is what linear attention loses first."""
 
 
 def comparison_table(report: dict[str, Any]) -> Any:

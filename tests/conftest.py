@@ -47,14 +47,21 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def finished(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def told() -> list[Any]:
+    """Every event of the run `finished`, once that is there."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def finished(sources: tuple[Path, Path], told: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The `RunResult` of `tiny_recipe(*sources)`, in which nothing failed, and which no test changes."""
     from runs import tiny_recipe
 
     from hf_hybrid.run.recipe import Recipe
     from hf_hybrid.run.runner import run_recipe
 
-    return run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run")
+    recipe, folder = Recipe.from_dict(tiny_recipe(*sources)), tmp_path_factory.mktemp("runs") / "run"
+    return run_recipe(recipe, folder, progress=told.append)
 
 
 @pytest.fixture(scope="session")

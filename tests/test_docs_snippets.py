@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def rows(count: int, seed: int) -> datasets.Dataset:
-    ids = torch.randint(300, 1_000, (count, 32), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(100, 500, (count, 32), generator=torch.Generator().manual_seed(seed))
     return datasets.Dataset.from_dict({"input_ids": ids.tolist()})
 
 

@@ -48,6 +48,8 @@ CASES = [
     (["evaluate", "embedded", "--tasks", "ruler", "--haystack-files", "nothing"], NO_FILE),
     (["convert", "embedded", "--full-attention-layers", "1", "--output", "text.txt/new"], NO_PLACE),
     (["init", "embedded", "--data-files", "nothing*"], NO_FILE),
+    (["export", "./nowhere", "--output", "new"], "there is no folder ./nowhere"),
+    (["export", "embedded", "--output", "text.txt/new"], NO_PLACE),
     (["push", "nowhere", "me/model"], "nowhere is no folder"),
     (["demo", "--output", "text.txt"], NO_PLACE),
 ]

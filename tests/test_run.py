@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,31 @@ def test_a_finished_run_says_so_and_does_nothing(finished: RunResult, sources: t
     assert again.already_finished and again.report == finished.report
     assert {event.kind for event in events} == {"found"}
     assert contents(finished.folder, [*ARTEFACTS.values()]) == before
+
+
+def test_of_every_stage_is_told_what_it_does_how_far_it_is_and_what_came_of_it(
+    finished: RunResult, told: list[Event]
+) -> None:
+    stages = ["data", "align", "score", "select", "distill", "finetune", "evaluate", "model", "report"]
+    starts = [event for event in told if event.kind == "start"]
+    assert [(event.stage, event.number, event.of) for event in starts] == [
+        (name, i, len(stages)) for i, name in enumerate(stages, 1)
+    ]
+    assert all(event.text for event in starts)
+    result = {event.stage: event.result for event in told if event.kind == "done"}
+    assert re.fullmatch(r"rows of \d+ tokens: \d+ to train, \d+ to score, \d+ to report", result["data"])
+    for name in ("align", "distill", "finetune"):
+        assert re.fullmatch(r"loss \d\.\d{4} -> \d\.\d{4} in \d+ steps", result[name]), result[name]
+    assert len(re.findall(r"layer +\d+  [\d.]+ ± [\d.]+", result["score"])) == 4
+    assert re.match(r"softmax attention in \[\d.*\] of 4 layers, by ga-s2", result["select"])
+    assert re.match(r"KL [\d.]+ ± [\d.]+ nats per token, perplexity [\d.]+ \(teacher [\d.]+\)", result["evaluate"])
+    for name in ("data", "align", "score", "distill", "finetune", "evaluate"):
+        steps = [event for event in told if event.kind == "step" and event.stage == name]
+        shares = [event.done / event.total for event in steps]
+        assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1, name
+        assert all(event.text for event in steps)
+    inside = [event.text for event in told if event.stage == "score" and "step 1 of" in event.text]
+    assert [text.split(":")[0] for text in inside] == [f"softmax in [{layer}]" for layer in range(4)]
 
 
 def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[Path, Path], tmp_path: Path) -> None:

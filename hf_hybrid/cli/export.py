@@ -27,6 +27,12 @@ def check_export_options(options: argparse.Namespace) -> None:
         raise ValueError("give --output DIR to export, or --list to hear what the model fits, and not both.")
     if options.type is not None and options.to != "gguf":
         raise ValueError("--type is that of a GGUF file; add --to gguf, or leave it out.")
+    from ..places import check_place
+    from ..teacher.names import check_name
+
+    check_name(options.model)
+    if options.output is not None:
+        check_place(options.output, options.model)
 
 
 def export_as_told(options: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hf_hybrid.adapters import merged
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
-from hf_hybrid.run.folder import ARTEFACTS, check_place, publish
+from hf_hybrid.places import check_place
+from hf_hybrid.run.folder import ARTEFACTS, publish
 from hf_hybrid.teacher.loading import check_plain, load_model, load_tokenizer
 from hf_hybrid.teacher.names import check_found
 from hf_hybrid.trainers.modes import evaluating

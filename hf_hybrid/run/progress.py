@@ -87,7 +87,7 @@ class StageBars:
 
 def _name(event: Event) -> str:
     place = f"{event.number}/{event.of} " if event.number else ""
-    return f"{place}{event.stage:{14 - len(place)}}"
+    return f"{place}{event.stage:{16 - len(place)}}"
 
 
 def duration(seconds: float) -> str:

@@ -299,9 +299,11 @@ def train(
 
 
 def outcome(state: TrainerState) -> str:
-    """What came of a training, in a line: the loss at its start and at its end, each a mean over some steps."""
+    """What came of a training, in a line: the mean loss of its first and of its last tenth."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in " if losses else ""
+    tenth = -(-len(losses) // 10)
+    first, last = (sum(some) / max(1, tenth) for some in (losses[:tenth], losses[len(losses) - tenth :]))
+    loss = f"loss {first:.4f} -> {last:.4f} in " if losses else ""
     return f"{loss}{state.global_step:,} steps"
 
 
