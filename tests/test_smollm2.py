@@ -53,8 +53,12 @@ class TestTrial:
         jobs = {path.stem: json.loads(path.read_text()) for path in (compared / "results" / "seed-3").glob("*.json")}
         hybrids = [job for name, job in jobs.items() if name.startswith("k2-")]
         named = {selector for job in hybrids for selector in job["selectors"]}
-        assert named == {"verified", "zero-shot", "uniform", "random-0", "random-1"}
+        assert named - {"search"} == {"verified", "zero-shot", "uniform", "random-0", "random-1"}
         assert {"teacher", "aligned", "score-verified-2", "score-zero-shot", "long", "mixer-kda", "rate-0"} < set(jobs)
+        assert {"mixer-window-sinks", "search", "speed"} < set(jobs)
+        tried = jobs["search"]["evaluations"]
+        assert len(tried) == 3 and jobs["search"]["layers"] == min(tried, key=lambda one: one["kl"])["layers"]
+        assert [row["model"] for row in jobs["speed"]["rows"]] == ["teacher"] * 2 + ["hybrid"] * 2
         assert jobs["teacher"]["kl"]["mean"] == 0
         for job in hybrids:
             assert job["seed"] == 3 and job["trial"] and len(job["layers"]) == 2
@@ -83,7 +87,7 @@ class TestTrial:
             for job in (json.loads(p.read_text()) for p in (compared / "results" / "seed-3").glob("k2-*.json"))
             if "verified" in job["selectors"]
         )
-        assert "**A trial" in text
+        assert "**A trial" in text and "## Speed and cache" in text and "3 sets of 2 layers" in text
         assert f"| verified | {verified['layers']} | {verified['kl']['mean']:.4f} ± " in text
         assert (page.parent / "images" / "results_curves.png").stat().st_size > 10_000
 

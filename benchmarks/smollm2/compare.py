@@ -13,8 +13,10 @@ differences between two are paired.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -40,7 +42,7 @@ from hf_hybrid.teacher.loading import load_model, load_pair
 from hf_hybrid.trainers import AlignmentConfig, AlignmentTrainer, DistillationConfig, DistillationTrainer
 from hf_hybrid.trainers.durable import read_json, write_json
 from hf_hybrid.trainers.held_out import HeldOut, standard_error
-from hf_hybrid.trainers.precision import Precision
+from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 
 DOMAINS = ("prose", "code", "textbook", "instructions")
@@ -71,6 +73,11 @@ class Size:
     block_size: int = 2048
     selectors: tuple[str, ...] = SCORES
     kept: tuple[int, ...] = (8, 4, 15)  # softmax layers; of the first, all selectors are compared
+    searched: int = 4  # softmax layers of the set that swaps look for
+    swaps: int = 40  # short distillations of that search at most
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192)  # tokens before those that are timed
+    batches: tuple[int, ...] = (1, 32)
+    decoded: int = 32
 
     def scaled(self, share: float) -> "Size":
         """With this share of all budgets of tokens."""
@@ -93,6 +100,11 @@ TRIAL = Size(
     block_size=128,
     kept=(2,),
     selectors=("verified", "zero-shot"),
+    searched=2,
+    swaps=3,
+    contexts=(64,),
+    batches=(1, 2),
+    decoded=2,
 )
 
 
@@ -288,13 +300,20 @@ def jobs(study: Study) -> Iterable[Job]:
             if not {"uniform", "verified", "ga-s2"}.isdisjoint(names):
                 name = f"k{k}-{_named(layers)}"
                 yield name, "hybrid", lambda study, s=layers, n=names: hybrid(study, s, n, size.tokens)
+    yield "speed", "measure", lambda study: speed(study, best)
     window = state_window(study)
     for name, mixer, options in (
         ("kda", "kimi_delta_attention", {}),
         ("window-state", "sliding_window", {"window": window}),
+        ("window-sinks", "sliding_window", {"window": 128, "sinks": 4}),
     ):
         work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=best)
         yield f"mixer-{name}", "mixer", work
+    yield "search", "search", lambda study: search(study, size.searched)
+    found = read_json(study.folder / "search.json")
+    if found is not None:
+        name = f"k{size.searched}-{_named(found['layers'])}"
+        yield name, "hybrid", lambda study: hybrid(study, found["layers"], ["search"], size.tokens)
     for i, rates in enumerate(RATES):
         yield f"rate-{i}", "rate", lambda study, i=i, rates=rates: rate(study, f"rate-{i}", uniform, rates)
 
@@ -309,6 +328,91 @@ def best_of(study: Study, k: int) -> tuple[int, ...]:
     if not found:
         return tuple(select_layers("uniform", k, study.num_layers))
     return tuple(min(found, key=lambda job: job["kl"]["mean"])["layers"])
+
+
+def search(study: Study, k: int) -> dict[str, Any]:
+    """
+    Swaps one layer for another around the best set of `k` layers so far, and keeps what a short distillation says is
+    better on the rows that scores are made on: how far is the choice of a method from the best that can be found? Not
+    the optimum, but a stronger search than any of the methods.
+    """
+    size = study.size
+    held_out = HeldOut(study.score, study.teacher, size.micro_batch_size, study.precision)
+    # Layers that some method wants first.
+    sets = sorted(study.sets(k), key=lambda layers: -len(study.sets(k)[layers]))
+    pool = list(dict.fromkeys([layer for layers in sets for layer in layers] + list(range(study.num_layers))))
+    tried: dict[tuple[int, ...], float] = {}
+
+    def kl(layers: tuple[int, ...]) -> float:
+        if layers not in tried:
+            student = study.aligned()
+            student.set_full_attention_layers(list(layers), study.teacher)
+            study.distil(f"search-{_named(layers)}", student, size.score_tokens)
+            tried[layers] = statistics.fmean(held_out.kl(student))
+            say(f"search: {len(tried)} of {size.swaps}, {list(layers)}: KL {tried[layers]:.4f}")
+        return tried[layers]
+
+    best = best_of(study, k)
+    kl(best)
+    better = True
+    while better and len(tried) < size.swaps:
+        better = False
+        for new in (layer for layer in pool if layer not in best):
+            around = [tuple(sorted({*best, new} - {old})) for old in best]
+            for layers in around:
+                if len(tried) < size.swaps and kl(layers) < kl(best):
+                    best, better = layers, True
+                    break
+    seen = [{"layers": list(layers), "kl": value} for layers, value in tried.items()]
+    return {"layers": list(best), "k": k, "evaluations": seen, "tokens": len(tried) * size.score_tokens}
+
+
+def speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
+    """
+    Of the teacher and of a hybrid, as they are loaded for use: prefill and decoding in tokens per second, eager and
+    with the library's dynamic cache, and the bytes of that cache. Medians of three.
+    """
+    size, half = study.size, study.device.type == "cuda"
+    student = study.aligned()
+    student.set_full_attention_layers(list(layers), study.teacher)
+    rows = []
+    for name, source in (("teacher", study.teacher), ("hybrid", student)):
+        model = copy.deepcopy(source).to(torch.bfloat16 if half else torch.float32).eval()
+        for context, batch in itertools.product(size.contexts, size.batches):
+            prompt = min(context, model.config.max_position_embeddings - size.decoded)
+            ids = torch.randint(model.config.vocab_size, (batch, prompt), device=study.device)
+            timed = [_timed(study, model, ids) for _ in range(4)][1:]  # the first makes kernels ready
+            prefill, decode = (statistics.median(times) for times in zip(*timed, strict=True))
+            rows.append(
+                {
+                    "model": name,
+                    "context": prompt,
+                    "batch": batch,
+                    "prefill_tokens_per_second": batch * prompt / prefill,
+                    "decode_tokens_per_second": batch * size.decoded / decode,
+                    "cache_bytes": cache_bytes(model, prompt) * batch,
+                }
+            )
+            say(f"speed: {rows[-1]}")
+    return {"layers": list(layers), "rows": rows, "dtype": "bfloat16" if half else "float32"}
+
+
+@torch.no_grad()
+def _timed(study: Study, model: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds of the prefill of `ids` and of the greedy steps after it."""
+
+    def now() -> float:
+        if study.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with AS_LOADED.running(study.device):
+        start = now()
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        middle = now()
+        for _ in range(study.size.decoded):
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        return middle - start, now() - middle
 
 
 def state_window(study: Study) -> int:

@@ -23,8 +23,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 Record = dict[str, Any]
 # In the order of the tables; what is not among them comes last.
-SELECTORS = ("verified", "ga-s2", "zero-shot-linearise", "zero-shot", "ga-s1", "uniform", "random-0", "random-1")
+SELECTORS = ("search", "verified", "ga-s2", "zero-shot-linearise", "zero-shot", "ga-s1")
+SELECTORS += ("uniform", "random-0", "random-1")
 NAMES = {"ga-s1": "alignment loss (ga-s1)", "random-0": "random, first draw", "random-1": "random, second draw"}
+NAMES["search"] = "swaps around the best set"
 
 
 class Results:
@@ -74,6 +76,10 @@ def page(results: Results, plots: Path) -> str:
     parts += ["## What choosing the layers costs", costs(results)]
     if (others := other_mixers(results)) is not None:
         parts += ["## Other mixers in the same layers", others]
+    if (found := searches(results)) is not None:
+        parts += ["## How far from the best that can be found", found]
+    if (timed := speeds(results)) is not None:
+        parts += ["## Speed and cache", timed]
     if draw_curves(results, plots / "results_curves.png"):
         text = "KL and single needles over the tokens of distillation, along one schedule (a cosine) for each hybrid."
         parts += ["## Over tokens", f"{text}\n\n![curves]({plots.name}/results_curves.png)"]
@@ -192,6 +198,45 @@ def other_mixers(results: Results) -> str | None:
     ]
     head = ["mixer", "KL", *(f"KL, {name}" for name in domains), "perplexity", "retrieval", "copying"]
     return markdown(head, rows)
+
+
+def searches(results: Results) -> str | None:
+    """What the search by swaps found, and where the sets of the methods lie in what it tried."""
+    found = results.named("search")
+    if not found:
+        return None
+    lines = []
+    for record in found:
+        tried = sorted(record["evaluations"], key=lambda one: one["kl"])
+        first = record["evaluations"][0]
+        lines.append(
+            f"- {len(tried)} sets of {record['k']} layers, each after a short distillation ({record['tokens']:,} "
+            f"tokens in all): from {first['layers']} ({first['kl']:.4f} on the rows that scores are made on) to "
+            f"{record['layers']} ({tried[0]['kl']:.4f}). It swaps one layer at a time and keeps what is better: a "
+            "stronger search than any of the methods, and no proof of an optimum."
+        )
+    return "\n".join(lines)
+
+
+def speeds(results: Results) -> str | None:
+    """Prefill, decoding and cache of teacher and hybrid side by side, of the first seed that has them."""
+    found = results.named("speed")
+    if not found:
+        return None
+    record, rows = found[0], []
+    of = {name: [row for row in record["rows"] if row["model"] == name] for name in ("teacher", "hybrid")}
+    for teacher, ours in zip(of["teacher"], of["hybrid"], strict=True):
+        row = [f"{ours['context']:,}", str(ours["batch"])]
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+            row += [f"{teacher[name]:,.0f}", f"{ours[name]:,.0f}", f"{ours[name] / teacher[name]:.2f}"]
+        rows.append([*row, f"{teacher['cache_bytes'] / 2**20:.1f}", f"{ours['cache_bytes'] / 2**20:.1f}"])
+    head = ["context", "rows", "prefill, teacher", "hybrid", "ratio", "decoding, teacher", "hybrid", "ratio"]
+    head += ["cache, teacher (MiB)", "hybrid"]
+    about = (
+        f"Tokens per second in {record['dtype']}, eager, with the library's dynamic cache, on {record['device']}; "
+        f"softmax in layers {record['layers']}."
+    )
+    return f"{about}\n\n{markdown(head, rows)}"
 
 
 def draw_curves(results: Results, path: Path) -> bool:
