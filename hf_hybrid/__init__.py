@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .teacher.embedded import embedded_teacher, embedded_tokenizer
     from .teacher.loading import load_pair
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Where each public name lives. Imported on first use: torch and transformers take seconds, `--help` must not.
 _HOME = {

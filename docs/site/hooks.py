@@ -33,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "reference/command_line.md", content=_command_line()))
     pages = {file.src_uri: "docs/" + file.src_uri for file in files if file.generated_by is None}
     waiting = [path for path in pages.values() if path.endswith(".md")]
-    waiting += ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"]
+    waiting += ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md"]
     seen = set(pages.values())
     while waiting:
         path = waiting.pop()
