@@ -178,7 +178,7 @@ class TestList:
 
     def test_who_serves_what(self):
         periodic, other = (hh.layouts_of(native(layers=layers)[0].config) for layers in ((1, 3), (0, 2)))
-        assert [fit.obstacles for fit in (*periodic, *other)] == [[], [], [], []]
+        assert [fit.obstacles for fit in (*periodic, *other)] == [[]] * 6
         assert "SGLang, MLX: yes, for every 2-th layer keeps softmax" in str(periodic[0])
         assert "SGLang, MLX: no" in str(other[0]) and "[0, 2] is not so; with n = 2 it would be [1, 3]" in str(
             other[0]
@@ -196,7 +196,8 @@ class TestList:
                 ).config,
             )
         )
-        assert all("those of llama" in str(fit) for fit in of_llama)
+        assert ["those of llama" in str(fit) for fit in of_llama] == [True, True, False]
+        assert str(of_llama[2]).startswith("vllm plugin: fits (the hybrid as it was saved, nothing is exported)")
         assert not of_scaled[0].obstacles and "rotary embedding is of type 'linear'" in str(of_scaled[1])
 
 

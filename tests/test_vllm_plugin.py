@@ -25,10 +25,10 @@ def test_serves(family, options):
 
 
 REFUSED = {
-    "mixer": ({"mixer": "kimi_delta_attention"}, "the mixers are ['kimi_delta_attention']"),
+    "mixer": ({"mixer": "kimi_delta_attention"}, "its mixers are ['kimi_delta_attention']"),
     "one of the mixers": (
         {"mixer": ["gated_deltanet", None, "sliding_window", "gated_deltanet"]},
-        "the mixers are ['gated_deltanet', 'sliding_window']",
+        "its mixers are ['gated_deltanet', 'sliding_window']",
     ),
     "silu": ({"mixer_options": {"silu_qk": True}}, "silu_qk=True and silu_v=False"),
     "norm": ({"mixer_options": {"output_norm": False}}, "output_norm=False"),
@@ -47,11 +47,11 @@ def test_refuses_by_name_what_it_cannot_serve(case):
 
 def test_refuses_other_families_and_windows():
     settings = config_of().text_config.to_dict() | {"model_type": "olmo2"}
-    with pytest.raises(ValueError, match="the teacher is a 'olmo2' model"):
+    with pytest.raises(ValueError, match="its teacher is a 'olmo2' model"):
         check_served(HybridConfig(text_config=settings))
     qwen3 = CONFIGS["qwen3"](use_sliding_window=True, sliding_window=8, max_window_layers=2)
     check_served(HybridConfig.from_teacher(qwen3, [0, 1]))
-    with pytest.raises(ValueError, match="softmax layers are of types"):
+    with pytest.raises(ValueError, match="its softmax layers are of types"):
         check_served(HybridConfig.from_teacher(qwen3, [0, 3]))
     assert sorted(FAMILIES) == ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -167,6 +167,34 @@ def test_agrees_when_compiled(tmp_path: Path, options: Any) -> None:
         check_agrees(folder, prompts, answers(llm, prompts, tokens=40))
 
 
+def test_an_export_needs_no_plugin(tmp_path: Path, monkeypatch: Any) -> None:
+    """`hf-hybrid export --to qwen3_5`: the served model is vLLM's own Qwen3.5."""
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    folder = save_hybrid(tmp_path, "qwen3", [0, 3], "native")
+    student: Any = AutoModelForCausalLM.from_pretrained(folder)
+    hh.export(student, to="qwen3_5", output=tmp_path / "exported")
+    prompts = [prompt(300, seed) for seed in range(4)]
+    with engine(tmp_path / "exported") as llm:
+        found = answers(llm, prompts, tokens=40)
+    print(f"exported: KL to fp32 {check_agrees(folder, prompts, found):.2f} times transformers' own in bf16")
+
+
+def test_prefix_caching(tmp_path: Path) -> None:
+    """The states at the end of a block are found again by the next request that begins with it."""
+    folder = save_hybrid(tmp_path, "llama", [1], "native")
+    prompts = [prompt(600) + prompt(50, seed) for seed in range(1, 4)]
+    parameters = SamplingParams(temperature=0, max_tokens=20, detokenize=False, logprobs=VOCABULARY)
+
+    def one_by_one(enable_prefix_caching: bool) -> list[Any]:
+        with engine(folder, enable_prefix_caching=enable_prefix_caching) as llm:
+            return [llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)[0] for ids in prompts]
+
+    found, fresh = one_by_one(True), one_by_one(False)
+    assert [output.num_cached_tokens for output in found] == [0, 512, 512]
+    for output, other in zip(found, fresh, strict=True):
+        assert output.outputs[0].token_ids == other.outputs[0].token_ids
+
+
 REFUSED = {
     "mixer": ({"mixer": "kimi_delta_attention"}, "kimi_delta_attention"),
     "option": ({"mixer_options": {"silu_qk": True}}, "silu_qk=True and silu_v=False"),

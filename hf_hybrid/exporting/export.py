@@ -14,13 +14,14 @@ from hf_hybrid.adapters import merged
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.places import check_place
 from hf_hybrid.run.folder import ARTEFACTS, publish
+from hf_hybrid.serving.vllm_plugin import obstacles as vllm_obstacles
 from hf_hybrid.teacher.loading import check_plain, load_model, load_tokenizer
 from hf_hybrid.teacher.names import check_found
 from hf_hybrid.trainers.modes import evaluating
 
 from . import llama_cpp, qwen3_5
 from .llama_cpp_engine import equal_tokens, llama_cpp_version, run_apart
-from .native import FILE_TYPES, LAYOUTS, check_layout
+from .native import FILE_TYPES, LAYOUTS, VLLM_PLUGIN, check_layout
 
 
 # Two fp32 forms of one model differ by rounding. Logits may differ by this share of their standard deviation: the
@@ -49,7 +50,8 @@ class Fit:
     def __str__(self) -> str:
         if self.obstacles:
             return f"{self.layout}: no\n" + "\n".join(f"  {reason}" for reason in self.obstacles)
-        return f"{self.layout}: fits ({LAYOUTS[self.layout]})\n" + "\n".join(f"  {line}" for line in self.engines)
+        about = LAYOUTS.get(self.layout, "the hybrid as it was saved, nothing is exported")
+        return f"{self.layout}: fits ({about})\n" + "\n".join(f"  {line}" for line in self.engines)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary for JSON."""
@@ -99,12 +101,18 @@ def layouts_of(config: HybridConfig) -> list[Fit]:
     """Which layouts a hybrid with this config fits, what stands in the way of the others, and who serves each."""
     reasons = qwen3_5.obstacles(config)
     of_file = reasons or llama_cpp.obstacles(config.text_config)
+    of_plugin = vllm_obstacles(config)
     return [
         Fit("qwen3_5", reasons, [] if reasons else _engines(config)),
         Fit(
             "gguf",
             of_file,
             [] if of_file else ["llama.cpp since 2026-09, and what is built on it: any list of layers"],
+        ),
+        Fit(
+            VLLM_PLUGIN,
+            of_plugin,
+            [] if of_plugin else ["vLLM where this package is installed too: any list of layers"],
         ),
     ]
 

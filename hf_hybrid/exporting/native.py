@@ -11,6 +11,8 @@ LAYOUTS = {
     "qwen3_5": "transformers' own Qwen3_5ForCausalLM (text only), without remote code",
     "gguf": "the same for llama.cpp, in one GGUF file",
 }
+# What serves a hybrid that fits no layout, and is listed with them.
+VLLM_PLUGIN = "vllm plugin"
 # Of the weights in a GGUF file.
 FILE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 NATIVE_MIXER = "gated_deltanet"

@@ -40,44 +40,47 @@ def register() -> None:
 
 def check_served(config: HybridConfig) -> None:
     """Raises a `ValueError` that names what of a hybrid vLLM cannot serve."""
-    text_config = config.text_config
+    found = obstacles(config)
+    if found:
+        raise ValueError(f"the vLLM plugin cannot serve this hybrid: {'; '.join(found)}. Serve it with transformers.")
+
+
+def obstacles(config: HybridConfig) -> list[str]:
+    """What of a hybrid vLLM cannot serve, in words; empty where it can."""
+    text_config, found = config.text_config, []
     if text_config.model_type not in FAMILIES:
-        raise ValueError(
-            f"the teacher is a {text_config.model_type!r} model; the vLLM plugin serves hybrids of "
-            f"{sorted(FAMILIES)}. Serve this one with transformers."
+        found.append(
+            f"its teacher is a {text_config.model_type!r} model, and the plugin has the families {sorted(FAMILIES)}"
         )
     kept = {text_config.layer_types[i] for i in config.full_attention_layers}
     known = {"full_attention", "sliding_attention"} if text_config.model_type in WINDOWS else {"full_attention"}
     if kept - known:
-        raise ValueError(
-            f"softmax layers are of types {sorted(kept)}; of a {text_config.model_type!r} teacher the vLLM plugin "
-            f"serves {sorted(known)}."
-        )
-    linear = linear_layers(config)
-    if not linear:
-        return
-    mixers = {config.layer_mixers[i] for i in linear}
-    if mixers != {MIXER}:
-        raise ValueError(f"the mixers are {sorted(map(str, mixers))}; the vLLM plugin serves {MIXER!r} alone.")
-    options = options_of(config)
-    refused = []
+        found.append(f"its softmax layers are of types {sorted(kept)}, and the plugin has {sorted(known)} for them")
+    mixers = {config.layer_mixers[i] for i in linear_layers(config)}
+    if mixers - {MIXER}:
+        found.append(f"its mixers are {sorted(map(str, mixers))}, and the plugin has {MIXER!r} alone")
+    elif mixers:
+        found += _option_obstacles(options_of(config))
+    return found
+
+
+def _option_obstacles(options: LinearAttentionOptions) -> list[str]:
+    found = []
     if options.silu_qk != options.silu_v:
-        refused.append(
-            f"silu_qk={options.silu_qk} and silu_v={options.silu_v} (vLLM applies SiLU to q, k and v, or to none)"
+        found.append(
+            f"mixer_options silu_qk={options.silu_qk} and silu_v={options.silu_v}, where vLLM applies SiLU to q, k "
+            "and v or to none"
         )
     if not options.output_norm:
-        refused.append("output_norm=False (vLLM normalises the output)")
+        found.append("mixer_options output_norm=False, where vLLM normalises the output")
     if options.output_gate is None:
-        refused.append("output_gate=None (vLLM gates the output)")
+        found.append("mixer_options output_gate=None, where vLLM gates the output")
     if options.short_convolution > CONVOLUTION:
-        refused.append(
-            f"short_convolution={options.short_convolution} (vLLM convolves over at most {CONVOLUTION} tokens)"
+        found.append(
+            f"mixer_options short_convolution={options.short_convolution}, where vLLM convolves over at most "
+            f"{CONVOLUTION} tokens"
         )
-    if refused:
-        raise ValueError(
-            f"the vLLM plugin cannot serve mixer_options {', '.join(refused)}. Serve the hybrid with transformers, or "
-            "convert the teacher with the defaults or with mixer_options='native'."
-        )
+    return found
 
 
 def linear_layers(config: HybridConfig) -> list[int]:
