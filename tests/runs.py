@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -20,6 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 # Seconds after which a process that takes a few has hung, also where others have the machine.
 PATIENCE = 900.0
+# One server for all the tests of a process; its forks start in milliseconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["warm"])
 LINES = [f"def function_{i}(x, y):\n    return x * {i * i} + y  # step {i % 7}\n" for i in range(400)]
 
 

@@ -1,5 +1,6 @@
 """What the multi-process test of the scores starts in each process."""
 
+import gc
 import json
 import os
 import sys
@@ -19,7 +20,6 @@ CASES: dict[str, dict[str, Any]] = {
     "ga-s2": {},
     "ga-s2 halved": {"options": {"rounds": 2, "halving": True, "noise": 0.0}, "k": 1},
     "ga-s2 halved, nothing kept": {"options": {"rounds": 2, "halving": True, "noise": 0.0}, "k": 1},
-    "shared": {"k": 2},
     "shared, softmax trained": {"k": 2, "options": {"train_softmax": True}},
     "distilled-greedy": {"k": 2},
     "verified": {"k": 1},
@@ -60,6 +60,7 @@ def score_all(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
     target = Path(sys.argv[1])
     result = score_all(target)
     if is_main_process():

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import multiprocessing
 import random
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from runs import (
+    FORKS,
     PATIENCE,
     contents,
     copy_run,
@@ -34,8 +34,6 @@ from hf_hybrid.run.stages import Event
 
 
 STAGES = list(ARTEFACTS)
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hf_hybrid.run.runner", "hf_hybrid.run.plots", "matplotlib.pyplot", "runs"])
 
 
 class Reference:
@@ -62,8 +60,8 @@ class Reference:
 
 def start(recipe: dict[str, Any], folder: Path, stage: str, *fate: Any) -> tuple[Any, Any]:
     """A process that runs `recipe`, and the end of its pipe."""
-    here, there = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=run_and_report, args=(recipe, str(folder), stage, there, *fate))
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=run_and_report, args=(recipe, str(folder), stage, there, *fate))
     process.start()
     there.close()
     return here, process
@@ -124,19 +122,6 @@ def kill_and_finish(reference: Reference, folder: Path, stage: str, rng: random.
         assert given[name] == reference.results[name], name
     assert [*folder.glob("*_checkpoints"), *folder.glob("*.partial*")] == []
     return deaths
-
-
-def test_killed_at_random_each_stage_ends_as_if_it_was_not(
-    reference: Reference, tmp_path: Path, rng: random.Random
-) -> None:
-    for stage, kinds in {
-        "data": ["operation"],
-        "align": ["operation", "time"],
-        "score": ["operation"],
-        "distill": ["time"],
-        "model": ["operation"],
-    }.items():
-        kill_and_finish(reference, tmp_path / stage, stage, rng, kinds)
 
 
 @pytest.mark.slow
@@ -246,10 +231,10 @@ def run_pair(recipe: dict[str, Any], folder: Path, stage: str, rng: random.Rando
     victim, by = (rng.randrange(2), rng.choice(["operation", "time"])) if rng else (0, "")
     by = "time" if by and victim == 1 else by  # only the main process writes to the folder all along
     operation = rng.randint(1, cost[0]) if rng and by == "operation" else None
-    here, there = CONTEXT.Pipe()
-    aside, other = CONTEXT.Pipe()
+    here, there = FORKS.Pipe()
+    aside, other = FORKS.Pipe()
     pair = [
-        CONTEXT.Process(target=run_as_rank, args=(rank, store.port, recipe, str(folder), stage, pipe, fate))
+        FORKS.Process(target=run_as_rank, args=(rank, store.port, recipe, str(folder), stage, pipe, fate))
         for rank, pipe, fate in ((0, there, operation), (1, other, None))
     ]
     for process in pair:
@@ -281,10 +266,10 @@ def run_pair(recipe: dict[str, Any], folder: Path, stage: str, rng: random.Rando
 
 
 def run_with_pairs_that_die(recipe: dict[str, Any], folder: Path, rng: random.Random, costs: dict[str, Any]) -> int:
-    """Runs each stage in pairs of which one is killed, three at most, then in one that lives; counts the deaths."""
+    """Runs each stage in pairs of which one is killed, two at most, then in one that lives; counts the deaths."""
     deaths, whole = 0, []
     for stage in STAGES:
-        for _ in range(3 if stage in ("align", "score", "distill", "finetune") else 2):
+        for _ in range(2 if stage in ("align", "score", "distill", "finetune") else 1):
             before = contents(folder, whole)
             how = run_pair(recipe, folder, stage, rng, costs[stage])
             print(f"{stage}: {how or 'it ended before'}")
@@ -301,14 +286,14 @@ def run_with_pairs_that_die(recipe: dict[str, Any], folder: Path, rng: random.Ra
 
 @pytest.mark.slow
 def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rng: random.Random) -> None:
-    """One of two dies ten times and more, and what they make is what two make that nobody kills."""
+    """One of two dies six times and more, and what they make is what two make that nobody kills."""
     recipe = reference.recipe
     costs = {entry[0]: entry[1:] for entry in run_pair(recipe, tmp_path / "whole", "report", None) if len(entry) == 3}
     expected = results(tmp_path / "whole")
     deaths = rounds = 0
-    while deaths < 10:
+    while deaths < 6:
         rounds += 1
-        # A kill may come late; of three runs with 22 kills each, few do.
+        # A kill may come late; of three runs with 13 kills each, few do.
         assert rounds <= 3, f"{deaths} deaths in {rounds - 1} runs; the seed is printed above"
         folder = tmp_path / f"run_{rounds}"
         deaths += run_with_pairs_that_die(recipe, folder, rng, costs)
@@ -319,7 +304,7 @@ def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rn
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["verified", "zero-shot-removal", "ga-s2"])
+@pytest.mark.parametrize("method", ["verified", "zero-shot-removal"])
 def test_scores_of_methods_killed_at_random(
     method: str, reference: Reference, tmp_path: Path, rng: random.Random
 ) -> None:
@@ -334,7 +319,7 @@ def test_scores_of_methods_killed_at_random(
     changed.cost = {"score": here.recv()[1:]}
     process.join()
     expected = results(changed.folder)["scores.json"]
-    for attempt in range(3):
+    for attempt in range(2):
         folder = tmp_path / str(attempt)
         copy_run(changed.folder, folder, "score")
         for by in ("operation", "time"):

@@ -1,7 +1,6 @@
 """Rows made as they are needed: the same rows as stored ones, and exactly the rest of them after any stop."""
 
 import json
-import multiprocessing
 import signal
 from collections import Counter
 from itertools import islice
@@ -12,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from runs import LINES, PATIENCE, run_and_die, save_teacher, save_texts, tiny_recipe, tiny_tokenizer
+from runs import FORKS, LINES, PATIENCE, run_and_die, save_teacher, save_texts, tiny_recipe, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -151,9 +150,8 @@ def test_a_killed_run_goes_on_in_the_stream(tmp_path: Path) -> None:
     recipe["data"] |= {"on_the_fly": True, "report_rows": 140}
     recipe["training"]["logging_steps"] = 1
     whole = run_recipe(Recipe.from_dict(recipe), tmp_path / "whole")
-    context = multiprocessing.get_context("forkserver")
     for where, name in (("step", "align"), ("checkpoint", "align"), ("checkpoint", "distill"), ("step", "finetune")):
-        process = context.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
+        process = FORKS.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
         process.start()
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"

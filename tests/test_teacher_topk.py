@@ -1,6 +1,5 @@
 """The teacher's top k from disk: the loss against the full KL, and what training with it gives."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from runs import PATIENCE, results, run_and_die, save_teacher, save_texts, tiny_recipe
+from runs import FORKS, PATIENCE, results, run_and_die, save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
 from teachers import tiny_teacher, tokens
 
@@ -302,14 +301,13 @@ class TestRun:
         assert not list(run.folder.glob("*_checkpoints"))
 
     def test_a_killed_run_goes_on(self, recipe: dict[str, Any], run: RunResult, tmp_path: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
         for where, name in (
             ("before", "teacher_topk.json"),
             ("before", "rows-00000.safetensors"),
             ("after", "rows-00000.safetensors"),
             ("checkpoint", "distill"),
         ):
-            process = context.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
+            process = FORKS.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
             process.start()
             process.join(PATIENCE)
             assert process.exitcode == -signal.SIGKILL, f"was not killed {where} {name}"
