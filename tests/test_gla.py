@@ -1,7 +1,7 @@
 """Gated linear attention: the chunked form against the token-by-token one, and that against the paper's equation."""
 
 import torch
-from recurrences import RecurrenceTests, assert_close, run
+from recurrences import BY_CHANNEL, RecurrenceTests, assert_close, run
 
 from hf_hybrid.modeling.ops_gla import chunk_gla, recurrent_gla
 
@@ -10,6 +10,7 @@ class TestGatedLinearAttention(RecurrenceTests):
     recurrent = staticmethod(recurrent_gla)
     chunked = staticmethod(chunk_gla)
     has_beta = False
+    wrong = BY_CHANNEL
 
     def test_recurrent_form_is_the_paper_equation(self):
         inputs = self.inputs(5, batch=1, heads=1)
