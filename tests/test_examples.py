@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import serve
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_standalone import run
@@ -98,24 +97,23 @@ def test_dpo(example, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").full_attention_layers == [2, 3]
 
 
-def test_push_to_hub(tmp_path):
+def test_push_to_hub(hub, tmp_path):
     """Against a Hub on loopback, in a process of its own: the client reads its endpoint when it is imported."""
     arguments = [argument.replace("my_run/model", "embedded") for argument in command("push_to_hub")]
     arguments = [argument.replace("NAME", "tester") for argument in arguments]
-    with serve() as hub:
-        environment = hub.environment(tmp_path) | {"PYTHONPATH": str(EXAMPLES.parent)}
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / "push_to_hub.py"), *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        files = hub.repos["tester/hybrid"].trees[hub.repos["tester/hybrid"].branches["main"][-1]]
-    assert re.search(r"Pushed \d+ files, \d+ bytes: http", done.stdout)
+    script = str(EXAMPLES / "push_to_hub.py")
+    said = hub.run(
+        tmp_path,
+        f"""
+        import runpy, sys
+        sys.argv = {[script, *arguments]}
+        runpy.run_path({script!r}, run_name="__main__")
+        """,
+    )
+    files = hub.repos["tester/hybrid"].trees[hub.repos["tester/hybrid"].branches["main"][-1]]
+    assert re.search(r"Pushed \d+ files, \d+ bytes: http", said)
     assert {"README.md", "config.json", "model.safetensors", "modeling_hybrid.py", "tokenizer.json"} <= set(files)
-    assert "\nimport " in done.stdout
+    assert "\nimport " in said
 
 
 def test_custom_mixer(example, tmp_path):

@@ -12,10 +12,9 @@ import torch
 import yaml
 from gguf import GGMLQuantizationType as Type
 from gguf_files import CHAT, VOCABULARY, tokenizer_fields, write_gguf
-from hub_server import Repo, serve
+from hub_server import LoopbackHub, Repo
 from runs import LINES, tiny_recipe, tiny_tokenizer
 from teachers import tiny_teacher, tokens
-from test_hub import run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid as hh
@@ -208,30 +207,28 @@ def test_a_run_notices_that_the_file_changed(
 
 
 @pytest.mark.slow
-def test_a_file_on_the_hub(folder: Path) -> None:
+def test_a_file_on_the_hub(hub: LoopbackHub, folder: Path) -> None:
     write_gguf(Path("a.gguf"), llama(), Type.Q8_0)
-    with serve() as hub:
-        repo = hub.repos["tester/files"] = Repo()
-        commit = repo.commit("main", {"a.gguf": Path("a.gguf").read_bytes()}, "first")
-        repo.commit("main", {"a.gguf": b"GGUF"}, "another")
-        said = run_in(
-            hub,
-            folder,
-            f"""
-            from hf_hybrid.card import save_model
-            from hf_hybrid.teacher.loading import load_pair
-            import hf_hybrid as hh
-            teacher, tokenizer = load_pair("tester/files", gguf_file="a.gguf", revision="{commit}")
-            assert teacher.config._commit_hash == "{commit}"
-            save_model(hh.convert(teacher, [1]), tokenizer, "hybrid")
-            hybrid = hh.HybridForCausalLM.from_pretrained("hybrid")
-            assert hybrid.config.teacher_revision == "{commit}"
-            try:
-                load_pair("tester/files", gguf_file="b.gguf")
-            except ValueError as error:
-                print(error)
-            """,
-        )
+    repo = hub.repos["tester/files"] = Repo()
+    commit = repo.commit("main", {"a.gguf": Path("a.gguf").read_bytes()}, "first")
+    repo.commit("main", {"a.gguf": b"GGUF"}, "another")
+    said = hub.run(
+        folder,
+        f"""
+        from hf_hybrid.card import save_model
+        from hf_hybrid.teacher.loading import load_pair
+        import hf_hybrid as hh
+        teacher, tokenizer = load_pair("tester/files", gguf_file="a.gguf", revision="{commit}")
+        assert teacher.config._commit_hash == "{commit}"
+        save_model(hh.convert(teacher, [1]), tokenizer, "hybrid")
+        hybrid = hh.HybridForCausalLM.from_pretrained("hybrid")
+        assert hybrid.config.teacher_revision == "{commit}"
+        try:
+            load_pair("tester/files", gguf_file="b.gguf")
+        except ValueError as error:
+            print(error)
+        """,
+    )
     assert said == "tester/files has no file b.gguf on the Hub at main; check the name.\n"
     assert "base_model: tester/files" in Path("hybrid/README.md").read_text()
 

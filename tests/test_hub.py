@@ -3,15 +3,12 @@
 import json
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
-from hub_server import READ_TOKEN, TOKEN, LoopbackHub, Repo, serve
+from hub_server import READ_TOKEN, TOKEN, LoopbackHub, Repo
 from runs import save_teacher, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from teachers import tiny_teacher, tokens
@@ -21,26 +18,6 @@ from test_standalone import BLOCK
 import hf_hybrid as hh
 from hf_hybrid.card import save_model
 from hf_hybrid.run.recipe import Recipe
-
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[LoopbackHub]:
-    with serve() as server:
-        yield server
-
-
-def run_in(hub: LoopbackHub, folder: Path, code: str, token: str | None = TOKEN, ours: bool = True) -> str:
-    """Runs `code` in a fresh process that uses `hub`; with `ours=False` hf_hybrid cannot be imported there."""
-    env = hub.environment(folder / f"home_{len(list(folder.glob('home_*')))}", token)
-    Path(env["HF_HOME"]).mkdir()
-    env["PYTHONPATH"] = str(ROOT) if ours else ""
-    program = ("" if ours else BLOCK) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def save_run(folder: Path, model: Any) -> Path:
@@ -90,8 +67,7 @@ def test_push_and_load_back(hub: LoopbackHub, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "second")
     hub.repos["tester/written"] = Repo()
     hub.repos["tester/written"].commit("main", {"README.md": b"# In my own words\n"}, "first")
-    out = run_in(
-        hub,
+    out = hub.run(
         tmp_path,
         """
         import json
@@ -144,8 +120,12 @@ def test_push_and_load_back(hub: LoopbackHub, tmp_path: Path) -> None:
         ("main", "tester/mine", "main"),
         ("direct", "tester/direct", None),
     ]
-    out = run_in(hub, tmp_path, f"CASES = {cases}\n" + LOAD, ours=False)
-    assert out.splitlines() == [str(tiny_tokenizer()("def function_1(x, y)")["input_ids"])] * 4
+    there = tmp_path / "home"
+    there.mkdir()
+    code, env = f"{BLOCK}CASES = {cases}\n{LOAD}", hub.environment(there) | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [str(tiny_tokenizer()("def function_1(x, y)")["input_ids"])] * 4
     for name, expected in (("pinned", 0), ("branch", 1), ("main", 1), ("direct", 0)):
         assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["logits"], logits[expected]), name
 
@@ -156,8 +136,7 @@ def test_a_teacher_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     (tmp_path / "teacher" / "README.md").write_text(
         "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n"
     )
-    run_in(
-        hub,
+    hub.run(
         tmp_path,
         """
         import os, torch
@@ -252,32 +231,27 @@ def test_errors_of_the_hub_are_sentences(hub: LoopbackHub, tmp_path: Path) -> No
         (TOKEN, "not a name"): "'not a name'",
         (TOKEN, "tester/public", "--private"): "tester/public exists and is public",
     }
-    out = run_in(hub, tmp_path, f"CASES = {list(cases)}\n{PUSH}")
+    out = hub.run(tmp_path, f"CASES = {list(cases)}\n{PUSH}")
     for sentence, text in zip(sentences(out), cases.values(), strict=True):
         assert text in sentence
         assert text.startswith("'") or "public" in text or sentence.startswith("hf-hybrid: nothing was pushed to ")
     assert "Traceback" not in out and {name: list(repo.trees) for name, repo in hub.repos.items()} == before
 
 
-def test_a_server_that_dies_leaves_nothing_half_pushed(tmp_path: Path) -> None:
+def test_a_server_that_dies_leaves_nothing_half_pushed(hub: LoopbackHub, tmp_path: Path) -> None:
     model = hh.convert(tiny_teacher("qwen3", vocab_size=300), [1, 3])
     save_model(model, tiny_tokenizer(), tmp_path / "model")
-    with serve() as hub:
-        for dies_at in ("upload", "commit"):
-            hub.dies_at, hub.dead = dies_at, False
-            out = run_in(hub, tmp_path, f"CASES = {[(TOKEN, 'tester/mine')]}\n{PUSH}")
-            [sentence] = sentences(out)
-            assert "nothing was pushed to tester/mine" in sentence and "push again" in sentence, out
-            assert "Traceback" not in out
-            repo = hub.repos["tester/mine"]
-            assert len(repo.trees) == 1 and list(repo.trees[repo.resolve("main")]) == [".gitattributes"]
-        hub.dies_at, hub.dead = None, False
-        run_in(
-            hub,
-            tmp_path,
-            "from hf_hybrid.cli import main\nassert main(['push', 'model', 'tester/mine']) == 0",
-        )
-        assert "model.safetensors" in repo.trees[repo.resolve("main")]
+    for dies_at in ("upload", "commit"):
+        hub.dies_at, hub.dead = dies_at, False
+        out = hub.run(tmp_path, f"CASES = {[(TOKEN, 'tester/mine')]}\n{PUSH}")
+        [sentence] = sentences(out)
+        assert "nothing was pushed to tester/mine" in sentence and "push again" in sentence, out
+        assert "Traceback" not in out
+        repo = hub.repos["tester/mine"]
+        assert len(repo.trees) == 1 and list(repo.trees[repo.resolve("main")]) == [".gitattributes"]
+    hub.dies_at, hub.dead = None, False
+    hub.run(tmp_path, "from hf_hybrid.cli import main\nassert main(['push', 'model', 'tester/mine']) == 0")
+    assert "model.safetensors" in repo.trees[repo.resolve("main")]
 
 
 def test_push_to_hub_sends_no_path_and_removes_nothing(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -287,8 +261,7 @@ def test_push_to_hub_sends_no_path_and_removes_nothing(hub: LoopbackHub, tmp_pat
     hybrid.save_pretrained(tmp_path / "saved")
     for path in (tmp_path / "saved").iterdir():
         assert b"secret" not in path.read_bytes(), path.name
-    run_in(
-        hub,
+    hub.run(
         tmp_path,
         """
         import os, hf_hybrid as hh

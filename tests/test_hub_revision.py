@@ -1,28 +1,21 @@
 """A revision of a model on the Hub: what is named is what is scored, evaluated and distilled, wherever main went."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hub_server import LoopbackHub, Repo, serve
+from hub_server import LoopbackHub, Repo
 from runs import save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
-from test_hub import changed, run_in
+from test_hub import changed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid as hh
 from hf_hybrid.card import save_model
 from hf_hybrid.teacher.loading import load_model, load_pair, load_tokenizer
-
-
-@pytest.fixture
-def hub() -> Iterator[LoopbackHub]:
-    with serve() as server:
-        yield server
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -60,8 +53,7 @@ def test_score_and_evaluate_take_the_revision_that_is_named(hub: LoopbackHub, tm
         save_model(hh.convert(tmp_path / f"{age}_teacher", [1]), tokenizer, tmp_path / f"{age}_hybrid")
     save_texts(tmp_path / "texts")
     teachers, hybrids = (put_two_commits(hub, tmp_path, kind) for kind in ("teacher", "hybrid"))
-    run_in(
-        hub,
+    hub.run(
         tmp_path,
         f"""
         import contextlib, io, json
@@ -117,8 +109,7 @@ def test_a_run_stays_with_its_commit_where_the_branch_moves(hub: LoopbackHub, tm
     save_texts(tmp_path / "texts")
     for name, recipe in (("local", local), ("main", pinned | {"revision": None}), ("pinned", pinned)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    run_in(
-        hub,
+    hub.run(
         tmp_path,
         """
         import contextlib, io, shutil
