@@ -1,6 +1,7 @@
 """What the multi-process tests start in each process: stages of tiny teachers, with their losses on record."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -20,13 +21,17 @@ from hf_hybrid.trainers.processes import exit_process, is_main_process, num_proc
 from hf_hybrid.trainers.sharding import is_sharded
 
 
-# One case for each way that a layer's parameters can differ in dtype, and for both places of the teacher.
+# Each way that a layer's parameters can differ in dtype, both places of the teacher, a tied head and none, padding,
+# and all mixers that have a recurrence.
 CASES: dict[str, dict[str, Any]] = {
-    "tied head": {"family": "qwen2"},
-    "bf16 teacher, sharded": {"family": "qwen3", "dtype": "bfloat16", "shard_teacher": True},
+    "tied head, padded rows": {"family": "qwen2", "padded": True},
+    "bf16 teacher, sharded, two mixers": {
+        "family": "qwen3",
+        "dtype": "bfloat16",
+        "shard_teacher": True,
+        "mixer": ["kimi_delta_attention", "gated_linear_attention"] * 2,
+    },
     "autocast, tied, sharded teacher": {"family": "qwen2", "dtype": "bfloat16", "bf16": True, "shard_teacher": True},
-    "padded rows": {"family": "qwen2", "padded": True},
-    "two mixers": {"family": "llama", "mixer": ["kimi_delta_attention", "gated_linear_attention"] * 2},
 }
 STAGES = (hh.AlignmentConfig, hh.AlignmentTrainer), (hh.DistillationConfig, hh.DistillationTrainer)
 
@@ -133,6 +138,7 @@ def main(folder: Path, recipe: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_accelerate_shard_on_the_cpu()
     main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
