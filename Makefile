@@ -65,19 +65,17 @@ demo-full: $(READY) ## the same with two to four times the tokens
 
 .PHONY: test
 test: $(READY) ## run the tests, but for the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(READY) ## run the slow tests: kills by the dozen, two processes, every scoring method, compiled decoding
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m slow $(PYTEST_ARGS)
 
 # What depends on the release of transformers: the model, generation, caches, packing, saving and loading, trainers.
 VERSION_TESTS := $(addprefix tests/test_,library_versions.py checkpoints.py auto_model.py standalone.py model.py \
-	generation.py packing.py trainers.py)
-# Not twice what takes seconds: scores are runs of the trainer that is tested beside them, and of two hybrids that load
-# with a checkpoint's own code alone one is enough.
-VERSION_TESTS += --deselect tests/test_trainers.py::TestScores \
-	--deselect "tests/test_standalone.py::test_loads_generates_and_saves_again[qwen2]"
+	generation.py packing.py trainers.py mixers.py::TestGeneration)
+# Not twice what takes seconds: scores are runs of the trainer that is tested beside them.
+VERSION_TESTS += --deselect tests/test_trainers.py::TestScores
 
 .PHONY: test-versions
 test-versions: $(READY) ## run a part of the tests on the oldest and the newest transformers (.venv-floor, .venv-newest)
@@ -85,7 +83,7 @@ test-versions: $(READY) ## run a part of the tests on the oldest and the newest 
 
 .PHONY: test-fla
 test-fla: $(FLA_READY) ## compare our recurrences with fla's kernels on the CPU, in Triton's interpreter
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(FLA_BIN)/python -m pytest tests_fla $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(FLA_BIN)/python -m pytest -n $(WORKERS) tests_fla $(PYTEST_ARGS)
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_READY) ## serve hybrids with vLLM on the CPU through the plugin, compare with transformers (not in CI: 3 GB)

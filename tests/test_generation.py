@@ -17,10 +17,18 @@ mixers = pytest.mark.parametrize("mixer", MIXERS)
 layouts = pytest.mark.parametrize("layers", [[1, 3], []], ids=["alternating", "all_linear"])
 
 
-def hybrid(mixer="gated_deltanet", layers=(1, 3), **options):
+# torch's own compiler, which takes half a minute a model, for the mixer that is there by default; for the others what
+# can be wrong in our code: that a step is one graph, and with which shapes.
+compilers = pytest.mark.parametrize(
+    ("mixer", "backend"), [(m, "inductor" if m == "gated_deltanet" else "aot_eager") for m in MIXERS]
+)
+
+
+def hybrid(mixer="gated_deltanet", layers=(1, 3), num_layers=4, **options):
     """A hybrid in fp32 whose logits are of the size of a trained model's, on which 1e-5 says something."""
     torch.manual_seed(1)
-    model = hh.convert(tiny_teacher(), list(layers), mixer=mixer, **{**WINDOW.get(mixer, {}), **options})
+    teacher = tiny_teacher(num_hidden_layers=num_layers)
+    model = hh.convert(teacher, list(layers), mixer=mixer, **{**WINDOW.get(mixer, {}), **options})
     with torch.no_grad():
         model.lm_head.weight.mul_(0.3)
     return model
@@ -50,27 +58,22 @@ def by_hand(model, ids, steps=8):
 @mixers
 @layouts
 class TestGreedy:
-    @pytest.mark.parametrize(
-        "how",
-        [
+    def test_padded_batch_is_each_prompt_decoded_by_hand(self, mixer, layers):
+        model, (ids, mask, alone) = hybrid(mixer, layers), left_padded()
+        expected = [by_hand(model, prompt) for prompt in alone]
+        options = GREEDY | {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+        for how in (
             {},
             {"prefill_chunk_size": 1},
             {"prefill_chunk_size": 3},
             {"prefill_chunk_size": 100},
             {"cache_implementation": "static", "disable_compile": True},
             {"use_cache": False},
-        ],
-        ids=["dynamic", "chunks of 1", "chunks of 3", "one chunk", "static", "uncached"],
-    )
-    def test_padded_batch_is_each_prompt_decoded_by_hand(self, mixer, layers, how):
-        model, (ids, mask, alone) = hybrid(mixer, layers), left_padded()
-        out = model.generate(
-            ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **GREEDY, **how
-        )
-        for row, prompt in enumerate(alone):
-            sequence, logits = by_hand(model, prompt)
-            assert torch.equal(out.sequences[row, ids.shape[1] :], sequence[0, prompt.shape[1] :])
-            torch.testing.assert_close(torch.stack(out.logits)[:, row], logits, **CLOSE)
+        ):
+            out = model.generate(ids, **options, **how)
+            for row, (prompt, (sequence, logits)) in enumerate(zip(alone, expected, strict=True)):
+                assert torch.equal(out.sequences[row, ids.shape[1] :], sequence[0, prompt.shape[1] :]), how
+                torch.testing.assert_close(torch.stack(out.logits)[:, row], logits, **CLOSE, msg=str(how))
 
     def test_one_padded_prompt(self, mixer, layers):
         model, prompt = hybrid(mixer, layers), tokens(1, 9)
@@ -124,16 +127,6 @@ class TestOtherWays:
         embeddings = model.get_input_embeddings()(ids)
         assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), model.generate(ids, **GREEDY)[:, 9:])
 
-    @pytest.mark.slow
-    def test_the_compiled_step_with_a_static_cache(self, mixer):
-        model, ids = hybrid(mixer), tokens(2, 9)
-        torch.compiler.reset()
-        compiled = CompileConfig(fullgraph=True)
-        compiled._compile_all_devices = True  # the library leaves CPUs out
-        got = model.generate(ids, cache_implementation="static", compile_config=compiled, **GREEDY)
-        assert model._compiled_call is not None
-        assert torch.equal(got, model.generate(ids, **GREEDY))
-
     def test_steps_with_a_static_cache_have_the_same_shapes(self, mixer):
         model, (ids, mask, _) = hybrid(mixer), left_padded()
         shapes = []
@@ -148,11 +141,23 @@ class TestOtherWays:
         assert len(shapes) == 8 and "attention_mask" in shapes[1]
         assert all(shape == shapes[1] for shape in shapes[1:])
 
-    @pytest.mark.slow
-    def test_the_compiled_step_with_a_dynamic_cache(self, mixer):
-        model, ids = hybrid(mixer), tokens(2, 9)
+
+@pytest.mark.slow
+@compilers
+class TestTheCompiledStep:
+    def test_with_a_static_cache(self, mixer, backend):
+        model, ids = hybrid(mixer, [1], num_layers=2), tokens(2, 9)
         torch.compiler.reset()
-        step = torch.compile(model, fullgraph=True, dynamic=True)
+        compiled = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        compiled._compile_all_devices = True  # the library leaves CPUs out
+        got = model.generate(ids, cache_implementation="static", compile_config=compiled, **GREEDY)
+        assert model._compiled_call is not None
+        assert torch.equal(got, model.generate(ids, **GREEDY))
+
+    def test_with_a_dynamic_cache(self, mixer, backend):
+        model, ids = hybrid(mixer, [1], num_layers=2), tokens(2, 9)
+        torch.compiler.reset()
+        step = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
         with torch.no_grad():
             out = model(ids, use_cache=True)
             for _ in range(8):
