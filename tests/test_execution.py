@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import contents, tiny_recipe
+from runs import contents, copy_run, tiny_recipe
 from teachers import tiny_teacher, tokens
 
 import hf_hybrid as hh
@@ -97,7 +97,7 @@ def test_a_micro_batch_for_all_stages_divides_each_batch() -> None:
 
 def test_a_run_goes_on_with_another_execution(finished: RunResult, sources: tuple[Path, Path], tmp_path: Path) -> None:
     """As after an out-of-memory in the distillation: what was made before is kept, and the model is the same."""
-    run_recipe(Recipe.from_dict(tiny_recipe(*sources)), tmp_path / "run", stop_after="select")
+    copy_run(finished.folder, tmp_path / "run", "distill")
     before = contents(tmp_path / "run", [*ARTEFACTS.values()])
     recipe = tiny_recipe(*sources)
     recipe["execution"] = {"micro_batch_size": 1, "gradient_checkpointing": True, "kernel": "torch"}

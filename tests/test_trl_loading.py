@@ -92,9 +92,8 @@ def test_by_path_without_the_package(checkpoint, tmp_path):
         assert Path(tmp_path, name, "modeling_hybrid.py").exists()
 
 
-@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_command_line(checkpoint, tmp_path, adapter):
-    """`trl sft`, which imports nothing of ours."""
+def test_command_line(checkpoint, tmp_path):
+    """`trl sft` with an adapter, which imports nothing of ours."""
     Path(tmp_path, "data").mkdir()
     texts().to_json(tmp_path / "data" / "train.jsonl")
     options = {
@@ -111,13 +110,10 @@ def test_command_line(checkpoint, tmp_path, adapter):
         "dtype": "float32",
     }
     command = [str(Path(sys.executable).with_name("trl")), "sft", "--trust_remote_code", "--packing", "--use_cpu"]
+    command += ["--use_peft", "--lora_target_modules", *hh.lora_targets(hybrid())]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    if adapter:
-        command += ["--use_peft", "--lora_target_modules", *hh.lora_targets(hybrid())]
     out = run(command, tmp_path)
     first = next(line for line in out.splitlines() if "'loss'" in line)
     assert float(ast.literal_eval(first)["loss"]) == pytest.approx(cross_entropy(), abs=1e-3)
-    assert Path(tmp_path, "out", "adapter_config.json").exists() == adapter
-    if not adapter:
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").full_attention_layers == [2, 3]
+    assert Path(tmp_path, "out", "adapter_config.json").exists()
