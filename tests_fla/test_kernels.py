@@ -30,8 +30,9 @@ ENTRIES = {
     "gla": (kernels.gated_linear_attention, recurrent_gla, fla_chunk_gla),
     "kda": (kernels.kimi_delta_attention, recurrent_kda, fla_chunk_kda),
 }
-# Keys and values differ in width, so that a transposed state does not pass.
-BATCH, HEADS, KEY, VALUE = 2, 2, 16, 32
+# Keys and values differ in width, so that a transposed state does not pass. The interpreter takes one row
+# after the other: there are two where tokens are few or rows are packed.
+HEADS, KEY, VALUE = 2, 16, 32
 DECAYS = {"near 1": lambda g: g * 1e-4, "near 0": lambda g: g - 8}
 # fp32: what both chunked forms lose grows with the decay summed over a chunk.
 TOLERANCE = 2e-5
@@ -57,7 +58,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def make_inputs(kind: str, tokens: int, *, batch: int = BATCH, state: bool = True) -> dict[str, Tensor]:
+def make_inputs(kind: str, tokens: int, *, batch: int = 1, state: bool = True) -> dict[str, Tensor]:
     torch.manual_seed(0)
     shape = (batch, tokens, HEADS)
     inputs = {
@@ -85,9 +86,9 @@ def check(kind: str, inputs: dict[str, Tensor], **options: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ENTRIES)
 class TestAgainstFla:
-    @pytest.mark.parametrize(("tokens", "state"), [(1, True), (63, False), (130, True)])
-    def test_training(self, called: list[str], kind: str, tokens: int, state: bool) -> None:
-        check(kind, make_inputs(kind, tokens, state=state))
+    @pytest.mark.parametrize(("tokens", "batch", "state"), [(1, 2, True), (63, 2, False), (130, 1, True)])
+    def test_training(self, called: list[str], kind: str, tokens: int, batch: int, state: bool) -> None:
+        check(kind, make_inputs(kind, tokens, batch=batch, state=state))
         assert called == [f"chunk_{kind}"]
 
     @pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS.keys())
@@ -96,12 +97,12 @@ class TestAgainstFla:
         inputs["g"] = decay(inputs["g"])
         check(kind, inputs)
 
-    @pytest.mark.parametrize(("tokens", "state"), [(1, True), (5, False), (64, True), (65, True)])
+    @pytest.mark.parametrize(("tokens", "batch", "state"), [(1, 2, True), (5, 2, False), (64, 1, True), (65, 1, True)])
     @torch.no_grad()
-    def test_inference(self, called: list[str], kind: str, tokens: int, state: bool) -> None:
+    def test_inference(self, called: list[str], kind: str, tokens: int, batch: int, state: bool) -> None:
         """Short calls without gradients go to fla's recurrent operator, whose arguments are ordered otherwise."""
         entry, reference, _ = ENTRIES[kind]
-        inputs = make_inputs(kind, tokens, state=state)
+        inputs = make_inputs(kind, tokens, batch=batch, state=state)
         expected = dict(zip("os", reference(**{n: x.double() for n, x in inputs.items()}), strict=True))
         for kernel in ("torch", "fla"):
             found = dict(zip("os", entry(**inputs, kernel=kernel), strict=True))
@@ -111,13 +112,13 @@ class TestAgainstFla:
     def test_packed_rows(self, kind: str) -> None:
         """Two rows, which fla gets as one with cumulative lengths; the states returned are the rows' last ones."""
         seq_idx = torch.stack([seq_idx_of([3, 60, 7]), seq_idx_of([69, 1])])
-        check(kind, make_inputs(kind, 70, state=False), seq_idx=seq_idx)
+        check(kind, make_inputs(kind, 70, batch=2, state=False), seq_idx=seq_idx)
 
     @torch.no_grad()
     def test_packed_rows_without_gradients(self, called: list[str], kind: str) -> None:
         entry, reference, _ = ENTRIES[kind]
         seq_idx = torch.stack([seq_idx_of([3, 6, 1]), seq_idx_of([9, 1])])
-        inputs = make_inputs(kind, 10, state=False)
+        inputs = make_inputs(kind, 10, batch=2, state=False)
         found = dict(zip("os", entry(**inputs, seq_idx=seq_idx, kernel="fla"), strict=True))
         expected = reference(**{n: x.double() for n, x in inputs.items()}, seq_idx=seq_idx)
         assert_close(found, dict(zip("os", expected, strict=True)), TOLERANCE)
@@ -130,7 +131,7 @@ class TestAgainstFla:
         come back in each input's own. fp16 stands for bf16, of which the interpreter computes with the raw bits.
         """
         entry, reference, _ = ENTRIES[kind]
-        inputs = make_inputs(kind, tokens, state=not packed)
+        inputs = make_inputs(kind, tokens, batch=1 + packed, state=not packed)
         rounded = {name: x if name in ("g", "initial_state") else x.half() for name, x in inputs.items()}
         options = {"seq_idx": torch.stack([seq_idx_of([3, tokens - 3]), seq_idx_of([tokens])])} if packed else {}
         expected = run(reference, {name: x.double() for name, x in rounded.items()}, **options)
