@@ -3,12 +3,11 @@
     python benchmarks/gpu.py --output benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --tiny          # does everything once in a minute; its times say nothing
 
-Parts: `correctness` holds fla's kernels and our torch forms against our torch forms in float64, gradients, packed rows
-and decoding included; `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation
-step, teacher and KL included, the optimizer not; `kl` its last part alone, from final hidden states on, with fp32
-weights under autocast; `inference` times prefill and decoding. Hybrids keep softmax in the
-last of every four layers. Every row is written to the file as soon as it is measured, in place of an earlier one. What
-cannot run is said.
+Parts: `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation step, teacher
+and KL included, the optimizer not; `kl` its last part alone, from final hidden states on, with fp32 weights under
+autocast; `inference` times prefill and decoding. Hybrids keep softmax in the last of every four layers. Every row is
+written to the file as soon as it is measured, in place of an earlier one. What cannot run is said. How exact the
+kernels are is checked by gpu_check.py.
 """
 
 import argparse
@@ -42,10 +41,9 @@ RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "gated_linear_attention": kernels.gated_linear_attention,
     "kimi_delta_attention": kernels.kimi_delta_attention,
 }
-PARTS = ("correctness", "recurrence", "kl", "training", "inference")
+PARTS = ("recurrence", "kl", "training", "inference")
 # What makes a row of each part another row.
 KEYS = {
-    "correctness": ("mixer", "kernel", "dtype", "case"),
     "recurrence": ("impl", "tokens", "mode"),
     "kl": ("form", "chunk_tokens"),
     "training": ("model", "batch"),
@@ -78,7 +76,6 @@ def parse_args() -> argparse.Namespace:
     mixers = ["softmax", *RECURRENCES]
     parser.add_argument("--mixers", nargs="+", choices=mixers, default=mixers, help="softmax: the model as it was")
     parser.add_argument("--kernels", nargs="+", choices=("fla", "torch"), default=["fla", "torch"])
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768], help="recurrence")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="training, rows of 4096 tokens")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096 * n for n in (1, 4, 8, 16, 32)])
@@ -188,66 +185,6 @@ def inputs_of(mixer: str, batch: int, tokens: int, args: argparse.Namespace, dty
         return inputs | {"g": F.logsigmoid(new(*shape)), "beta": new(*shape).sigmoid()}
     inputs["g"] = F.logsigmoid(new(*shape, args.width) + 3)
     return inputs if mixer == "gated_linear_attention" else inputs | {"beta": new(*shape).sigmoid()}
-
-
-# --- correctness
-
-
-def correctness(args: argparse.Namespace, results: Results) -> None:
-    """Relative errors ||x - reference|| / ||reference|| of outputs, states and gradients."""
-    tokens = 300
-    for mixer, kernel in cells(args):
-        entry = RECURRENCES[mixer]
-        for dtype in (getattr(torch, name) for name in args.dtypes):
-            inputs = inputs_of(mixer, 2, tokens, args, dtype)
-            state = torch.randn(2, args.heads, args.width, args.width, device=args.device)
-            starts = torch.tensor([[100], [163]], device=args.device)  # of each row's second document
-            seq_idx = (torch.arange(tokens, device=args.device) >= starts).int()
-            for case, options in (("with state", {"initial_state": state}), ("packed rows", {"seq_idx": seq_idx})):
-                found = with_gradients(entry, inputs, kernel=kernel, **options)
-                exact = with_gradients(entry, doubled(inputs), kernel="torch", **doubled(options))
-                row = {"mixer": mixer, "kernel": kernel, "dtype": str(dtype)[6:], "case": case}
-                results.add("correctness", row | {"errors": relative_errors(found, exact)})
-            found = decoded(entry, inputs, tokens - 8, kernel)
-            exact = dict(zip(("o", "final_state"), entry(**doubled(inputs), kernel="torch"), strict=True))
-            row = {"mixer": mixer, "kernel": kernel, "dtype": str(dtype)[6:], "case": "prefill, 8 tokens decoded"}
-            results.add("correctness", row | {"errors": relative_errors(found, exact)})
-
-
-def doubled(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Floating tensors in float64."""
-    return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-
-
-def with_gradients(entry: Callable[..., Any], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    if "initial_state" in options:
-        options["initial_state"] = leaves["initial_state"] = options["initial_state"].clone().requires_grad_()
-    o, state = entry(**{name: leaves[name] for name in inputs}, **options)
-    generator = torch.Generator(o.device).manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator, device=o.device).bfloat16() for x in (o, state)]
-    loss = sum((x * weight.to(x.dtype)).sum() for x, weight in zip((o, state), weights, strict=True))
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"o": o, "final_state": state} | {f"d_{n}": x for n, x in zip(leaves, gradients, strict=True)}
-
-
-@torch.no_grad()
-def decoded(entry: Callable[..., Any], inputs: dict[str, Tensor], prefill: int, kernel: str) -> dict[str, Tensor]:
-    """Output and state of a call on the first tokens and one call for each that follows."""
-    o, state = entry(**{name: x[:, :prefill] for name, x in inputs.items()}, kernel=kernel)
-    outputs = [o]
-    for t in range(prefill, inputs["q"].shape[1]):
-        one = {name: x[:, t : t + 1] for name, x in inputs.items()}
-        o, state = entry(**one, initial_state=state, kernel=kernel)
-        outputs.append(o)
-    return {"o": torch.cat(outputs, dim=1), "final_state": state}
-
-
-def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    return {
-        name: float(f"{((found[name].double() - x.double()).norm() / x.double().norm()).item():.3g}")
-        for name, x in exact.items()
-    }
 
 
 # --- recurrence

@@ -65,6 +65,12 @@ def decode(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+EXACT = (
+    "How exact fla's kernels are beside float64, gradients, packed rows and decoding included, is what `make "
+    "gpu-check`\nshows ([results](../benchmarks/results/gpu_check/README.md))."
+)
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
@@ -83,7 +89,7 @@ def gpu(results: dict[str, Any]) -> str:
     parts = ["\n\n".join([head, *(["\n".join(notes)] if notes else [])])]
     renderers = {"recurrence": gpu_recurrence, "training": gpu_training, "inference": gpu_inference}
     parts += [render(results[part]) for part, render in renderers.items() if results.get(part)]
-    return "\n\n".join([*parts, gpu_correctness(results["correctness"])])
+    return "\n\n".join([*parts, EXACT])
 
 
 def pivot(rows: list[dict[str, Any]], down: list[str], across: str, show: Callable[[dict[str, Any]], str]) -> str:
@@ -127,22 +133,6 @@ def gpu_inference(rows: list[dict[str, Any]]) -> str:
         "model",
         lambda row: f"{row['prefill_ms']:,.0f}; {row['decode_ms']:.0f}; {row['cache_bytes'] / 1e6:,.0f}",
     )
-
-
-def gpu_correctness(rows: list[dict[str, Any]]) -> str:
-    text = (
-        "### fla's kernels against our torch forms\n\nRelative errors `||x - y|| / ||y||`, y being our torch form in "
-        "float64 on the same rounded inputs; T = 300. The\nlargest over the gradients of q, k, v, decay, write "
-        "strength and first state.\n\n"
-    )
-    body = []
-    for row in rows:
-        errors = dict(row["errors"])
-        output, state = errors.pop("o"), errors.pop("final_state")
-        gradients = f"{max(errors.values()):.1e}" if errors else ""
-        named = [row["mixer"], row["kernel"], row["dtype"], row["case"]]
-        body.append([*named, f"{output:.1e}", f"{state:.1e}", gradients])
-    return text + table(["mixer", "kernel", "dtype", "case", "output", "state", "gradients"], body)
 
 
 def main() -> None:

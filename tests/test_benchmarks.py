@@ -20,18 +20,16 @@ from hf_hybrid.trainers.precision import AS_LOADED
 def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch, capsys):
     file = tmp_path / "gpu.json"
     arguments = ["gpu.py", "--device", "cpu", "--tiny", "--output", str(file)]
-    monkeypatch.setattr("sys.argv", [*arguments, "--mixers", "softmax", "gated_deltanet", "--dtypes", "float32"])
+    monkeypatch.setattr("sys.argv", [*arguments, "--mixers", "softmax", "gated_deltanet"])
     gpu.main()
     assert "fla is left out: the tensors are on the CPU" in capsys.readouterr().err
     results = json.loads(file.read_text())
     assert {part: len(results[part]) for part in gpu.PARTS} == {
-        "correctness": 3,
         "recurrence": 8,
         "kl": 8,
         "training": 4,
         "inference": 4,
     }
-    assert all(error < 1e-5 for row in results["correctness"] for error in row["errors"].values())
     hybrid, softmax = (results["inference"][i]["cache_bytes"] for i in (3, 1))
     assert hybrid < softmax
 

@@ -145,15 +145,6 @@ def test_stop_after(sources: tuple[Path, Path], tmp_path: Path) -> None:
         run_recipe(recipe, tmp_path / "run", stop_after="scores")
 
 
-def test_another_recipe_is_refused(finished: RunResult, sources: tuple[Path, Path]) -> None:
-    before = contents(finished.folder, [*ARTEFACTS.values()])
-    other = tiny_recipe(*sources)
-    other["distill"] = other["distill"] | {"tokens": 999}
-    with pytest.raises(ValueError, match=r"belongs to another recipe \(distill.tokens: 2048 here, 999 there"):
-        run_recipe(Recipe.from_dict(other), finished.folder)
-    assert contents(finished.folder, [*ARTEFACTS.values()]) == before
-
-
 def test_a_folder_of_something_else_is_refused(sources: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="no run and not empty .it holds 'thesis.txt'.; choose a new folder"):
