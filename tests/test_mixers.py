@@ -87,24 +87,6 @@ class TestGeneration:
         assert torch.equal(model.generate(batch, attention_mask=mask, **options)[0, 10:], alone)
 
 
-@each
-def test_packed_documents_and_their_gradients(family, mixer):
-    model, ids = hybrid(family, mixer), tokens(1, 60)
-    lengths = (13, 1, 30, 16)
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    weight = torch.randn(1, 60, 99, dtype=torch.float64)
-    packed = model(ids, position_ids=positions, use_cache=True).logits
-    (packed * weight).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    alone = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], 1)
-    (alone * weight).sum().backward()
-    torch.testing.assert_close(packed, alone, **CLOSE)
-    for name, parameter in model.named_parameters():
-        error = (gradients[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
-        assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"
-
-
 @pytest.mark.parametrize("mixer", MIXERS)
 class TestEachMixer:
     def test_docstring_counts_the_state_and_names_the_source(self, mixer):
@@ -175,7 +157,7 @@ class TestEachMixer:
 
 
 class TestSlidingWindow:
-    @pytest.mark.parametrize("family", ["llama_mha", "llama_mqa", *FAMILIES])
+    @pytest.mark.parametrize("family", ["llama_mha", "llama_mqa", "qwen2", "qwen3"])
     def test_a_wide_window_is_the_teacher(self, family):
         teacher, ids = tiny_teacher(family), tokens(2, 40)
         student = hh.convert(teacher, [], mixer="sliding_window", mixer_options={"window": 40})

@@ -42,22 +42,26 @@ def packed_row(how, ids):
     return row
 
 
-def check(model, how, masked):
-    ids = tokens(1, sum(LENGTHS))
+def assert_same(model, packed, alone):
+    """Logits of the documents in a row are those of each alone, and so are the gradients that come through them."""
     weight = torch.randn(1, sum(LENGTHS), 99, dtype=torch.float64)
-    row = packed_row(how, ids)
-    if masked:
-        row["attention_mask"] = torch.ones_like(ids)
-    packed = model(**row).logits
     (packed * weight).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    alone = torch.cat([model(piece).logits for piece in ids.split(LENGTHS, dim=1)], 1)
     (alone * weight).sum().backward()
     torch.testing.assert_close(packed, alone, **CLOSE)
     for name, parameter in model.named_parameters():
         error = (gradients[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
         assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"
+
+
+def check(model, how, masked):
+    ids = tokens(1, sum(LENGTHS))
+    row = packed_row(how, ids)
+    if masked:
+        row["attention_mask"] = torch.ones_like(ids)
+    alone = torch.cat([model(piece).logits for piece in ids.split(LENGTHS, dim=1)], 1)
+    assert_same(model, model(**row).logits, alone)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask of ones"])
@@ -112,20 +116,12 @@ class TestPaddingBetweenDocuments:
     def check(self, model, how):
         ids = tokens(1, sum(LENGTHS))
         row, slots = padded_row(how, ids)
-        weight = torch.randn(1, sum(LENGTHS), 99, dtype=torch.float64)
         packed = model(**row).logits[:, torch.cat(slots)]
-        (packed * weight).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        model.zero_grad()
         # A convolution sees keys at the angles that their positions give them: a document is alone where it was.
         places = [row["position_ids"][:, slot] if "position_ids" in row else None for slot in slots]
         pieces = zip(ids.split(LENGTHS, dim=1), places, strict=True)
         alone = torch.cat([model(piece, position_ids=place).logits for piece, place in pieces], 1)
-        (alone * weight).sum().backward()
-        torch.testing.assert_close(packed, alone, **CLOSE)
-        for name, parameter in model.named_parameters():
-            error = (gradients[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
-            assert error < 1e-5, f"{name}: {error:.1e} of the largest gradient"
+        assert_same(model, packed, alone)
 
     @pytest.mark.parametrize("mixer", MIXERS)
     def test_mixers(self, how, mixer):
