@@ -25,7 +25,9 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 # What a family has of its own (biases, norms, widths, a window) does not depend on the mixer.
 each = pytest.mark.parametrize(
     ("family", "mixer"),
-    [(family, "gated_deltanet") for family in FAMILIES] + [("qwen3", mixer) for mixer in NEW] + [("qwen2", "mixed")],
+    [(family, "gated_deltanet") for family in FAMILIES]
+    + [("qwen3", mixer) for mixer in NEW]
+    + [("qwen2", "mixed"), ("qwen2", "convolution")],  # with a bias, padding does not project to zero
 )
 
 
@@ -35,6 +37,12 @@ def hybrid(family, mixer, layers=(1,), dtype=torch.float64):
         return hh.convert(
             tiny_teacher(family, dtype), [1], mixer=MIXED, mixer_options={"sliding_window": {"window": 8}}
         )
+    if mixer == "convolution":
+        model = hh.convert(tiny_teacher(family, dtype), layers, mixer_options={"short_convolution": 4})
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv.weight"):  # it starts as the identity, which mixes nothing
+                torch.nn.init.normal_(parameter)
+        return model
     return hh.convert(tiny_teacher(family, dtype), layers, mixer=mixer, **OPTIONS.get(mixer, {}))
 
 
