@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from parallel_job import CASES, recorded, train
-from runs import PATIENCE, port_for_a_launcher, tiny_recipe
+from runs import PATIENCE, copy_run, port_for_a_launcher, tiny_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -154,7 +154,7 @@ def test_jobs_share_the_scores_of_a_run(
     assert cli([*command, "0-1"]) == 2
     assert "has no data yet; first make it: hf-hybrid run" in capsys.readouterr().err
     recipe = Recipe.from_dict(tiny_recipe(*sources))
-    run_recipe(recipe, tmp_path / "run", stop_after="align")
+    copy_run(finished.folder, tmp_path / "run", "score")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     jobs = [
         subprocess.Popen(
@@ -166,7 +166,7 @@ def test_jobs_share_the_scores_of_a_run(
     assert [job.returncode for job in jobs] == [0, 0] and all("Kept in" in text for text in said)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "scores").glob("layer_*.json")}
     assert len(made) == 4
-    result = run_recipe(recipe, tmp_path / "run")
+    result = run_recipe(recipe, tmp_path / "run", stop_after="select")
     assert {path: path.stat().st_mtime_ns for path in made} == made
     kl = [[score.per_sequence for score in scores.scores] for scores in (result.scores, finished.scores)]
     assert kl[0] == kl[1] and result.selected == finished.selected
