@@ -36,7 +36,7 @@ def check_recipe(path: Path, output: str) -> None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     recipe = recipe if isinstance(recipe, dict) else {}
-    teacher = recipe.get("teacher")
+    teacher = recipe.get("teacher") or None
     check_place(output, teacher if isinstance(teacher, str) else None)
     # What a run has made is not made again.
     if isinstance(teacher, str) and teacher != "embedded" and not Path(output, "report.json").exists():

@@ -32,6 +32,16 @@ def said(capsys: pytest.CaptureFixture, *arguments: Any) -> str:
     return captured.err
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_with_texts(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts that [`recipe_text`] names are there, so that what else is wrong with a recipe is what is told."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "texts").mkdir()
+    for path in (folder / "texts" / "a.txt", folder / "a"):
+        path.write_text("a text\n")
+    monkeypatch.chdir(folder)
+
+
 def recipe_text(**changes: Any) -> str:
     """The tiny recipe as YAML, with `align__tokens="3"` for `align: {tokens: 3}`; values are YAML themselves."""
     recipe = tiny_recipe("teacher", "texts")

@@ -21,7 +21,7 @@ from hf_hybrid.cli import main, parse_layers
 
 
 # Of a teacher that is refused, no text is read.
-SOME_TEXT = ["--data-files", "some.txt"]
+SOME_TEXT = ["--data-files", __file__]
 
 
 def recipe_file(folder: Path, sources: tuple[Path, Path], **changes: Any) -> str:
@@ -117,7 +117,7 @@ def test_run_and_score_and_evaluate(sources: tuple[Path, Path], tmp_path: Path, 
     assert "they are compared with one another on the way" in capsys.readouterr().err
     assert main(["run", recipe, "--output", folder, "--stop-after", "select"]) == 0
     captured = capsys.readouterr()
-    assert "Stopped after select" in captured.out and "score     made before" in captured.err
+    assert "Stopped after select" in captured.out and "3/4 score         made before" in captured.err
     assert main(["run", recipe, "--output", folder, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())

@@ -15,10 +15,10 @@ from typing import Any
 
 from .. import __version__
 from ..exporting.native import LAYOUTS, options_for
-from .evaluate import add_evaluate_options, check_evaluate_places, evaluation_of, list_tasks, print_evaluation
+from .evaluate import add_evaluate_options, check_evaluate_options, evaluation_of, list_tasks, print_evaluation
 from .export import add_export_options, check_export_options, export_as_told
 from .generate import add_chat_options, add_generate_options, check_options, prompts_of
-from .score import add_score_options, check_score_places
+from .score import add_score_options, check_score_options
 from .text import GGUF_HELP, SEEDS, add_text_options, check_numbers, text_of
 
 
@@ -248,6 +248,7 @@ def _init(options: argparse.Namespace) -> None:
 
     if options.teacher != "embedded":
         check_found(options.teacher, options.gguf_file)
+    text = text_of(options)
     if options.data_files:
         from ..places import find_files
 
@@ -259,7 +260,7 @@ def _init(options: argparse.Namespace) -> None:
 
     recipe = starter_recipe(
         options.teacher,
-        text_of(options),
+        text,
         k=options.k,
         fraction=options.fraction,
         tokens=options.tokens,
@@ -319,7 +320,7 @@ def _plan(recipe: Any, options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    check_score_places(options)
+    check_score_options(options)
     _quiet()
     from .score import draw_scores, recipe_of
 
@@ -428,12 +429,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.tasks == "list":
         list_tasks(options.json)
         return
-    from ..teacher.names import check_found
-
-    for name, gguf_file in ((options.model, options.gguf_file), (options.teacher, options.teacher_gguf_file)):
-        if name is not None:
-            check_found(name, gguf_file)
-    check_evaluate_places(options)
+    check_evaluate_options(options)
     _quiet()
     from ..run.progress import StageBars
 

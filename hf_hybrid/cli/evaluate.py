@@ -38,20 +38,14 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write the measurements there, as JSON")
 
 
-def check_evaluate_places(options: argparse.Namespace) -> None:
-    """Raises a `ValueError` where a path that the options name cannot be what it is given for."""
+def check_evaluate_options(options: argparse.Namespace) -> None:
+    """
+    Raises a `ValueError` where the options do not hold together, or a path that they name cannot be what it is given
+    for, before anything is imported that takes time.
+    """
     from ..places import find_files
+    from ..teacher.names import check_found
 
-    for some in named_files(options.data_files or [], "--data-files").values():
-        find_files(some)
-    if options.haystack_files:
-        find_files(options.haystack_files)
-    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
-        raise ValueError(f"--output {options.output}: there is no folder {Path(options.output).parent}; make it.")
-
-
-def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) -> Any:
-    """The [`Evaluation`] that the options ask for; `listener` gets an [`Event`] of how far it is."""
     text = text_of(options)
     if text and not (options.dataset or options.data_files):
         option = next(name for name in TEXT_FIELDS if getattr(options, name) is not None).replace("_", "-")
@@ -61,12 +55,30 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(options, name)!r} needs --teacher, the model it is one of.")
     check_numbers(options, batch_size=(1, math.inf), cases=(1, math.inf), seed=SEEDS)
-    lengths = lengths_of(options.lengths)
-    names = [name for name in (part.strip() for part in (options.tasks or "").split(",")) if name]
+    lengths_of(options.lengths)
     if options.model is None:
         raise ValueError("evaluate needs a MODEL: its folder, Hub id or GGUF file, or 'embedded'.")
-    if options.tasks is not None and not names:
+    if options.tasks is not None and not _names(options):
         raise ValueError(f"--tasks {options.tasks!r} names no task; see --tasks list.")
+    for name, gguf_file in ((options.model, options.gguf_file), (options.teacher, options.teacher_gguf_file)):
+        if name is not None:
+            check_found(name, gguf_file)
+    for some in named_files(options.data_files or [], "--data-files").values():
+        find_files(some)
+    if options.haystack_files:
+        find_files(options.haystack_files)
+    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
+        raise ValueError(f"--output {options.output}: there is no folder {Path(options.output).parent}; make it.")
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    """The tasks that `--tasks` names."""
+    return [name for name in (part.strip() for part in (options.tasks or "").split(",")) if name]
+
+
+def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) -> Any:
+    """The [`Evaluation`] that the options ask for; `listener` gets an [`Event`] of how far it is."""
+    text, lengths, names = text_of(options), lengths_of(options.lengths), _names(options)
     files = named_files(options.data_files or [], "--data-files")
     import torch
 

@@ -30,17 +30,30 @@ _SELECT = ("k", "fraction", "cache_bytes", "context")
 _OTHERS = ("revision", "gguf_file", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
 
 
-def check_score_places(options: argparse.Namespace) -> None:
-    """Raises a `ValueError` where a path that the options name cannot be what it is given for."""
+def check_score_options(options: argparse.Namespace) -> None:
+    """
+    Raises a `ValueError` where the options do not hold together, or a path that they name cannot be what it is given
+    for, before anything is imported that takes time.
+    """
     from ..places import check_place, check_recipe, find_files, find_recipe
     from ..teacher.names import check_found
 
+    given = [name for name in (*_OTHERS, *TEXT_FIELDS) if getattr(options, name) is not None]
+    given += ["option"] if options.option else []
+    if (options.teacher is None) == (options.recipe is None):
+        raise ValueError("score needs a TEACHER or a --recipe, one of the two.")
+    if options.start_from is not None and options.layers is not None:
+        raise ValueError("--from makes a stage again for all layers; leave out --layers.")
     if options.recipe is not None:
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is set in the recipe; change it there.")
         check_recipe(find_recipe(options.recipe), options.output)
-    elif options.teacher is not None:
-        if options.teacher != "embedded":
-            check_found(options.teacher, options.gguf_file)
-        check_place(options.output, options.teacher)
+        return
+    check_numbers(options, k=(0, math.inf), fraction=(0, 1), seed=SEEDS)
+    text_of(options)
+    if options.teacher != "embedded":
+        check_found(options.teacher, options.gguf_file)
+    check_place(options.output, options.teacher)
     if options.data_files:
         find_files(options.data_files)
 
@@ -53,17 +66,8 @@ def recipe_of(options: argparse.Namespace) -> Any:
     from ..run.recipe import Recipe
     from ..run.score import scoring_recipe
 
-    given = [name for name in (*_OTHERS, *TEXT_FIELDS) if getattr(options, name) is not None]
-    given += ["option"] if options.option else []
-    if (options.teacher is None) == (options.recipe is None):
-        raise ValueError("score needs a TEACHER or a --recipe, one of the two.")
-    if options.start_from is not None and options.layers is not None:
-        raise ValueError("--from makes a stage again for all layers; leave out --layers.")
     if options.recipe is not None:
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} is set in the recipe; change it there.")
         return Recipe.load(find_recipe(options.recipe))
-    check_numbers(options, k=(0, math.inf), fraction=(0, 1), seed=SEEDS)
     method = options.method or "ga-s2"
     method_of(method, "--method")
     return scoring_recipe(
