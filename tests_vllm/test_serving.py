@@ -167,6 +167,16 @@ def test_agrees_when_compiled(tmp_path: Path, options: Any) -> None:
         check_agrees(folder, prompts, answers(llm, prompts, tokens=40))
 
 
+@pytest.mark.parametrize("case", ["default options", "biases left out"])
+def test_tensor_parallel(tmp_path: Path, case: str) -> None:
+    """Each of two processes has half of the heads, and of the convolution's channels and the states."""
+    family, keep, options = CASES[case]
+    folder = save_hybrid(tmp_path, family, keep, options)
+    prompts = [prompt(300, seed) for seed in range(4)]
+    with engine(folder, tensor_parallel_size=2) as llm:
+        check_agrees(folder, prompts, answers(llm, prompts, tokens=40))
+
+
 def test_an_export_needs_no_plugin(tmp_path: Path, monkeypatch: Any) -> None:
     """`hf-hybrid export --to qwen3_5`: the served model is vLLM's own Qwen3.5."""
     monkeypatch.setenv("VLLM_PLUGINS", "")
