@@ -69,7 +69,7 @@ def each_restored(job: Job, prefix: str, rounds: int = 1) -> list[LayerScore]:
 
 def each_distilled(job: Job, prepare: Callable[[int], None], prefix: str, rounds: int = 1) -> list[LayerScore]:
     """Each layer's held-out KL after `prepare(layer)` and a distillation from the aligned weights."""
-    scores = []
+    scores: list[LayerScore] = []
     points = job.step_points(rounds) if rounds > 1 else []
     with job.restored_afterwards() as aligned:
         for layer in job.layers:
