@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over a few tokens, which starts as the identity."""
+"""Causal depthwise convolution over a few tokens, which starts as the identity, or as a part of it."""
 
 from typing import Any
 
@@ -22,10 +22,11 @@ class ShortConvolution(nn.Module):
         # The layout of nn.Conv1d(groups=channels): the last tap is the current token.
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
 
-    def init_weights(self) -> None:
-        identity = torch.zeros_like(self.weight)
-        identity[..., -1] = 1.0
-        init.copy_(self.weight, identity)
+    def init_weights(self, scale: torch.Tensor) -> None:
+        """Makes `y_t` the current token, each channel times its number in `scale` `[channels]`."""
+        current = torch.zeros_like(self.weight)
+        current[:, 0, -1] = scale
+        init.copy_(self.weight, current)
 
     def forward(
         self,
