@@ -31,6 +31,7 @@ from starts import Study
 
 import hf_hybrid as hh
 from hf_hybrid.exporting.native import NATIVE_OPTIONS
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.trainers.held_out import standard_error
 
 
@@ -48,7 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SiLU on q, k and v": {"silu_qk": True, "silu_v": True},
     "convolution of 4": {"short_convolution": 4},
     "no RoPE, convolution of 4": {"rope": False, "short_convolution": 4},
+    "native, from the identity": NATIVE_OPTIONS,
     "native, but RoPE": NATIVE_OPTIONS | {"rope": True},
+    "native, but RoPE, from the identity": NATIVE_OPTIONS | {"rope": True},
     "native, but q/k norm": NATIVE_OPTIONS | {"qk_norm": True},
     "native, but no SiLU": NATIVE_OPTIONS | {"silu_qk": False, "silu_v": False},
 }
@@ -87,12 +90,21 @@ def parse_args(parser: argparse.ArgumentParser, output: str, variants: Sequence[
     return args
 
 
+def converted(teacher: Any, name: str) -> Any:
+    """A hybrid with every layer linear and the options `name`."""
+    student = hh.convert(teacher, [], mixer_options=VARIANTS[name])
+    if name.endswith("from the identity"):  # not from a tenth of it, as before SiLU
+        with torch.no_grad():
+            for layer in decoder_layers(student):
+                layer.self_attn.conv.weight[..., -1] = 1.0
+    return student.requires_grad_(True)
+
+
 def one(study: Study, name: str, seed: int) -> dict[str, Any]:
     """What one set of options is worth with one seed."""
     args, began = study.args, time.perf_counter()
     torch.manual_seed(seed)
-    student = hh.convert(study.teacher, [], mixer_options=VARIANTS[name])
-    student.requires_grad_(True)
+    student = converted(study.teacher, name)
     rows = study.rows.train(seed, "align", args.calibration_rows)
     hh.calibrate(student, study.teacher, rows, batch_size=args.batch, precision=study.precision)
     study.align(student, study.rows.train(seed, "align", max(args.budgets) * args.batch), seed, lambda step: None)
@@ -176,7 +188,7 @@ def about_run(args: argparse.Namespace, study: Study, script: str) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args, began = (
-        parse_args(parser, "native.json", [name for name in VARIANTS if "bias" not in name]),
+        parse_args(parser, "native.json", [name for name in VARIANTS if "biases" not in name]),
         time.perf_counter(),
     )
     if args.write_docs:

@@ -21,7 +21,7 @@ from typing import Any
 
 import gguf
 import torch
-from native import VARIANTS, about_run, parse_args
+from native import about_run, converted, parse_args
 from rich.console import Console
 from rich.table import Table
 from starts import Study
@@ -41,8 +41,7 @@ def trained(study: Study, name: str, seed: int) -> Any:
     """A hybrid of the teacher with the mixer options `name`, aligned and distilled."""
     args = study.args
     torch.manual_seed(seed)
-    student = hh.convert(study.teacher, [], mixer_options=VARIANTS[name])
-    student.requires_grad_(True)
+    student = converted(study.teacher, name)
     rows = study.rows.train(seed, "align", args.calibration_rows)
     hh.calibrate(student, study.teacher, rows, batch_size=args.batch, precision=study.precision)
     study.align(student, study.rows.train(seed, "align", max(args.budgets) * args.batch), seed, lambda step: None)

@@ -39,7 +39,7 @@ def changed(hybrid, **options):
 def test_transformers_loads_the_same_model_as_its_own(layers, dtype, tmp_path):
     hybrid, _ = native(layers=layers, dtype=dtype)
     report = hh.export(hybrid, output=tmp_path / "out", tokenizer=hh.embedded_tokenizer())
-    assert report.largest_difference < 2e-5 and report.greedy_equal == report.greedy_tokens == 96
+    assert report.largest_difference < 5e-5 and report.greedy_equal == report.greedy_tokens == 96
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3_5ForCausalLM"] and "auto_map" not in config
     assert config["mamba_ssm_dtype"] == "float32" and config["rope_parameters"]["partial_rotary_factor"] == 1.0
@@ -51,16 +51,16 @@ def test_transformers_loads_the_same_model_as_its_own(layers, dtype, tmp_path):
     assert type(model) is Qwen3_5ForCausalLM
     hybrid, ids = hybrid.float(), tokens(2, 40)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, hybrid(ids).logits, rtol=0, atol=2e-5)
+        torch.testing.assert_close(model(ids).logits, hybrid(ids).logits, rtol=0, atol=5e-5)
         first = model(ids[:, :30], use_cache=True)
         rest = model(ids[:, 30:], past_key_values=first.past_key_values).logits
-    torch.testing.assert_close(rest, hybrid(ids).logits[:, 30:], rtol=0, atol=2e-5)
+    torch.testing.assert_close(rest, hybrid(ids).logits[:, 30:], rtol=0, atol=5e-5)
 
 
 def test_a_model_that_was_cast_in_memory(tmp_path):
     """Its rotary angles are in bf16, and what is saved of it has none."""
     report = hh.export(native(layers=(1, 3))[0].to(torch.bfloat16), output=tmp_path / "out")
-    assert report.largest_difference < 2e-5
+    assert report.largest_difference < 5e-5
 
 
 @pytest.mark.parametrize("taps", [0, 2, 6])
@@ -69,7 +69,7 @@ def test_any_convolution_fits(taps, tmp_path):
     with torch.no_grad():
         for i in hybrid.linear_attention_layers if taps else ():
             hybrid.model.layers[i].self_attn.conv.weight.normal_(0, 0.5)
-    assert hh.export(hybrid, output=tmp_path / "out").largest_difference < 2e-5
+    assert hh.export(hybrid, output=tmp_path / "out").largest_difference < 5e-5
     assert hh.import_native(tmp_path / "out").config.mixer_options["short_convolution"] == max(taps, 4)
 
 
@@ -77,7 +77,7 @@ def test_any_convolution_fits(taps, tmp_path):
 def test_grouped_heads_and_a_tied_head(heads, tmp_path):
     teacher = tiny_teacher("qwen3", num_key_value_heads=heads, tie_word_embeddings=True)
     hybrid = hh.convert(teacher, [2], mixer_options="native")
-    assert hh.export(hybrid, output=tmp_path / "out").largest_difference < 2e-5
+    assert hh.export(hybrid, output=tmp_path / "out").largest_difference < 5e-5
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
@@ -90,7 +90,7 @@ def test_an_exported_model_is_a_hybrid_again(tmp_path):
     assert back.state_dict().keys() == hybrid.state_dict().keys()
     torch.testing.assert_close(back(ids).logits, hybrid(ids).logits, rtol=0, atol=1e-5)
     back.set_full_attention_layers([1, 2, 3], teacher)
-    assert hh.export(back, output=tmp_path / "again").largest_difference < 2e-5
+    assert hh.export(back, output=tmp_path / "again").largest_difference < 5e-5
 
 
 @pytest.mark.parametrize(
