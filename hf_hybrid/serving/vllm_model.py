@@ -194,7 +194,9 @@ def check_settings(vllm_config: VllmConfig) -> None:
         return
     _, _, width = heads_of(vllm_config.model_config.hf_text_config)
     dtype = vllm_config.model_config.dtype
-    if dtype == torch.float32 or (current_platform.is_cpu() and dtype != torch.bfloat16):
+    if current_platform.is_cpu() and dtype != torch.bfloat16:
+        raise ValueError(f"dtype is {dtype}, and vLLM's linear layers on a CPU run in bf16; pass --dtype bfloat16.")
+    if dtype == torch.float32:
         raise ValueError(f"dtype is {dtype}, and vLLM's linear layers run in half precision; pass --dtype bfloat16.")
     if current_platform.is_cpu() and width not in (64, 128):
         raise ValueError(f"heads are {width} wide, and vLLM's linear layers on a CPU take heads of 64 or 128.")
