@@ -379,7 +379,7 @@ def _run_in_llama_cpp(
         )
     return (
         f"in llama.cpp ({release}): log-probabilities differ by at most {largest:.2e} at {len(_PREFIXES)} lengths of "
-        f"a prompt, {equal} of {of} greedy tokens are equal"
+        f"a prompt, {equal} of the {of} greedy tokens that it tells of are equal"
     )
 
 
