@@ -180,9 +180,9 @@ class TestList:
         periodic, other = (hh.layouts_of(native(layers=layers)[0].config) for layers in ((1, 3), (0, 2)))
         assert [fit.obstacles for fit in (*periodic, *other)] == [[]] * 6
         assert "SGLang, MLX: yes, for every 2-th layer keeps softmax" in str(periodic[0])
-        assert "SGLang, MLX: no" in str(other[0]) and "[0, 2] is not so; with n = 2 it would be [1, 3]" in str(
-            other[0]
-        )
+        said = str(other[0])
+        assert "SGLang, MLX: no" in said and "[0, 2] is not so; with n = 2 it would be [1, 3]" in said
+        assert "which `select: {selector: uniform-last, k: 2}` chooses" in said
 
     def test_what_stands_in_the_way(self):
         of_llama, of_scaled = (

@@ -14,6 +14,7 @@ from hf_hybrid.adapters import merged
 from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.places import check_place
 from hf_hybrid.run.folder import ARTEFACTS, publish
+from hf_hybrid.selection import uniform_layers
 from hf_hybrid.serving.vllm_plugin import obstacles as vllm_obstacles
 from hf_hybrid.teacher.loading import check_plain, load_model, load_tokenizer
 from hf_hybrid.teacher.names import check_found
@@ -132,9 +133,13 @@ def _engines(config: HybridConfig) -> list[str]:
         lines.append(f"SGLang, MLX: yes, for every {every}-th layer keeps softmax (they read nothing else)")
     else:
         near = count // len(kept)
+        periodic = list(range(near - 1, count, near))
+        how = ""
+        if uniform_layers(count, len(periodic), "last") == periodic:
+            how = f", which `select: {{selector: uniform-last, k: {len(periodic)}}}` chooses"
         lines.append(
             f"SGLang, MLX: no. They read no list of layers, only that every n-th keeps softmax, and {kept} is not so; "
-            f"with n = {near} it would be {list(range(near - 1, count, near))}"
+            f"with n = {near} it would be {periodic}{how}"
         )
     lines.append("llama.cpp: as gguf")
     return lines
