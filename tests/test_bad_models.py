@@ -299,10 +299,10 @@ def bad(sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def sentence(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """The one line on stderr with which the command fails; beside a note of which kernels run, it is alone there."""
+    """The one line on stderr with which the command fails; only what it was about to do may stand before it."""
     capsys.readouterr()
     code = cli.main(list(arguments))
-    notes = ("run ", "evaluate ")
+    notes = ("run ", "evaluate ", "Loading ")
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith(notes)]
     assert code == 2 and len(lines) == 1, lines
     assert lines[0].startswith("hf-hybrid: ")

@@ -1,4 +1,4 @@
-"""The Python of docs/scoring.md, docs/evaluation.md and docs/scaling.md runs as it stands, on small models."""
+"""The Python of pages that have no test of their own runs as it stands, on small models."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
+from runs import tiny_recipe
 
 import hf_hybrid as hh
 
@@ -39,3 +41,21 @@ def test_snippets(page, given, tmp_path, monkeypatch, capsys):
     if page == "scoring":
         assert "layer" in capsys.readouterr().out
         assert names["scores"].method == "first-rows" and len(names["scores"].scores) == 6
+
+
+def test_serving(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), flags=re.S)
+    student = hh.convert(hh.embedded_teacher(), [2, 3], mixer_options="native")
+    names = {"student": student, "tokenizer": hh.embedded_tokenizer()}
+    exec(compile(block, "docs/serving.md", "exec"), names)
+    assert names["report"].greedy_equal == names["report"].greedy_tokens > 0
+    assert names["hybrid"].full_attention_layers == [2, 3]
+
+
+def test_a_run_from_python(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, block = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), flags=re.S)
+    Path("recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(*sources)))
+    exec(compile(block, "docs/python.md", "exec"), {"hh": hh})
+    assert re.match(r"\[\d, \d\] 0\.\d+", capsys.readouterr().out)

@@ -1,6 +1,7 @@
 """Pushing to a Hub and loading from it, in processes of their own against a real server on loopback."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -275,3 +276,36 @@ def test_push_to_hub_sends_no_path_and_removes_nothing(hub: LoopbackHub, tmp_pat
     assert json.loads(tree["config.json"])["teacher_name_or_path"] == "teacher"
     assert not [name for name, data in tree.items() if b"secret" in data or bytes(tmp_path) in data]
     assert {"model.safetensors", "model.safetensors.index.json"} <= tree.keys()
+
+
+def test_the_snippets_of_the_page_run_as_printed(hub: LoopbackHub, tmp_path: Path) -> None:
+    """One after the other, with a branch of the name that stands for a commit."""
+    page = Path(__file__).parents[1] / "docs" / "hub.md"
+    push, load, again = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.S)
+    hub.repos["me/my-hybrid"] = Repo()
+    hub.repos["me/my-hybrid"].commit("main", {".gitattributes": b""}, "initial commit")
+    hybrid = hh.convert(tiny_teacher(), [1, 3])
+    hybrid.save_pretrained(tmp_path / "old")
+    tiny_tokenizer().save_pretrained(tmp_path / "old")
+    said = hub.run(
+        tmp_path,
+        "\n".join(
+            [
+                "import torch, transformers",
+                "from huggingface_hub import HfApi",
+                "import hf_hybrid as hh",
+                "model = hh.HybridForCausalLM.from_pretrained('old')",
+                "tokenizer = transformers.AutoTokenizer.from_pretrained('old')",
+                push,
+                "HfApi().create_branch('me/my-hybrid', branch='COMMIT')",
+                "first = model",
+                load,
+                "ids = torch.arange(5, 25)[None]",
+                "assert torch.equal(model(ids).logits, first(ids).logits)",
+                "assert tokenizer('a b')['input_ids']",
+                again,
+                "print(type(hh.HybridForCausalLM.from_pretrained('new')).__name__)",
+            ]
+        ),
+    )
+    assert said.splitlines()[-1] == "HybridForCausalLM"

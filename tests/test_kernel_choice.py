@@ -117,7 +117,7 @@ def test_commands_say_it_first(case):
     Path("recipe.yaml").write_text(yaml.safe_dump(case.recipe))
     assert cli.main(["run", "recipe.yaml", "--output", str(case.folder), "--stop-after", "data"]) == 0
     said = case.capsys.readouterr().err
-    assert said.index("the recurrences run in torch on cpu") < said.index("data      started")
+    assert said.index("the recurrences run in torch on cpu") < re.search(r"^\d+/\d+ data", said, re.M).start()
     assert cli.main(["evaluate", str(case.finished / "model")]) == 0
     assert "the recurrences run in torch on cpu" in case.capsys.readouterr().err
 

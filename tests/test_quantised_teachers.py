@@ -192,8 +192,8 @@ def test_a_folder_with_a_bad_adapter(
         assert message in " ".join(str(raised.value).split())
     capsys.readouterr()
     assert cli.main(["convert", mine, "--full-attention-layers", "1", "--output", str(tmp_path / "out")]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and message in lines[0], lines
+    first, *lines = capsys.readouterr().err.strip().splitlines()
+    assert first == f"Loading {mine}." and len(lines) == 1 and message in lines[0], lines
 
 
 def test_a_teacher_that_is_not_in_memory_is_refused() -> None:

@@ -141,6 +141,6 @@ def test_shipped_recipes(name: str, tmp_path: Path) -> None:
 
 def test_a_recipe_that_does_not_exist() -> None:
     with pytest.raises(
-        ValueError, match=r"no recipe 'demmo'; give the path .* one of the shipped \['demo', 'qwen2.5-3b'"
+        ValueError, match=r"no recipe 'demmo'; give the path .* one of the shipped \['demo', 'demo-full', 'qwen2.5-3b'"
     ):
         find_recipe("demmo")
