@@ -173,6 +173,11 @@ class HybridConfig(PreTrainedConfig):
         ]
 
     @property
+    def linear_attention_layers(self) -> list[int]:
+        """Indices of the layers with linear attention, ascending."""
+        return [i for i, kind in enumerate(self.text_config.layer_types) if kind == LINEAR_ATTENTION]
+
+    @property
     def layer_mixers(self) -> list[str | None]:
         """The name of each layer's mixer, whether or not the layer is linear now."""
         if isinstance(self.mixer, str):

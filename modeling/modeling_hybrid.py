@@ -105,7 +105,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     @property
     def linear_attention_layers(self) -> list[int]:
         """Indices of the layers with linear attention, ascending."""
-        return [i for i, kind in enumerate(self.config.text_config.layer_types) if kind == LINEAR_ATTENTION]
+        return self.config.linear_attention_layers
 
     @property
     def full_attention_layers(self) -> list[int]:
@@ -486,7 +486,7 @@ def _prepare_backbone_inputs(backbone: Any, args: tuple, kwargs: dict) -> tuple[
         return (), kwargs  # the backbone raises its own error
     config = backbone.config._hybrid.text_config
     check_layers_are_as_configured(backbone)
-    linear = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR_ATTENTION]
+    linear = backbone.config._hybrid.linear_attention_layers
     if not linear:
         return (), kwargs  # a copy of the teacher: its backbone knows what to do, with packed rows and caches too
     cache_name = cache_argument(backbone_class)

@@ -27,7 +27,6 @@ from ..conversion import check_teacher, convert
 from ..data.rows import CutRows, RowSets, build_rows, load_rows
 from ..environment import describe_kernels
 from ..evaluation import Evaluation, evaluate_model
-from ..exporting.qwen3_5 import family_obstacles
 from ..selection import select_layers
 from ..teacher.loading import load_model
 from .folder import ARTEFACTS, check_whole, publish
@@ -85,8 +84,13 @@ def check_recipe(recipe: Recipe, folder: Path, teacher: Any) -> None:
     check_teacher(teacher)
     config = HybridConfig.from_teacher(teacher.config, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options)
     check_mixers(config)
-    if recipe.export_to is not None and (reasons := family_obstacles(teacher.config)):
-        raise ValueError(f"the hybrid could not be exported (export_to: {recipe.export_to}): {'; '.join(reasons)}.")
+    if recipe.export_to is not None:
+        from ..exporting.qwen3_5 import family_obstacles  # and with it a model of the library that no other run needs
+
+        if reasons := family_obstacles(teacher.config):
+            raise ValueError(
+                f"the hybrid could not be exported (export_to: {recipe.export_to}): {'; '.join(reasons)}."
+            )
     # Any scores will do: this is about the number of layers.
     selector = "uniform" if recipe.select.layers is None else recipe.select.layers
     if recipe.select.cache_bytes is None:

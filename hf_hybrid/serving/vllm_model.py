@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from hf_hybrid.modeling import LinearAttentionOptions
 
-from .vllm_plugin import CONVOLUTION, FAMILIES, check_served, heads_of, linear_layers, options_of, vllm_tensors
+from .vllm_plugin import CONVOLUTION, FAMILIES, check_served, heads_of, options_of, vllm_tensors
 
 
 class HybridGatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -126,7 +126,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid):
         )
         self.model, self.lm_head = teacher.model, teacher.lm_head
         self.logits_processor = teacher.logits_processor
-        for i in linear_layers(self.config):
+        for i in self.config.linear_attention_layers:
             attention = self.model.layers[i].self_attn
             # vLLM reserves keys and values for each attention that it finds there.
             name = attention.attn.layer_name
@@ -190,7 +190,7 @@ def check_settings(vllm_config: VllmConfig) -> None:
             "speculative decoding takes tokens back, with which the vLLM plugin for hybrids was not tried; leave it "
             "out."
         )
-    if not linear_layers(vllm_config.model_config.hf_config):
+    if not vllm_config.model_config.hf_config.linear_attention_layers:
         return
     _, _, width = heads_of(vllm_config.model_config.hf_text_config)
     dtype = vllm_config.model_config.dtype

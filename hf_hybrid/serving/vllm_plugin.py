@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hf_hybrid.modeling import HybridConfig, LinearAttentionOptions
-from hf_hybrid.modeling.configuration_hybrid import LINEAR_ATTENTION
 
 
 MIXER = "gated_deltanet"
@@ -56,7 +55,7 @@ def obstacles(config: HybridConfig) -> list[str]:
     known = {"full_attention", "sliding_attention"} if text_config.model_type in WINDOWS else {"full_attention"}
     if kept - known:
         found.append(f"its softmax layers are of types {sorted(kept)}, and the plugin has {sorted(known)} for them")
-    mixers = {config.layer_mixers[i] for i in linear_layers(config)}
+    mixers = {config.layer_mixers[i] for i in config.linear_attention_layers}
     if mixers - {MIXER}:
         found.append(f"its mixers are {sorted(map(str, mixers))}, and the plugin has {MIXER!r} alone")
     elif mixers:
@@ -83,11 +82,6 @@ def _option_obstacles(options: LinearAttentionOptions) -> list[str]:
     return found
 
 
-def linear_layers(config: HybridConfig) -> list[int]:
-    """Indices of the linear layers, ascending."""
-    return [i for i, kind in enumerate(config.text_config.layer_types) if kind == LINEAR_ATTENTION]
-
-
 def options_of(config: HybridConfig) -> LinearAttentionOptions:
     """The options of the linear layers."""
     return LinearAttentionOptions.from_dict(config.options_of(MIXER), MIXER)
@@ -108,7 +102,7 @@ def vllm_tensors(
     they are. A kernel of the convolution `[H D + 2 G D, 1, K]` becomes one for all heads, `[3 H D, 1, 4]`; where the
     hybrid has none it is the identity.
     """
-    linear = linear_layers(config)
+    linear = config.linear_attention_layers
     heads, groups, width = heads_of(config.text_config)
     convolves = options_of(config).short_convolution > 0
     for name, tensor in tensors:
