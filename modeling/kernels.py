@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
 from .ops_common import check_inputs
@@ -29,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 KERNELS = ("auto", "torch", "fla")
 _Form = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# The documents of a row, for as long as its `seq_idx` lives, and the version of that at which they were read off.
+_DOCUMENTS: Any = WeakTensorKeyDictionary()
 # What fla 0.6.0 can do. Its products need 16 channels at least, and more than 256 key channels are refused by
 # the delta rules (fla/ops/common/chunk_delta_h.py, fla/ops/kda/chunk.py), not by gated linear attention. It says of
 # odd widths that Triton miscompiles them in 16 bits (fla/ops/common/chunk_o.py).
@@ -226,6 +229,43 @@ def _triton_version() -> tuple[int, ...] | None:
     return None
 
 
+class Documents(NamedTuple):
+    """
+    Where the documents of packed rows begin and end, all rows in one.
+
+    Args:
+        offsets: `[N + 1]`, int64, the first token of each of the N documents, and the number of tokens.
+        first, last: `[B]`, each row's first and last document.
+        most: documents of the row that has the most.
+    """
+
+    offsets: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    most: int
+
+
+def documents_of(seq_idx: torch.Tensor) -> Documents:
+    """
+    Reads the documents off `seq_idx` `[B, T]`. On a GPU the host has to wait for that, so it is done once: all layers
+    of a forward pass get the same tensor, also where they are computed again in the backward pass. fla, too, knows its
+    offsets by their identity, and makes what follows from them once.
+    """
+    version = -1 if seq_idx.is_inference() else seq_idx._version
+    known = _DOCUMENTS.get(seq_idx)
+    if known is not None and known[0] == version:
+        found: Documents = known[1]
+        return found
+    starts = seq_idx != torch.nn.functional.pad(seq_idx[:, :-1], (1, 0))
+    starts[:, 0] = True
+    offsets = torch.nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=seq_idx.numel())
+    count = starts.sum(dim=1)
+    last = count.cumsum(0) - 1
+    found = Documents(offsets.to(torch.int64), last + 1 - count, last, int(count.max()))
+    _DOCUMENTS[seq_idx] = version, found
+    return found
+
+
 class FlaCall(NamedTuple):
     """What goes to fla: the operator's name, its keyword arguments, and of packed rows each row's last document."""
 
@@ -274,15 +314,11 @@ def prepare_fla(
     last = None
     if seq_idx is not None:
         inputs = {key: x.reshape(1, batch * length, *x.shape[2:]) for key, x in inputs.items()}
-        starts = seq_idx != torch.nn.functional.pad(seq_idx[:, :-1], (1, 0))
-        starts[:, 0] = True
-        offsets = torch.nn.functional.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length)
-        arguments["cu_seqlens"] = offsets.to(torch.int64)
-        documents = starts.sum(dim=1)
-        last = documents.cumsum(0) - 1
+        documents = documents_of(seq_idx)
+        arguments["cu_seqlens"], last = documents.offsets, documents.last
         if initial_state is not None:  # a row's belongs to its first document
-            empty = initial_state.new_zeros(len(offsets) - 1, *initial_state.shape[1:])
-            initial_state = empty.index_put((last + 1 - documents,), initial_state)
+            empty = initial_state.new_zeros(len(documents.offsets) - 1, *initial_state.shape[1:])
+            initial_state = empty.index_put((documents.first,), initial_state)
     # The kernels step through memory as if every tensor were contiguous.
     arguments |= {key: x.contiguous() for key, x in inputs.items()}
     arguments["initial_state"] = None if initial_state is None else initial_state.contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .adopted_attention import AttentionCall
+from .kernels import documents_of
 from .linear_attention import widen
 from .mixer import Mixer, MixerOptions
 
@@ -77,16 +78,20 @@ class SlidingWindowAttention(Mixer):
         seq_idx = call.seq_idx
         if seq_idx is not None:
             seq_idx = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
-        sinks = self._sinks(slots, seq_idx, call.cache) if self.options.sinks else None
+        sinks = None
+        if self.options.sinks:
+            documents = 1 if call.seq_idx is None else documents_of(call.seq_idx).most
+            sinks = self._sinks(slots, seq_idx, call.cache, documents)
         if call.cache is not None:
             slots = self._remember(call.cache, slots)
         plain = call.padding_mask is None and slots.shape[1] == call.hidden_states.shape[1]
         return self._attend(query, slots, seq_idx, sinks, plain=plain)
 
-    def _sinks(self, slots: Tensor, seq_idx: Tensor | None, cache: Cache | None) -> Tensor:
+    def _sinks(self, slots: Tensor, seq_idx: Tensor | None, cache: Cache | None, documents: int) -> Tensor:
         """
         The first S tokens of every document, `[B, M, G (D + V) + 3]`: slots, their place in the row, counted from the
-        first token of this call, and the running index of their document. M is S, or more in packed rows.
+        first token of this call, and the running index of their document. M is S for each of the `documents` that a
+        row has at most.
         """
         batch, tokens = slots.shape[:2]
         place = torch.arange(tokens, device=slots.device).expand(batch, -1)
@@ -98,7 +103,7 @@ class SlidingWindowAttention(Mixer):
         first = valid & (rank <= self.options.sinks)
         document = torch.zeros_like(place) if seq_idx is None else seq_idx
         found = torch.cat([widen(slots), place[..., None], document[..., None]], dim=-1)
-        count = self.options.sinks if seq_idx is None else int(first.sum(1).max())
+        count = self.options.sinks if seq_idx is None else min(self.options.sinks * documents, tokens)
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         if layer is not None and layer.has_previous_state[0]:
             before = F.pad(layer.recurrent_states[0].mT.clone(), (0, 1))

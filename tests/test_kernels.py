@@ -9,7 +9,11 @@ import types
 import pytest
 import torch
 from recurrences import assert_close, seq_idx_of
+from teachers import tiny_teacher
+from teachers import tokens as random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
 from hf_hybrid.modeling.ops_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from hf_hybrid.modeling.ops_gla import chunk_gla, recurrent_gla
@@ -60,7 +64,11 @@ def called(monkeypatch):
 
         return call
 
-    def import_module(name):
+    real = importlib.import_module
+
+    def import_module(name, package=None):
+        if not name.startswith("fla."):
+            return real(name, package)
         kind = name.removeprefix("fla.ops.")
         _, chunked, recurrent = ENTRIES[kind]
         pairs = {f"chunk_{kind}": chunked, f"fused_recurrent_{kind}": recurrent}
@@ -183,3 +191,45 @@ def test_cpu_tensors_never_reach_fla(kind):
     ENTRIES[kind][0](**inputs)
     with pytest.raises(ValueError, match="tensors are on 'cpu'"):
         ENTRIES[kind][0](**inputs, kernel="fla")
+
+
+class CountedSearches(TorchDispatchMode):
+    """Counts the operations that make a host wait for the device to know the shape of what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "gated_linear_attention", "kimi_delta_attention"])
+def test_documents_are_read_off_once_for_all_layers(called, mixer):
+    """Also where layers are computed again in the backward pass; the gradients are those of the torch form."""
+    gradients, searches = {}, {}
+    positions = torch.cat([torch.arange(9), torch.arange(20), torch.arange(11)])[None].repeat(2, 1)
+    positions[1] = torch.cat([torch.arange(25), torch.arange(15)])
+    for kernel in ("torch", "fla"):
+        torch.manual_seed(0)
+        student = hh.convert(tiny_teacher("llama"), [1], mixer=mixer, kernel=kernel).train()
+        student.gradient_checkpointing_enable()
+        with CountedSearches() as counted:
+            student(random_ids(2, 40), position_ids=positions).logits.square().mean().backward()
+        gradients[kernel] = {name: parameter.grad for name, parameter in student.named_parameters()}
+        searches[kernel] = counted.count
+    assert len(called) == 2 * 3 and searches["fla"] == 1, searches
+    for name, gradient in gradients["torch"].items():
+        torch.testing.assert_close(gradients["fla"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_documents_of_a_tensor_that_changes_are_read_again():
+    seq_idx = torch.stack([seq_idx_of([2, 3]), seq_idx_of([5])])
+    found = kernels.documents_of(seq_idx)
+    assert found.offsets.tolist() == [0, 2, 5, 10] and found.first.tolist() == [0, 2] and found.last.tolist() == [1, 2]
+    assert found.most == 2 and kernels.documents_of(seq_idx) is found
+    seq_idx[1, 4] = 7
+    assert kernels.documents_of(seq_idx).offsets.tolist() == [0, 2, 5, 9, 10]
+    with torch.inference_mode():
+        assert kernels.documents_of(seq_idx.clone()).most == 2
