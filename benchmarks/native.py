@@ -1,10 +1,10 @@
 """What the mixer options cost with which a hybrid can be exported: KL and recall at one budget, option by option.
 
-    python benchmarks/native.py
-    python benchmarks/native.py --teacher Qwen/Qwen3-0.6B --text 'texts/*.txt' --keep 6 13 20 27 --block 1024 \\
+    python -m benchmarks.native
+    python -m benchmarks.native --teacher Qwen/Qwen3-0.6B --text 'texts/*.txt' --keep 6 13 20 27 --block 1024 \\
         --batch 16 --budgets 600 --distill-steps 2400 --align-lr 1e-3 --mixer-lr 1e-3 --lr 3e-5
-    python benchmarks/native.py --trial
-    python benchmarks/native.py --write-docs
+    python -m benchmarks.native --trial
+    python -m benchmarks.native --write-docs
 
 For each seed, every set of options starts from the same weights of the teacher and sees the same rows in the same
 order: calibration, alignment, then distillation with softmax in the layers `--keep`. Held-out rows are the same for
@@ -27,9 +27,9 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from starts import Study
 
 import hf_hybrid as hh
+from benchmarks.starts import Study
 from hf_hybrid.exporting.native import NATIVE_OPTIONS
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.trainers.held_out import standard_error
@@ -177,7 +177,7 @@ def about_run(args: argparse.Namespace, study: Study, script: str) -> dict[str, 
         },
         "rates": {"alignment": args.align_lr, "mixers": args.mixer_lr, "all else": args.lr},
         "precision": str(study.precision),
-        "command": shlex.join(["python", f"benchmarks/{script}", *map(_public, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{script}", *map(_public, sys.argv[1:])]),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU, one thread",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -196,11 +196,11 @@ def main() -> None:
         PAGE.write_text(before + mark + "\n\n" + page(read(args.output)), "utf-8")
         return
     study = Study(args)
-    about = {name: value for name, value in about_run(args, study, "native.py").items() if name in _SAME}
+    about = {name: value for name, value in about_run(args, study, "native").items() if name in _SAME}
     others = [found for found in read(args.output) if any(found[key] != about[key] for key in about)]
     same = [found for found in read(args.output) if found not in others]
     records = same[0]["records"] if same else []
-    about = about_run(args, study, "native.py")
+    about = about_run(args, study, "native")
     made = {(record["variant"], record["seed"]) for record in records}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in args.variants:

@@ -1,9 +1,9 @@
 """What fewer bits cost a softmax teacher, its hybrid with default mixers, and the native one that can be exported.
 
-    python benchmarks/quantised.py
-    python benchmarks/quantised.py --teacher Qwen/Qwen3-0.6B --text 'texts/*.txt' --keep 6 13 20 27 --block 1024 \\
+    python -m benchmarks.quantised
+    python -m benchmarks.quantised --teacher Qwen/Qwen3-0.6B --text 'texts/*.txt' --keep 6 13 20 27 --block 1024 \\
         --batch 16 --budgets 600 --distill-steps 2400 --align-lr 1e-3 --mixer-lr 1e-3 --lr 3e-5
-    python benchmarks/quantised.py --trial
+    python -m benchmarks.quantised --trial
 
 Trains both hybrids as benchmarks/native.py does, with one seed, then measures KL(teacher || model) on held-out rows
 with the weights as they are, with the blocks of GGUF files (Q8_0, Q4_0; every matrix, as a file has them) and through
@@ -21,13 +21,13 @@ from typing import Any
 
 import gguf
 import torch
-from native import about_run, converted, parse_args
 from rich.console import Console
 from rich.table import Table
-from starts import Study
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_hybrid as hh
+from benchmarks.native import about_run, converted, parse_args
+from benchmarks.starts import Study
 from hf_hybrid.exporting.llama_cpp import type_of
 from hf_hybrid.trainers.held_out import HeldOut, standard_error
 from hf_hybrid.trainers.precision import AS_LOADED
@@ -102,7 +102,7 @@ def main() -> None:
     study = Study(args)
     models = {"teacher": study.teacher} | {name: trained(study, name, args.first_seed) for name in args.variants}
     records = measured(study, models)
-    about = about_run(args, study, "quantised.py") | {"seconds": round(time.perf_counter() - began)}
+    about = about_run(args, study, "quantised") | {"seconds": round(time.perf_counter() - began)}
     there = json.loads(args.output.read_text()) if args.output.is_file() else []
     there = [found for found in there if found["teacher"] != about["teacher"]]
     args.output.parent.mkdir(parents=True, exist_ok=True)

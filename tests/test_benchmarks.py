@@ -1,6 +1,9 @@
 """The benchmarks run, at sizes that say nothing, and their report holds what they measured."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import datasets
 import delta_rule
@@ -15,6 +18,9 @@ import hf_hybrid as hh
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.precision import AS_LOADED
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch, capsys):
@@ -132,3 +138,30 @@ def test_output_projections_are_those_of_least_squares(family):
         both, targets = torch.cat((x, ridge)), torch.cat((y, ridge @ before[i].mT))
         expected = torch.linalg.lstsq(both, targets).solution.mT
         torch.testing.assert_close(layer.self_attn.o_proj.weight, expected, rtol=1e-7, atol=1e-9)
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a script imports, by their full names."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return found | {node.module for node in nodes if isinstance(node, ast.ImportFrom) if node.module}
+
+
+def test_commands_of_the_pages_find_their_modules():
+    """A script that is run by its path finds what lies beside it; `benchmarks.x` only where it is run with -m."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.yaml"), ROOT / "Makefile"]
+    text = "\n".join(page.read_text("utf-8") for page in [*pages, *ROOT.glob("benchmarks/**/*.py")])
+    for name in sorted(set(re.findall(r"benchmarks/[\w/]+\.py", text))):
+        assert (ROOT / name).is_file(), name
+    for name in sorted(set(re.findall(r"-m (benchmarks\.[\w.]*\w)", text))):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+    for name in sorted(set(re.findall(r"python3? (benchmarks/[\w/]+\.py)", text))):
+        todo, seen = [ROOT / name], set()
+        while todo:
+            script = todo.pop()
+            seen.add(script)
+            names = imported(script)
+            assert not any(module.split(".")[0] == "benchmarks" for module in names), f"{name}: run it with -m"
+            beside = {(ROOT / name).parent / f"{module}.py" for module in names}
+            todo += [path for path in beside - seen if path.is_file()]

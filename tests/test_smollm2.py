@@ -36,15 +36,18 @@ def compared(tmp_path_factory):
     (folder / "held_out").mkdir()
     for name, path in zip(("prose", "code"), texts, strict=True):
         (folder / "held_out" / f"{name}.jsonl").write_text(json.dumps({"text": path.read_text()}) + "\n")
-    compare(folder)
+    (folder / "printed.txt").write_text("".join(compare(folder, processes=2)))
     return folder
 
 
-def compare(folder):
-    """Runs compare.py; what it printed."""
+def compare(folder, processes=1):
+    """Runs compare.py, several at once if asked for; what each printed."""
     options = ["--run", folder / "run", "--held-out", folder / "held_out", "--output", folder / "results" / "seed-3"]
     command = [sys.executable, SCRIPTS / "compare.py", *options, "--trial"]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    printed = [process.communicate(timeout=900)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes
+    return printed
 
 
 @pytest.mark.slow
@@ -72,10 +75,17 @@ class TestTrial:
         folder = compared / "results" / "seed-3"
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         (folder / "rate-0.json").unlink()
-        printed = compare(compared)
+        (printed,) = compare(compared)
         after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         assert {name for name in after if after[name] != before[name]} == {"rate-0.json"}
         assert printed.count(" ...\n") == 1 and "all jobs are done" in printed
+
+    def test_two_processes_share_the_jobs(self, compared):
+        begun = [
+            line.split()[1] for line in (compared / "printed.txt").read_text().splitlines() if line[-4:] == " ..."
+        ]
+        jobs = [path.stem for path in (compared / "results" / "seed-3").glob("*.json") if ".scores" not in path.name]
+        assert sorted(begun) == sorted(jobs)
 
     def test_the_page_has_what_was_measured(self, compared):
         page = compared / "page" / "results.md"

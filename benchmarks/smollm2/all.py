@@ -136,18 +136,8 @@ class Work:
     def evaluate(self) -> None:
         """The finished models beside the teacher, with all tasks, free generation included."""
         texts = [f"{path.stem}={path}" for path in self.held_out()]
-        sizes = [
-            "--lengths",
-            "512,1024,2048,4096",
-            "--cases",
-            50,
-            "--block-size",
-            2048,
-            "--rows",
-            32,
-            "--batch-size",
-            16,
-        ]
+        sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 25, "--batch-size", 16]
+        sizes += ["--block-size", 2048, "--rows", 32]
         if self.trial:
             sizes = ["--lengths", 1024, "--cases", 1, "--block-size", 128, "--rows", 1]
         for name, model in (("run", self.seeded / "run" / "model"), ("chat", self.seeded / "chat")):

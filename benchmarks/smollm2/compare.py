@@ -6,21 +6,24 @@ Hybrids of one teacher at equal budgets: which layers keep softmax, how many, an
 Starts from the aligned student and the rows of a run (`hf-hybrid run recipes/smollm2-135m.yaml`). Jobs are done in the
 order of `jobs`, each leaves one JSON file in RESULTS, and one that is there is not done again: the same command goes
 on after a kill, or on another day with more jobs. A job that would not end within `--minutes` is left for the next
-call, which is said.
+call, which is said. Where a machine has several GPUs, the same command once for each (CUDA_VISIBLE_DEVICES) shares the
+jobs among them.
 
 Every hybrid sees the same rows in the same order and is measured on the same held-out rows and the same prompts, so
 differences between two are paired.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +246,13 @@ class Study:
             found.setdefault(tuple(layers), []).append(name)
         return found
 
+    def add_selectors(self, name: str, names: list[str]) -> None:
+        """Says in the record of a hybrid, where it is there, who else chose its layers."""
+        record = read_json(self.folder / f"{name}.json")
+        if record is not None and not set(names) <= set(record["selectors"]):
+            record["selectors"] = list(dict.fromkeys([*record["selectors"], *names]))
+            write_json(self.folder / f"{name}.json", record)
+
 
 class _Curve(TrainerCallback):
     """Measures the student between two steps of its training."""
@@ -267,39 +277,48 @@ def _first(rows: CutRows, count: int) -> Dataset:
     return Dataset.from_dict({name: column.tolist() for name, column in rows[: min(count, len(rows))].items()})
 
 
-Job = tuple[str, str, Callable[[Study], dict[str, Any]]]
+# The name of a job, its kind (jobs of a kind take alike long) and its work; None where what comes next looks at the
+# results of all before it.
+Job = tuple[str, str, Callable[[Study], dict[str, Any]]] | None
 
 
 def jobs(study: Study) -> Iterable[Job]:
-    """
-    Names, kinds (jobs of a kind take alike long) and works, the most telling first. Made as they are asked for: which
-    hybrids there are follows from the scores.
-    """
+    """All jobs, the most telling first, made as they are asked for: which hybrids there are follows from scores."""
     size, most = study.size, study.size.kept[0]
     uniform = select_layers("uniform", most, study.num_layers)
     yield "teacher", "measure", lambda study: study.measure(study.teacher)
     yield "aligned", "measure", lambda study: study.measure(study.aligned())
-    for methods in (size.selectors[:-1], size.selectors[-1:]):
-        for method in methods:
-            if method == "verified":
-                yield (
-                    f"score-{method}-{most}",
-                    method,
-                    lambda study: scored(study, "verified", most, size.score_tokens),
-                )
-            else:
-                yield f"score-{method}", method, lambda study, m=method: scored(study, m, None, size.score_tokens)
-        for layers, names in study.sets(most).items():
-            name = f"k{most}-{_named(layers)}"
-            yield name, "hybrid", lambda study, s=layers, n=names: hybrid(study, s, n, size.tokens)
+
+    def score(method: str, k: int) -> Job:
+        if method == "verified":  # each set is another search
+            return f"score-{method}-{k}", method, lambda study: scored(study, method, k, size.score_tokens)
+        return f"score-{method}", method, lambda study: scored(study, method, None, size.score_tokens)
+
+    def hybrids(k: int, *selectors: str) -> Iterable[Job]:
+        for layers, names in study.sets(k).items():
+            if not selectors or not set(selectors).isdisjoint(names):
+                yield of_layers(layers, names)
+
+    def of_layers(layers: Iterable[int], names: list[str]) -> Job:
+        name = f"k{len(list(layers))}-{_named(layers)}"
+        study.add_selectors(name, names)
+        return name, "hybrid", functools.partial(hybrid, layers=layers, names=names, tokens=size.tokens)
+
+    for method in size.selectors[:-1]:
+        yield score(method, most)
+    yield None
+    yield score(size.selectors[-1], most)  # the dearest: others go on meanwhile
+    yield from hybrids(most)
+    for k in size.kept[1:]:
+        yield score("verified", k)
+    yield None
+    yield from hybrids(most)
+    for k in size.kept[1:]:
+        yield from hybrids(k, "uniform", "verified", "ga-s2")
+    yield None
     best = best_of(study, most)
     yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
-    for k in size.kept[1:]:
-        yield f"score-verified-{k}", "verified", lambda study, k=k: scored(study, "verified", k, size.score_tokens)
-        for layers, names in study.sets(k).items():
-            if not {"uniform", "verified", "ga-s2"}.isdisjoint(names):
-                name = f"k{k}-{_named(layers)}"
-                yield name, "hybrid", lambda study, s=layers, n=names: hybrid(study, s, n, size.tokens)
+    yield "search", "search", lambda study: search(study, size.searched)
     yield "speed", "measure", lambda study: speed(study, best)
     window = state_window(study)
     for name, mixer, options in (
@@ -309,13 +328,12 @@ def jobs(study: Study) -> Iterable[Job]:
     ):
         work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=best)
         yield f"mixer-{name}", "mixer", work
-    yield "search", "search", lambda study: search(study, size.searched)
-    found = read_json(study.folder / "search.json")
-    if found is not None:
-        name = f"k{size.searched}-{_named(found['layers'])}"
-        yield name, "hybrid", lambda study: hybrid(study, found["layers"], ["search"], size.tokens)
     for i, rates in enumerate(RATES):
         yield f"rate-{i}", "rate", lambda study, i=i, rates=rates: rate(study, f"rate-{i}", uniform, rates)
+    yield None
+    found = read_json(study.folder / "search.json")
+    if found is not None:
+        yield of_layers(found["layers"], ["search"])
 
 
 def _named(layers: Iterable[int]) -> str:
@@ -514,6 +532,85 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+class Work:
+    """The jobs of a study that this process does; other processes may do others of the same study at the same time."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.slowest: dict[str, float] = {}  # seconds of each kind of job, the longest so far
+        self.left: list[str] = []
+
+    def do_all(self) -> None:
+        elsewhere: list[str] = []
+        for job in itertools.chain(jobs(self.study), [None]):
+            if job is None:
+                for name in elsewhere:
+                    self.wait_for(name)
+                elsewhere = []
+            elif not self.do(job):
+                elsewhere.append(job[0])
+        say(f"left for another call: {', '.join(self.left)}" if self.left else "all jobs are done")
+
+    def do(self, job: tuple[str, str, Callable[[Study], dict[str, Any]]]) -> bool:
+        """Does a job that nobody did; returns False where another process is at it."""
+        name, kind, work = job
+        with self.claim(name) as mine:
+            if not mine:
+                return False
+            if self.file(name).is_file() or name in self.left:
+                return True
+            deadline = self.study.deadline
+            if deadline is not None and time.monotonic() + self.slowest.get(kind, 0.0) > deadline:
+                self.left.append(name)
+                return True
+            say(f"{name} ...")
+            start = time.perf_counter()
+            result = work(self.study)
+            seconds = time.perf_counter() - start
+            self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
+            self.keep(name, seconds, result)
+        return True
+
+    def keep(self, name: str, seconds: float, result: dict[str, Any]) -> None:
+        """The record of a job that is done."""
+        study, on_gpu = self.study, self.study.device.type == "cuda"
+        about = {"job": name, "seed": study.seed, "total_seconds": round(seconds, 2), "trial": study.trial}
+        about |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
+        write_json(self.file(name), about | {"size": dataclasses.asdict(study.size)} | result)
+        shown = f"KL {result['kl']['mean']:.4f} ± {result['kl']['sem']:.4f}" if "kl" in result else ""
+        say(f"{name}: {seconds:.1f} s {shown}{result.get('ranking', '')}")
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def file(self, name: str) -> Path:
+        return self.study.folder / f"{name}.json"
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether the job is this process's for now; the claim of a process that was killed is gone with it."""
+        folder = self.study.run / "compared" / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def wait_for(self, name: str) -> None:
+        """Until nobody is at the job any more, or this process's time is up."""
+        deadline, said = self.study.deadline, False
+        while deadline is None or time.monotonic() < deadline:
+            with self.claim(name) as free:
+                if free:
+                    return
+            if not said:
+                say(f"waits for {name}, which another process does")
+                said = True
+            time.sleep(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run with the aligned student")
@@ -526,29 +623,7 @@ def main() -> None:
     study = Study(args)
     say(describe_kernels(study.device, study.recipe.kernel))
     tune(study, study.aligned())
-    done = {path.stem for path in study.folder.glob("*.json")}
-    slowest: dict[str, float] = {}
-    left: list[str] = []
-    for name, kind, work in jobs(study):
-        if name in done:
-            continue
-        if study.deadline is not None and time.monotonic() + slowest.get(kind, 0.0) > study.deadline:
-            left.append(name)
-            continue
-        say(f"{name} ...")
-        start = time.perf_counter()
-        result = work(study)
-        seconds = time.perf_counter() - start
-        slowest[kind] = max(seconds, slowest.get(kind, 0.0))
-        about = {"job": name, "seed": study.seed, "total_seconds": round(seconds, 2), "trial": study.trial}
-        about |= {"device": torch.cuda.get_device_name() if study.device.type == "cuda" else "cpu"}
-        write_json(study.folder / f"{name}.json", about | {"size": dataclasses.asdict(study.size)} | result)
-        shown = f"KL {result['kl']['mean']:.4f} ± {result['kl']['sem']:.4f}" if "kl" in result else ""
-        done.add(name)
-        say(f"{name}: {seconds:.1f} s {shown}{result.get('ranking', '')}")
-        if study.device.type == "cuda":
-            torch.cuda.empty_cache()
-    say(f"left for another call: {', '.join(left)}" if left else "all jobs are done")
+    Work(study).do_all()
 
 
 if __name__ == "__main__":
