@@ -143,7 +143,17 @@ class Work:
         for name, model in (("run", self.seeded / "run" / "model"), ("chat", self.seeded / "chat")):
             file = self.seeded / f"evaluation-{name}.json"
             if not file.is_file():
-                options = ["--teacher", self.teacher, "--tasks", "ruler", "--form", "both", *sizes, "--output", file]
+                options = [
+                    "--teacher",
+                    self.teacher,
+                    "--tasks",
+                    "ruler,generation",
+                    "--form",
+                    "both",
+                    *sizes,
+                    "--output",
+                    file,
+                ]
                 command("-m", "hf_hybrid", "evaluate", model, *options, "--data-files", *texts)
             self._keep(file, file.name)
 
