@@ -1,5 +1,6 @@
 """What training a hybrid needs of a Trainer: own learning rate of mixers, and sharding that spares decay rates."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
 from .precision import Precision, check_trainable, unprepared_afterwards
+from .regions import compiled_regions
 from .sharding import check_zero_stage, keep_class_name, set_precision, shard_mixers, uses_fsdp2
 
 
@@ -38,6 +40,9 @@ class HybridTrainingArguments(TrainingArguments):
             `lr_scheduler_type`. None leaves that in charge.
         decay_window (`list[float]`):
             By default that of RADLADS (arXiv 2505.03005, table 2, step 2a); `[0, 1]` is a cosine over all steps.
+
+    `torch_compile`, with `torch_compile_backend` and `torch_compile_mode`, compiles norms and MLPs of the student's
+    layers, and of the teacher's, not whole models: see `trainers/regions.py`. It leaves TF32 as it is.
 
     Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
     `report_to="none"`, `remove_unused_columns=False`, `dataloader_pin_memory` (on only where there is a GPU).
@@ -66,7 +71,12 @@ class HybridTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # The library would compile the whole model, whose forward is not what runs, and turn TF32 on for all.
+        compiled = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         super().__post_init__()
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
+        self.torch_compile = any(compiled)
         window = self.decay_window
         if self.learning_rate_groups not in ("mixers", "attention"):
             raise ValueError(
@@ -89,6 +99,11 @@ class HybridTrainer(Trainer):
         check_zero_stage(self.accelerator)
         self.precision = Precision.of(self.args)
         sharded = uses_fsdp2(self.accelerator)
+        if self.args.torch_compile and (sharded or self.is_deepspeed_enabled):
+            raise ValueError(
+                "torch_compile is on, and FSDP2 or DeepSpeed shards the student, whose parts are then not compiled "
+                "here; switch it off, or use DDP."
+            )
         # Under mixed precision FSDP2 and DeepSpeed make fp32 weights of their own to train.
         if self.accelerator.mixed_precision == "no" or not (sharded or self.is_deepspeed_enabled):
             check_trainable(cast(nn.Module, self.model))
@@ -96,8 +111,26 @@ class HybridTrainer(Trainer):
             set_precision(self.accelerator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with unprepared_afterwards(cast(nn.Module, self.model)):
+        with unprepared_afterwards(cast(nn.Module, self.model)), self._regions():
             return super().train(*args, **kwargs)
+
+    def compiled_models(self) -> list[Any]:
+        """The models of which `torch_compile` compiles regions."""
+        return [hybrid_of(self.accelerator.unwrap_model(self.model))]
+
+    def _regions(self) -> AbstractContextManager[None]:
+        if not self.args.torch_compile:
+            return contextlib.nullcontext()
+        return compiled_regions(
+            *self.compiled_models(),
+            backend=self.args.torch_compile_backend or "inductor",
+            mode=self.args.torch_compile_mode,
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        backend, self.args.torch_compile_backend = self.args.torch_compile_backend, None
+        super().create_accelerator_and_postprocess()  # which would compile the model as a whole
+        self.args.torch_compile_backend = backend
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         # The library leaves this to the forward that accelerate puts on the model, which is gone after training.
