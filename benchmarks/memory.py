@@ -227,6 +227,8 @@ What each option does, and how to set it:
 - **The teacher's top k from disk**, `teacher_topk: 64` in a recipe's `distill`, or `hh.write_teacher_topk` and
   `DistillationConfig(teacher_topk=FOLDER)`: see [scaling.md](scaling.md#the-teachers-top-k-from-disk). Measured
   with the pass that writes it.
+- **A backward pass for each layer**, `layerwise_backward: true` in `execution`, or in `AlignmentConfig`: the alignment
+  holds the activations of one mixer, not of all; losses and gradients are the same.
 - **One backbone** is always on in the alignment, but for FSDP2 and DeepSpeed: only the teacher's layers run there, so
   the student's frozen weights are the teacher's tensors for the while. Compare "two backbones".
 

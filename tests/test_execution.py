@@ -110,3 +110,11 @@ def test_a_run_goes_on_with_another_execution(finished: RunResult, sources: tupl
     assert written["execution"] == {"kernel": "torch", "gradient_checkpointing": True}
     assert written["distill"]["micro_batch_size"] == 1
     assert hh.HybridConfig.from_pretrained(tmp_path / "run" / "model").kernel == "auto"
+
+
+def test_each_stage_gets_what_its_trainer_has(tmp_path: Path) -> None:
+    recipe = recipe_of(chunk_tokens=64, layerwise_backward=True, teacher_states_bytes=5)
+    found = {name: vars(training_arguments(recipe, name, tmp_path)) for name in recipe.stages()}
+    assert found["align"]["layerwise_backward"] is True and "chunk_tokens" not in found["align"]
+    assert found["score"]["teacher_states_bytes"] == 5 and found["distill"]["chunk_tokens"] == 64
+    assert "chunk_tokens" not in found["finetune"]

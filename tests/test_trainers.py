@@ -1,6 +1,7 @@
 """The stages: what trains, what does not, against losses computed by hand; scores that are what they say."""
 
 import copy
+import weakref
 
 import datasets
 import pytest
@@ -21,6 +22,13 @@ def rows(count, length=24, seed=0, **columns):
 def arguments(kind, folder, **changes):
     settings = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
     return kind(**{**settings, "disable_tqdm": True, "learning_rate": 3e-3, "use_cpu": True, **changes})
+
+
+class Saved:
+    """A tensor that autograd keeps for a backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
 
 
 class TestAlignment:
@@ -87,6 +95,42 @@ class TestAlignment:
             assert len(calls) == (6 if checkpointing else 3)
             results.append(student.state_dict())
         assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+    @pytest.mark.parametrize("mask", [False, True])
+    def test_a_backward_pass_for_each_layer_gives_the_same_gradients(self, tmp_path, mask):
+        """And holds the activations of one mixer: they are gone before the next mixer runs."""
+        teacher, ids = tiny_teacher("qwen2"), tokens(3, 24)
+        inputs = {"input_ids": ids} | (
+            {"attention_mask": (torch.arange(24) < 20).long().expand(3, -1)} if mask else {}
+        )
+        found = {}
+        for layerwise in (False, True):
+            torch.manual_seed(0)
+            student = hh.convert(teacher, [2])
+            args = arguments(hh.AlignmentConfig, tmp_path, layerwise_backward=layerwise)
+            trainer = hh.AlignmentTrainer(model=student, teacher=teacher, args=args)
+            saved, held = [], []
+
+            def keep(tensor, saved=saved):
+                kept = Saved(tensor)
+                saved.append(weakref.ref(kept))
+                return kept
+
+            for i in student.linear_attention_layers:
+                student.base_model.layers[i].self_attn.register_forward_pre_hook(
+                    lambda *_, saved=saved, held=held: held.append(sum(ref() is not None for ref in saved))
+                )
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+                loss = trainer.compute_loss(student, inputs)
+            found[layerwise] = loss.item(), held
+            (0.5 * loss).backward()
+            found[layerwise] += ({name: p.grad for name, p in student.named_parameters()},)
+        assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+        assert found[True][1] == [0, 0, 0] and 0 < found[False][1][1] < found[False][1][2]
+        for name, gradient in found[False][2].items():
+            if gradient is None or ".self_attn." not in name or ".layers.2." in name:
+                continue
+            torch.testing.assert_close(found[True][2][name], gradient, rtol=1e-5, atol=1e-8)
 
     def test_one_backbone_serves_both_while_it_trains(self, tmp_path):
         """Frozen weights are the teacher's own tensors, whatever the student's dtype, and the student's afterwards."""

@@ -17,8 +17,9 @@ from hf_hybrid.modeling.packing import packed_documents, without_mask
 
 from .distillation import final_hidden_states
 from .hybrid_trainer import mixer_parameters
-from .losses import alignment_loss
+from .losses import alignment_loss, sum_in_parts
 from .precision import Precision
+from .sharding import is_sharded
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
 
@@ -29,9 +30,18 @@ class AlignmentConfig(TeacherTrainingArguments):
 
     Differs from its parent in the settings of arXiv 2505.03005, step 1: `learning_rate=1e-3` and
     `lr_scheduler_type="cosine"`. The paper trains on 100M tokens in rows of 512.
+
+    Args:
+        layerwise_backward (`bool`):
+            Whether a layer's gradients are computed as soon as its loss is there, so that the activations of one mixer
+            are held and not of all: about a fifth of the memory. Losses and gradients are the same. With FSDP2 it is
+            refused.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the mixers."})
+    layerwise_backward: bool = field(
+        default=False, metadata={"help": "Whether the backward pass follows each layer, not all of them."}
+    )
     lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
 
 
@@ -43,6 +53,7 @@ class AlignmentTrainer(TeacherTrainer):
     The loss is the mean over linear layers of [`~hf_hybrid.trainers.losses.alignment_loss`].
     """
 
+    args: AlignmentConfig
     _tag_names = ["hf-hybrid", "alignment"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,8 +70,25 @@ class AlignmentTrainer(TeacherTrainer):
             return super().train(*args, **kwargs)
 
     def student_loss(self, student: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.args.layerwise_backward and torch.is_grad_enabled():
+            if is_sharded(decoder_layers(student)[student.linear_attention_layers[0]].self_attn):
+                # It takes gradients that are asked for within a forward pass for the backward pass.
+                raise ValueError("layerwise_backward is on, but FSDP2 shards the student; switch it off, or use DDP.")
+            return self._layer_by_layer(student, inputs)
         losses = self.layer_losses(student, inputs)
         return torch.stack(list(losses.values())).mean()
+
+    def _layer_by_layer(self, student: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The same mean, each layer's gradients computed with its loss."""
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        trained = [parameter for parameter in mixer_parameters(student) if parameter.requires_grad]
+        count = len(student.linear_attention_layers)
+
+        def parts() -> Iterator[torch.Tensor]:
+            for _, wanted, output, mask in mixer_outputs(student, teacher, inputs, self.precision):
+                yield alignment_loss(wanted, output, mask) / count
+
+        return sum_in_parts(parts, trained)
 
     def layer_losses(self, student: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
         """The alignment loss of each linear layer, by its index."""

@@ -1,6 +1,7 @@
 """Stage 2: the hybrid learns the teacher's output distribution."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from .losses import (
 )
 from .precision import Precision
 from .sharding import is_sharded
+from .teacher_states import TeacherStates
 from .teacher_topk import ROW, NumberedRows, TeacherTopK
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
@@ -37,6 +39,9 @@ class DistillationConfig(TeacherTrainingArguments):
             Folder of [`~hf_hybrid.write_teacher_topk`] for `train_dataset`, from which the teacher's distributions
             come in place of a forward pass. The loss is then that of `k + 1` outcomes, a lower bound of the KL: see
             [`~hf_hybrid.trainers.losses.topk_kl_per_token`].
+        teacher_states_bytes (`int`):
+            Host memory of each machine for the teacher's final hidden states, in scores that distil once for each
+            layer, always on the same batches: what fits is computed once and not for each layer. 0 for none.
     """
 
     learning_rate: float = field(default=7e-6, metadata={"help": "Learning rate of all parameters but the mixers'."})
@@ -45,6 +50,9 @@ class DistillationConfig(TeacherTrainingArguments):
     chunk_tokens: int | None = field(default=None, metadata={"help": "Tokens whose logits are held at once."})
     teacher_topk: str | None = field(
         default=None, metadata={"help": "Folder of write_teacher_topk, read in place of running the teacher."}
+    )
+    teacher_states_bytes: int = field(
+        default=2**34, metadata={"help": "Host memory for the teacher's states of batches that scores train on again."}
     )
 
 
@@ -60,6 +68,8 @@ class DistillationTrainer(TeacherTrainer):
 
     args: DistillationConfig
     takes_adapters = True
+    # What the teacher gave for batches of earlier trainings; whoever trains several times on the same sets it.
+    states: TeacherStates | None = None
     _tag_names = ["hf-hybrid", "distillation"]
 
     def __init__(self, model: Any, teacher: Any, args: DistillationConfig, **kwargs: Any) -> None:
@@ -85,11 +95,13 @@ class DistillationTrainer(TeacherTrainer):
         if ROW in inputs:
             return self._topk_loss(student, inputs)
         teacher = self.accelerator.unwrap_model(self.teacher)
+        compute = partial(teacher_states, teacher, inputs, self.precision)
+        reference = compute() if self.states is None else self.states.of(inputs, compute)
+        given = (student, teacher, inputs, self.precision, self.args.chunk_tokens, reference)
         if is_sharded(student):
             # FSDP2 takes gradients that are asked for within a forward pass for the backward pass, and frees the head.
-            kl = kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
-            return masked_mean(kl, inputs.get("attention_mask"))
-        return mean_kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens)
+            return masked_mean(kl_of_batch(*given), inputs.get("attention_mask"))
+        return mean_kl_of_batch(*given)
 
     def _topk_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         topk = cast(TeacherTopK, self.topk)
@@ -139,13 +151,14 @@ def mean_kl_of_batch(
     inputs: dict[str, torch.Tensor],
     precision: Precision,
     chunk_tokens: int | None = None,
+    reference: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean of [`kl_of_batch`] over tokens that are not padding, for training: see [`chunked_kl_sum`]."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
     with precision.running(mask.device):
         counted = mask.flatten().float()
         return chunked_kl_sum(
-            *_hidden_states_of_both(student, teacher, inputs, precision),
+            *_hidden_states_of_both(student, teacher, inputs, precision, reference),
             logit_function(teacher, precision),
             logit_function(student, precision),
             counted / counted.sum().clamp(min=1),
@@ -164,9 +177,15 @@ def _hidden_states_of_both(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The final hidden states of teacher, or `reference` `[B, T, H]`, and student, `[B T, H]` each."""
     if reference is None:
-        with torch.no_grad():
-            reference = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
+        reference = teacher_states(teacher, inputs, precision)
     return reference.flatten(0, 1), final_hidden_states(student, inputs, precision).flatten(0, 1)
+
+
+@torch.no_grad()
+def teacher_states(teacher: Any, inputs: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:
+    """[`final_hidden_states`] of a teacher that may be sharded, without gradients."""
+    states: torch.Tensor = call_through(teacher, teacher, final_hidden_states, teacher, inputs, precision)
+    return states
 
 
 def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, N tokens in a row of all batches, H hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +174,46 @@ class _KLSum(torch.autograd.Function):
         scaled = iter([part.mul_(d_total).to(dtype) for part, dtype in zip(d_head, ctx.head_dtypes, strict=True)])
         parts = [next(scaled) if wanted else None for wanted in ctx.needs_input_grad[4:]]
         return None, None, d_hidden.mul_(d_total) if ctx.needs_input_grad[2] else None, None, *parts
+
+
+def sum_in_parts(parts: Callable[[], Iterable[torch.Tensor]], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    The sum of the losses that `parts()` yields, each of which has its gradients computed before the next is asked for:
+    the activations of one part are held, not of all. The backward pass hands the gradients out, and can be run once.
+
+    Args:
+        parts: yields scalars, which share no activations.
+        parameters: all that gradients go to.
+    """
+    total: torch.Tensor = _SumInParts.apply(parts, *parameters)
+    return total
+
+
+class _SumInParts(torch.autograd.Function):
+    """See [`sum_in_parts`]."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Callable[[], Iterable[torch.Tensor]], *parameters: torch.Tensor) -> torch.Tensor:
+        gradients: list[torch.Tensor | None] = [None] * len(parameters)
+        total = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
+        with torch.enable_grad():
+            for loss in parts():
+                total = total + loss.detach()
+                for i, found in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+                    if found is not None:
+                        before = gradients[i]
+                        gradients[i] = found if before is None else before + found
+                del loss
+        ctx.gradients = gradients
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a backward pass through this loss was run before, and its gradients are gone.")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if found is None else found.mul_(d_total) for found in gradients)
 
 
 def _in_chunks(

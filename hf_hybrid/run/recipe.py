@@ -69,6 +69,8 @@ _OF_EXECUTION = frozenset(
         "torch_compile_mode",
         "torch_empty_cache_steps",
         "chunk_tokens",
+        "teacher_states_bytes",
+        "layerwise_backward",
         "shard_teacher",
         "logging_strategy",
         "logging_steps",

@@ -29,7 +29,6 @@ from hf_hybrid.trainers.checkpoints import CheckedSteps, checkpoints_in, damage,
 from hf_hybrid.trainers.precision import Precision
 from hf_hybrid.trainers.processes import num_processes, on_main
 from hf_hybrid.trainers.scoring.methods import check_placement
-from hf_hybrid.trainers.teacher_trainer import TeacherTrainingArguments
 
 from ..data.rows import CutRows, Packing
 from ..data.stream import KeepPosition, PackedStream, go_on
@@ -39,7 +38,6 @@ from .recipe import DistillStage, Recipe, StageConfig
 # What is enough to calibrate mixers on: each of their quantities is a mean over all tokens of a layer or a head.
 _CALIBRATION_TOKENS = 2**14
 # Fields of `training` for the stages with a teacher; the fine-tuning has none.
-_OF_TEACHERS = {field.name for field in fields(TeacherTrainingArguments)}
 
 
 @dataclass
@@ -184,8 +182,8 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         kind: type[HybridTrainingArguments] = HybridTrainingArguments
     else:
         kind = AlignmentConfig if name == "align" else DistillationConfig
-    known = {field.name for field in fields(kind)}
-    general = {key: value for key, value in recipe.arguments().items() if key in known or key not in _OF_TEACHERS}
+    known = {field.name for field in fields(kind)}  # some fields are of one stage's trainer alone
+    general = {key: value for key, value in recipe.arguments().items() if key in known}
     try:
         return kind(**(values | general))
     except (TypeError, ValueError, ImportError) as error:

@@ -71,6 +71,7 @@ def each_distilled(job: Job, prepare: Callable[[int], None], prefix: str, rounds
     """Each layer's held-out KL after `prepare(layer)` and a distillation from the aligned weights."""
     scores: list[LayerScore] = []
     points = job.step_points(rounds) if rounds > 1 else []
+    job.keep_states()
     with job.restored_afterwards() as aligned:
         for layer in job.layers:
 
@@ -156,6 +157,7 @@ def _by_rounds(job: Job, options: dict[str, Any]) -> LayerScores:
     tops: list[set[int]] = []
     with job.restored_afterwards() as aligned, _states(job) as states:
         for number in range(len(points)):
+            job.keep_states()  # the batches of this round come again for each layer, and then never
             for layer in alive:
                 _advance(job, scores, layer, points, number, states, aligned)
             failed += [layer for layer in alive if scores[layer].diverged]

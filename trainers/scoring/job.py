@@ -33,6 +33,7 @@ from ..held_out import HeldOut
 from ..modes import modes_kept
 from ..precision import AS_LOADED, Precision
 from ..processes import on_main
+from ..teacher_states import TeacherStates
 from .scores import LayerScore, LayerScores, without_nan
 from .scoring_method import ScoringMethod
 
@@ -61,7 +62,8 @@ class Job:
     file says by `origin`, a digest, from which settings, rows and models it came, and is taken only where these are
     the call's: a job that began before the folder was given to other scores may still write into it.
 
-    `part` says which of how many distillations the next one is, for whoever listens.
+    `part` says which of how many distillations the next one is, for whoever listens. `states` is what the teacher said
+    of batches that several of them train on.
     """
 
     method: ScoringMethod
@@ -85,6 +87,7 @@ class Job:
     tokens_forward: int = 0
     tokens_forward_backward: int = 0
     spent: list[dict[str, Any]] = field(default_factory=list)
+    states: TeacherStates | None = None
     whole: Any = None
     mixers: list[Any] = field(default_factory=list)
 
@@ -304,8 +307,17 @@ class Job:
                 train_dataset=self.train_dataset,
                 callbacks=[*callbacks, _Count(self)],
             )
+            trainer.states = self.states
             trainer.remove_callback(PrinterCallback)  # L runs would print L summaries; `progress` reports instead
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+    def keep_states(self) -> None:
+        """
+        From here on, keeps what the teacher says of the batches of [`Job.distil`], for other layers that are distilled
+        on the same; forgets what it kept before.
+        """
+        most = self.args.teacher_states_bytes
+        self.states = TeacherStates(most) if most and len(self.layers) > 1 else None
 
     @property
     def length(self) -> dict[str, int]:
