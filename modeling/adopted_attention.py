@@ -40,6 +40,10 @@ _REFUSED = {
 }
 
 
+# What [`positional_names`] found, which compiled steps read: of a `functools.cache` they would trace the function.
+_POSITIONAL_NAMES: dict[Any, list[str]] = {}
+
+
 @dataclass
 class AttentionCall:
     """One call of a mixer: what its [`AdoptedAttention.attend`] needs beside q, k and v."""
@@ -346,14 +350,17 @@ def takes_keywords(module: Any) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-@functools.cache
 def positional_names(module_class: Any) -> list[str]:
     """Names of the arguments of a module's forward, in order."""
-    return [name for name in inspect.signature(module_class.forward).parameters if name != "self"]
+    if module_class not in _POSITIONAL_NAMES:
+        names = [name for name in inspect.signature(module_class.forward).parameters if name != "self"]
+        _POSITIONAL_NAMES[module_class] = names
+    return _POSITIONAL_NAMES[module_class]
 
 
 @functools.cache
 def _specialise(cls: Any, teacher: Any) -> Any:
+    positional_names(teacher)  # looked up by now where a step is compiled
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "mixer_class": cls, "teacher_class": teacher}
     return type(cls.__name__, (cls, teacher), namespace)
 

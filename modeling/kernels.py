@@ -30,6 +30,12 @@ logger = logging.get_logger(__name__)
 
 KERNELS = ("auto", "torch", "fla")
 _Form = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# The torch forms of each family of operators: token by token, and in chunks.
+_FORMS: dict[str, tuple[_Form, _Form]] = {
+    "gated_delta_rule": (recurrent_gated_delta_rule, chunk_gated_delta_rule),
+    "gla": (recurrent_gla, chunk_gla),
+    "kda": (recurrent_kda, chunk_kda),
+}
 # The documents of a row, for as long as its `seq_idx` lives, and the version of that at which they were read off.
 _DOCUMENTS: Any = WeakTensorKeyDictionary()
 # What fla 0.6.0 can do. Its products need 16 channels at least, and more than 256 key channels are refused by
@@ -73,10 +79,7 @@ def gated_delta_rule(
         fp64 inputs).
     """
     inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g, "beta": beta}, initial_state)
-    if _runs_on_fla("gated_delta_rule", inputs, kernel):
-        return _fla("gated_delta_rule", inputs, state, seq_idx)
-    form: _Form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
-    return form(**inputs, initial_state=state, seq_idx=seq_idx)
+    return _run("gated_delta_rule", inputs, state, seq_idx, kernel)
 
 
 def gated_linear_attention(
@@ -96,10 +99,7 @@ def gated_linear_attention(
     `[B, T, H, D]`, a log decay for each key channel.
     """
     inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g}, initial_state)
-    if _runs_on_fla("gla", inputs, kernel):
-        return _fla("gla", inputs, state, seq_idx)
-    form: _Form = recurrent_gla if q.shape[1] == 1 else chunk_gla
-    return form(**inputs, initial_state=state, seq_idx=seq_idx)
+    return _run("gla", inputs, state, seq_idx, kernel)
 
 
 def kimi_delta_attention(
@@ -119,10 +119,45 @@ def kimi_delta_attention(
     Takes and returns what [`gated_delta_rule`] does, but for `g` `[B, T, H, D]`, a log decay for each key channel.
     """
     inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "g": g, "beta": beta}, initial_state)
-    if _runs_on_fla("kda", inputs, kernel):
-        return _fla("kda", inputs, state, seq_idx)
-    form: _Form = recurrent_kda if q.shape[1] == 1 else chunk_kda
+    return _run("kda", inputs, state, seq_idx, kernel)
+
+
+def _run(
+    family: str,
+    inputs: dict[str, torch.Tensor],
+    state: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What suits `inputs`, of [`to_one_dtype`]. In a compiled decoding step that is the torch form on a GPU, too: it
+    becomes a part of the graph and writes the state into the cache, where one of fla's kernels would cut the graph and
+    leave the state to be copied. Whoever names fla gets fla.
+    """
+    if not torch.compiler.is_compiling():
+        return _choose(family, inputs, state, seq_idx, kernel)
+    if inputs["q"].shape[1] == 1 and kernel in ("auto", "torch"):
+        return _FORMS[family][0](**inputs, initial_state=state, seq_idx=seq_idx)
+    return _outside_graphs(family, inputs, state, seq_idx, kernel)
+
+
+def _choose(
+    family: str,
+    inputs: dict[str, torch.Tensor],
+    state: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    kernel: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fla's operator, or the torch form for so many tokens."""
+    if _runs_on_fla(family, inputs, kernel):
+        return _fla(family, inputs, state, seq_idx)
+    recurrent, chunked = _FORMS[family]
+    form = recurrent if inputs["q"].shape[1] == 1 else chunked
     return form(**inputs, initial_state=state, seq_idx=seq_idx)
+
+
+# fla's operators and our chunked forms are left out of graphs in any case; here the choice between them is, too.
+_outside_graphs = torch.compiler.disable(_choose)
 
 
 def to_one_dtype(

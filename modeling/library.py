@@ -8,7 +8,6 @@
   neither does a hybrid, whichever the release.
 """
 
-import functools
 import inspect
 from typing import Any
 
@@ -16,18 +15,15 @@ from transformers.cache_utils import Cache
 
 
 CACHE_NAMES = ("cache", "past_key_values")
+# What [`cache_argument`] found, which compiled steps read: of a `functools.cache` they would trace the function.
+_CACHE_ARGUMENTS: dict[Any, str] = {}
 
 
-@functools.cache
 def cache_argument(module_class: Any) -> str:
     """The name of the argument by which the forward of `module_class` takes a cache."""
-    named = inspect.signature(module_class.forward).parameters
-    for name in CACHE_NAMES:
-        if name in named:
-            return name
-    raise ValueError(
-        f"{module_class.__name__}.forward has none of {CACHE_NAMES} among its arguments {list(named)[1:]}."
-    )
+    if module_class not in _CACHE_ARGUMENTS:
+        _CACHE_ARGUMENTS[module_class] = _look_for_cache_argument(module_class)
+    return _CACHE_ARGUMENTS[module_class]
 
 
 def take_cache(kwargs: dict[str, Any]) -> Cache | None:
@@ -37,3 +33,13 @@ def take_cache(kwargs: dict[str, Any]) -> Cache | None:
     if len(caches) > 1:
         raise ValueError("cache and past_key_values are two names of one argument; pass one of them.")
     return caches[0] if caches else None
+
+
+def _look_for_cache_argument(module_class: Any) -> str:
+    named = inspect.signature(module_class.forward).parameters
+    for name in CACHE_NAMES:
+        if name in named:
+            return name
+    raise ValueError(
+        f"{module_class.__name__}.forward has none of {CACHE_NAMES} among its arguments {list(named)[1:]}."
+    )

@@ -192,7 +192,7 @@ class LinearAttention(Mixer):
                 state = state.clone()  # the cache writes the next state over this one, which the backward pass needs
         output, state = self.mix(query, key, value, call.hidden_states, call.padding_mask, state, call.seq_idx)
         if call.cache is not None:
-            self._store(call.cache, state, query.shape[1])
+            self._store(call.cache, state, query)
         if self.o_norm is not None:
             output = self.o_norm(output)
         if self.output_gate is not None:
@@ -211,12 +211,13 @@ class LinearAttention(Mixer):
         query, key, value = (piece.view(x.shape) for piece, x in zip(pieces, parts, strict=True))
         return query, key, value
 
-    def _store(self, cache: Cache, state: torch.Tensor, num_tokens: int) -> None:
+    def _store(self, cache: Cache, state: torch.Tensor, tokens: torch.Tensor) -> None:
         cache.update_recurrent_state(state, self.layer_idx)
         layer: Any = cache.layers[self.layer_idx]
         # Only a convolution's update marks the library's layer as filled; without one we must.
-        layer.has_previous_state[0] = True
-        self.count_tokens(cache, num_tokens)
+        if not layer.has_previous_state[0]:
+            layer.has_previous_state[0] = True
+        self.count_tokens(cache, tokens)
 
 
 def no_rotation(position_embeddings: Any) -> Any:

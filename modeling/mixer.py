@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
+import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
@@ -59,8 +60,8 @@ class Mixer(AdoptedAttention):
     def init_weights(self) -> None:
         """Initialises what the teacher does not have; called after the library's own initialisation."""
 
-    def count_tokens(self, cache: Cache, num_tokens: int) -> None:
-        """Lets `cache` know of `num_tokens` more, where this layer is the one by which it counts them."""
+    def count_tokens(self, cache: Cache, tokens: torch.Tensor) -> None:
+        """Lets `cache` know of `tokens` `[B, T, ...]` more, where this layer is the one by which it counts them."""
         layer = cache.layers[self.layer_idx]
         if isinstance(layer, TokenCountingLinearAttentionLayer):
-            layer.count(num_tokens)
+            layer.count(tokens.shape[1], tokens.device)

@@ -96,6 +96,7 @@ class HybridPreTrainedModel(PreTrainedModel):
                     f"{type(module).__name__} takes no further keyword arguments, so padding and packing cannot reach "
                     "linear attention; this model cannot be converted."
                 )
+            positional_names(type(module))  # looked up by now where a step is compiled
         backbone.register_forward_pre_hook(_prepare_backbone_inputs, with_kwargs=True)
         for layer in layers:
             layer.register_forward_pre_hook(hand_over, with_kwargs=True)
@@ -302,6 +303,27 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore
             self.write_card(str(working_dir), repo_id)
         base: Any = super()
         return base._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self: Any,
+        input_ids: torch.Tensor,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        The library's, but that a model without softmax layers gets no mask that grows from step to step, by which a
+        compiled step would be compiled again: no past token is looked at.
+        """
+        base: Any = super()
+        inputs: dict[str, Any] = base.prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        is_step = isinstance(ids, torch.Tensor) and ids.shape[1] == 1
+        if is_step and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not self.full_attention_layers:
+            inputs["attention_mask"] = mask[:, -1:].clone()
+        return inputs
 
     @staticmethod
     def create_masks_for_generate(

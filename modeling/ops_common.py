@@ -1,4 +1,4 @@
-"""What all recurrences share: their inputs checked, chunk sizes, dtypes, first states, and a triangular inverse.
+"""What all recurrences share: inputs checked, chunk sizes, dtypes, first states, one token, and a triangular inverse.
 
 Shapes: B batch, T tokens, H heads, K key and V value width of a head, C tokens of a chunk.
 """
@@ -84,6 +84,36 @@ def first_state(q: Tensor, v: Tensor, state: Tensor | None, dtype: torch.dtype) 
     if state is not None:
         return state.to(dtype)
     return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1], dtype=dtype)
+
+
+def one_token(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, beta: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    One token of a recurrence, by which models decode: the state is read once for both the key and the query.
+
+    With D = diag(decay), `S' = D S + k u^T` and `S'^T q = (D S)^T q + (k . q) u`, where what is written, u, is v, or
+    for the delta rules `beta (v - (D S)^T k)`.
+
+    Args:
+        q: `[B, H, K]`, scaled.
+        k: `[B, H, K]`.
+        v: `[B, H, V]`.
+        decay: `[B, H, K]`, or `[B, H, 1]` for one that all channels share; a factor.
+        state: `[B, H, K, V]`, before the token; it is not modified.
+        beta: `[B, H, 1]`, write strength of the delta rules; None for a sum.
+
+    Returns:
+        The output `[B, H, V]` and the state after the token.
+    """
+    key, query = k * decay, q * decay
+    if torch.compiler.is_compiling():  # sums are fused with what is around them; a product of matrices is a call
+        held, asked = ((x.unsqueeze(-1) * state).sum(-2) for x in (key, query))
+    else:
+        held, asked = (torch.stack([key, query], dim=-2) @ state).unbind(-2)
+    write = v if beta is None else (v - held) * beta
+    output = asked + (q * k).sum(-1, keepdim=True) * write
+    return output, torch.addcmul(state * decay.unsqueeze(-1), k.unsqueeze(-1), write.unsqueeze(-2))
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast
+from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast, one_token
 from .ops_delta_rule_chunk import ChunkGatedDeltaRule
 
 
@@ -54,7 +54,7 @@ def recurrent_gated_delta_rule(
         decay, q = g.exp()[..., None, None], q * scale
         state = first_state(q, v, initial_state, dtype)
         if tokens == 1:
-            o, state = _step(q[:, 0], k[:, 0], v[:, 0], decay[:, 0], beta[:, 0], state)
+            o, state = one_token(q[:, 0], k[:, 0], v[:, 0], decay[:, 0, ..., 0], state, beta[:, 0, :, None])
             return o.unsqueeze(1).to(out_dtype), state
         restart = None
         if seq_idx is not None:

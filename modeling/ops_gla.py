@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .ops_channel_decay import decayed_products, forget_at_restarts, run_chunks
-from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast
+from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast, one_token
 
 
 def recurrent_gla(
@@ -51,8 +51,11 @@ def recurrent_gla(
     with no_autocast(q.device):
         state = first_state(q, v, initial_state, dtype)
         decay = forget_at_restarts(g.to(dtype), seq_idx).exp()
+        tokens = [x.to(dtype).unbind(1) for x in (q * scale, k, v, decay)]
+        if q.shape[1] == 1:
+            o, state = one_token(*(x[0] for x in tokens), state)
+            return o.unsqueeze(1).to(out_dtype), state
         outputs = []
-        tokens = (x.to(dtype).unbind(1) for x in (q * scale, k, v, decay))
         for query, key, value, kept in zip(*tokens, strict=True):
             state = torch.addcmul(state * kept.unsqueeze(-1), key.unsqueeze(-1), value.unsqueeze(-2))
             outputs.append((query.unsqueeze(-2) @ state).squeeze(-2))

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .ops_channel_decay import decayed_products, forget_at_restarts, run_chunks
-from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, invert_unit_lower, no_autocast
+from .ops_common import (
+    check_inputs,
+    compute_dtype,
+    first_state,
+    fit_chunk_size,
+    invert_unit_lower,
+    no_autocast,
+    one_token,
+)
 
 
 def recurrent_kda(
@@ -55,8 +63,12 @@ def recurrent_kda(
     with no_autocast(q.device):
         state = first_state(q, v, initial_state, dtype)
         decay = forget_at_restarts(g.to(dtype), seq_idx).exp()
+        tokens = [x.to(dtype).unbind(1) for x in (q * scale, k, v, decay, beta.unsqueeze(-1))]
+        if q.shape[1] == 1:
+            query, key, value, kept, strength = (x[0] for x in tokens)
+            o, state = one_token(query, key, value, kept, state, strength)
+            return o.unsqueeze(1).to(out_dtype), state
         outputs = []
-        tokens = (x.to(dtype).unbind(1) for x in (q * scale, k, v, decay, beta.unsqueeze(-1)))
         for query, key, value, kept, strength in zip(*tokens, strict=True):
             state = state * kept.unsqueeze(-1)
             update = (value - (key.unsqueeze(-2) @ state).squeeze(-2)) * strength

@@ -124,7 +124,7 @@ class SlidingWindowAttention(Mixer):
         """Puts `slots` into the cache; returns them behind the window before them, where there is one."""
         window = self.options.window
         layer: Any = cache.layers[self.layer_idx]
-        self.count_tokens(cache, slots.shape[1])
+        self.count_tokens(cache, slots)
         if layer.has_previous_state[0]:
             return cache.update_conv_state(slots.mT, self.layer_idx).mT
         # The library's layer sizes its buffer by what it is given first; zeros in front are not valid.

@@ -2,41 +2,64 @@
 
 from typing import Any
 
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticCache,
+)
 
 
 class TokenCountingLinearAttentionLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override]
-    """Cache layer for a model without any softmax layer: a recurrent state has no length, so someone has to count."""
+    """
+    Cache layer for a model without any softmax layer: a recurrent state has no length, so someone has to count.
+
+    Args:
+        static (`bool`): whether the count is a tensor that is written in place, as in the library's static layers: a
+            compiled step would be compiled again for every other number.
+    """
 
     is_sliding = False
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, static: bool = False, **kwargs: Any) -> None:
         LinearAttentionLayer.__init__(self, **kwargs)
         self.is_initialized = False
-        self.tokens_seen = 0
+        self.static = static
+        self.tokens_seen: Any = 0
 
-    def count(self, num_tokens: int) -> None:
-        self.tokens_seen += num_tokens
+    def count(self, num_tokens: int, device: torch.device) -> None:
+        if self.static and not isinstance(self.tokens_seen, torch.Tensor):
+            self.tokens_seen = torch.tensor(self.tokens_seen, device=device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.tokens_seen)
+        if self.static:
+            self.tokens_seen.add_(num_tokens)
+        else:
+            self.tokens_seen += num_tokens
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("a linear-attention layer caches no keys and values; call update_recurrent_state.")
 
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
-        self.tokens_seen = 0
+        self.tokens_seen *= 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tokens_seen + query_length, 0
+        # Backbones make a mask whether a layer wants it or not: of this call's tokens, for none looks at others.
+        return query_length, 0
 
 
 def count_tokens_in(cache: Cache) -> Cache:
     """Makes `cache` know its length: puts a counting layer first where no layer keeps keys. Returns `cache`."""
     if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         first: Any = cache.layers[0]
-        cache.layers[0] = TokenCountingLinearAttentionLayer(number_of_states=first.number_of_states)
+        static = isinstance(cache, StaticCache)
+        cache.layers[0] = TokenCountingLinearAttentionLayer(static, number_of_states=first.number_of_states)
     return cache
 
 

@@ -1,12 +1,14 @@
 """Every way to generate gives what the uncached forward pass gives, for every mixer; what cannot is refused."""
 
+import warnings
+
 import pytest
 import torch
 from teachers import tiny_teacher, tokens
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 import hf_hybrid as hh
-from hf_hybrid.modeling import MIXERS
+from hf_hybrid.modeling import MIXERS, kernels
 
 
 WINDOW = {"sliding_window": {"mixer_options": {"window": 6}}}
@@ -41,6 +43,13 @@ def left_padded(lengths=(4, 11, 9)):
     ids = torch.cat([torch.nn.functional.pad(x, (longest - x.shape[1], 0)) for x in alone])
     mask = torch.stack([torch.arange(longest) >= longest - n for n in lengths]).long()
     return ids, mask, alone
+
+
+def tensors_of(cache):
+    """All tensors of a cache: keys, values, states and counts."""
+    held = [x for layer in cache.layers for x in vars(layer).values()]
+    held += [x for states in held if isinstance(states, dict) for x in states.values()]
+    return [x for x in held if isinstance(x, torch.Tensor)]
 
 
 def by_hand(model, ids, steps=8):
@@ -127,8 +136,9 @@ class TestOtherWays:
         embeddings = model.get_input_embeddings()(ids)
         assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), model.generate(ids, **GREEDY)[:, 9:])
 
-    def test_steps_with_a_static_cache_have_the_same_shapes(self, mixer):
-        model, (ids, mask, _) = hybrid(mixer), left_padded()
+    @layouts
+    def test_steps_with_a_static_cache_have_the_same_shapes(self, mixer, layers):
+        model, (ids, mask, _) = hybrid(mixer, layers), left_padded()
         shapes = []
 
         def note(module, args, kwargs):
@@ -141,6 +151,57 @@ class TestOtherWays:
         assert len(shapes) == 8 and "attention_mask" in shapes[1]
         assert all(shape == shapes[1] for shape in shapes[1:])
 
+    @layouts
+    def test_steps_write_a_static_cache_where_it_is(self, mixer, layers):
+        """A CUDA graph reads and writes fixed addresses."""
+        convolution = {} if mixer == "sliding_window" else {"mixer_options": {"short_convolution": 4}}
+        model, ids = hybrid(mixer, layers, **convolution), tokens(2, 20)
+        cache, seen = StaticCache(config=model.config, max_cache_len=20), []
+        with torch.no_grad():
+            for piece in ids.split([9, 1, 1, 5, 1, 3], dim=1):
+                logits = model(piece, past_key_values=cache, use_cache=True).logits[:, -1]
+                seen.append([x.data_ptr() for x in tensors_of(cache)])
+            torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, -1], **CLOSE)
+        assert len(seen[0]) >= 4 and all(addresses == seen[0] for addresses in seen)
+        assert int(cache.get_seq_length()) == 20
+
+
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(m, marks=[pytest.mark.slow] if m != "gated_deltanet" else []) for m in MIXERS]
+)
+@layouts
+def test_all_steps_with_a_static_cache_are_one_graph(mixer, layers, monkeypatch):
+    """Traced once for prompts of two lengths, a padded batch, and sampling; what it is compiled to is torch's."""
+    model, (ids, mask, _) = hybrid(mixer, layers[:1], num_layers=2), left_padded()
+    graphs, choose = [], kernels._runs_on_fla
+
+    def runs_on_fla(*args):  # on a GPU it looks for packages and versions, and what it finds cuts graphs
+        if torch.compiler.is_compiling():
+            raise RuntimeError("fla was asked for within a graph")
+        return choose(*args)
+
+    monkeypatch.setattr(kernels, "_runs_on_fla", runs_on_fla)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compiled._compile_all_devices = True  # the library leaves CPUs out
+    static = {"cache_implementation": "static", "compile_config": compiled, "max_cache_len": 32}
+    sampled = {"do_sample": True, "top_k": 20, "max_new_tokens": 8}
+    warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")
+    for length, how in ((11, GREEDY), (9, GREEDY), (11, sampled)):
+        texts = []
+        for options in (static, {}):
+            torch.manual_seed(3)
+            given = {"attention_mask": mask[:, -length:], **options, **how}
+            texts.append(model.generate(ids[:, -length:], **given))
+        assert torch.equal(*texts), (length, how)
+    assert model._compiled_call is not None
+    assert len(graphs) == 1
+
 
 @pytest.mark.slow
 @compilers
@@ -149,7 +210,7 @@ class TestTheCompiledStep:
         model, ids = hybrid(mixer, [1], num_layers=2), tokens(2, 9)
         torch.compiler.reset()
         compiled = CompileConfig(fullgraph=True, backend=backend, mode=None)
-        compiled._compile_all_devices = True  # the library leaves CPUs out
+        compiled._compile_all_devices = True
         got = model.generate(ids, cache_implementation="static", compile_config=compiled, **GREEDY)
         assert model._compiled_call is not None
         assert torch.equal(got, model.generate(ids, **GREEDY))
