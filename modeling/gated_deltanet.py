@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import gated_delta_rule
-from .linear_attention import GateProjection, LinearAttention, decay_parameter, init_decay, unit, widen
+from .kernels import delta_rule_of_logits
+from .linear_attention import GateProjection, LinearAttention, decay_parameter, init_decay
 
 
 class GatedDeltaNet(LinearAttention):
@@ -51,18 +51,16 @@ class GatedDeltaNet(LinearAttention):
         state: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        step = nn.functional.softplus(widen(self.a_proj(hidden_states)) + widen(self.dt_bias))
-        log_decay = -widen(self.A_log).exp() * step
-        beta = torch.sigmoid(widen(self.b_proj(hidden_states)))
-        if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
-            log_decay = log_decay * padding_mask[..., None]
-            beta = beta * padding_mask[..., None]
-        return gated_delta_rule(
-            unit(query),
-            unit(key),
+        return delta_rule_of_logits(
+            "gated_delta_rule",
+            query,
+            key,
             value,
-            g=log_decay,
-            beta=beta,
+            decay=self.a_proj(hidden_states),
+            write=self.b_proj(hidden_states),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            padding_mask=padding_mask,
             initial_state=state,
             seq_idx=seq_idx,
             kernel=self.kernel,

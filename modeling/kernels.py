@@ -20,7 +20,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
-from .ops_common import check_inputs
+from .ops_common import check_inputs, unit, widen
 from .ops_delta_rule import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from .ops_gla import chunk_gla, recurrent_gla
 from .ops_kda import chunk_kda, recurrent_kda
@@ -158,6 +158,67 @@ def _choose(
 
 # fla's operators and our chunked forms are left out of graphs in any case; here the choice between them is, too.
 _outside_graphs = torch.compiler.disable(_choose)
+
+
+def delta_rule_of_logits(
+    family: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    decay: torch.Tensor,
+    write: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    padding_mask: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    kernel: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A delta rule from what is projected, with `g = -exp(A_log) softplus(decay + dt_bias)`, `beta = sigmoid(write)`, and
+    q and k brought to unit length. fla's kernels do all that themselves, but for padding, which they do not know.
+
+    Args:
+        family: `"gated_delta_rule"` or `"kda"`.
+        q, k, v, initial_state, seq_idx, kernel: as in [`gated_delta_rule`], q and k of any length.
+        decay: `[B, T, H]`, or `[B, T, H, D]` of `"kda"`.
+        write: `[B, T, H]`.
+        A_log: `[H]`.
+        dt_bias: `[H]`, or `[H D]` of `"kda"`.
+        padding_mask: `[B, T]`, 1 for tokens and 0 for padding, which neither decays nor writes.
+
+    Returns:
+        As [`gated_delta_rule`].
+    """
+    by_channel = family == "kda"
+    if padding_mask is None and fuses(v, kernel, family, q.shape[-1]):
+        inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "beta": write}, initial_state)
+        return _fla(family, inputs | {"g": decay}, state, seq_idx, {"A_log": A_log, "dt_bias": dt_bias})
+    step = torch.nn.functional.softplus(widen(decay) + widen(dt_bias).view(decay.shape[2:]))
+    g = -widen(A_log).exp().view(-1, *(1,) * by_channel) * step
+    beta = torch.sigmoid(widen(write))
+    if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
+        g = g * padding_mask.view(*padding_mask.shape, *(1,) * (g.ndim - 2))
+        beta = beta * padding_mask[..., None]
+    rule = kimi_delta_attention if by_channel else gated_delta_rule
+    return rule(unit(q), unit(k), v, g=g, beta=beta, initial_state=initial_state, seq_idx=seq_idx, kernel=kernel)
+
+
+def fuses(v: torch.Tensor, kernel: str, family: str = "gated_delta_rule", key_width: int = _NARROWEST) -> bool:
+    """Whether fla's kernels do the elementwise work around them too: wherever they run, outside of compiled graphs."""
+    if torch.compiler.is_compiling():
+        return False
+    return use_fla(v.device, kernel) and why_unfit(family, v.dtype, key_width, v.shape[-1]) is None
+
+
+def fused_gated_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, activation: str
+) -> torch.Tensor:
+    """RMS norm over the last axis of `x` `[B, T, H, V]`, times `weight` `[V]` and the activated `gate`, by fla."""
+    operators = importlib.import_module("fla.modules.norm.fused_norm_gate")
+    normed: torch.Tensor = operators.rms_norm_gated(x, gate, weight, None, activation=activation, eps=eps)
+    return normed
 
 
 def to_one_dtype(
@@ -314,6 +375,7 @@ def prepare_fla(
     inputs: dict[str, torch.Tensor],
     initial_state: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
+    of_logits: dict[str, torch.Tensor] | None = None,
 ) -> FlaCall:
     """
     What fla is called with, on any device.
@@ -325,6 +387,8 @@ def prepare_fla(
         inputs: q, k, v, g and, but for "gla", beta, `[B, T, ...]`, from [`to_one_dtype`].
         initial_state: `[B, H, D, V]`.
         seq_idx: `[B, T]`. fla wants packed rows as one row with cumulative lengths of its documents.
+        of_logits: `A_log` and `dt_bias` where g and beta are logits and q and k of any length, see
+            [`delta_rule_of_logits`].
     """
     q = inputs["q"]
     check_inputs(
@@ -338,7 +402,7 @@ def prepare_fla(
         decay_per_channel=family != "gated_delta_rule",
     )
     batch, length = q.shape[:2]
-    tensors = list(inputs.values()) + ([] if initial_state is None else [initial_state])
+    tensors = [*inputs.values(), *(of_logits or {}).values(), *([] if initial_state is None else [initial_state])]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     # The recurrent kernels have no backward, and some say so only by leaving the gradient out.
     short = not needs_grad and length <= _SHORT
@@ -346,6 +410,9 @@ def prepare_fla(
     if family == "gla" and short:
         inputs = {"gk" if key == "g" else key: x for key, x in inputs.items()}
     arguments: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "output_final_state": True}
+    if of_logits is not None:
+        arguments |= {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+        arguments |= {"use_gate_in_kernel": True, **of_logits}
     last = None
     if seq_idx is not None:
         inputs = {key: x.reshape(1, batch * length, *x.shape[2:]) for key, x in inputs.items()}
@@ -365,9 +432,10 @@ def _fla(
     inputs: dict[str, torch.Tensor],
     initial_state: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
+    of_logits: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs fla's operator on what [`to_one_dtype`] gives; returns what the torch forms do."""
-    call = prepare_fla(family, inputs, initial_state, seq_idx)
+    call = prepare_fla(family, inputs, initial_state, seq_idx, of_logits)
     operator = getattr(importlib.import_module(f"fla.ops.{family}"), call.operator)
     output, state = operator(**call.arguments)
     if call.last_document is not None:

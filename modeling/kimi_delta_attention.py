@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import kimi_delta_attention
+from .kernels import delta_rule_of_logits
 from .linear_attention import (
     GateProjection,
     LinearAttention,
     LinearAttentionOptions,
     decay_parameter,
     init_decay,
-    unit,
-    widen,
 )
 
 
@@ -73,18 +71,16 @@ class KimiDeltaAttention(LinearAttention):
         state: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        step = nn.functional.softplus(widen(self.f_proj(hidden_states)) + widen(self.dt_bias))
-        log_decay = -widen(self.A_log).exp()[:, None] * step.unflatten(-1, (self.num_heads, self.head_dim))
-        beta = torch.sigmoid(widen(self.b_proj(hidden_states)))
-        if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
-            log_decay = log_decay * padding_mask[..., None, None]
-            beta = beta * padding_mask[..., None]
-        return kimi_delta_attention(
-            unit(query),
-            unit(key),
+        return delta_rule_of_logits(
+            "kda",
+            query,
+            key,
             value,
-            g=log_decay,
-            beta=beta,
+            decay=self.f_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)),
+            write=self.b_proj(hidden_states),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            padding_mask=padding_mask,
             initial_state=state,
             seq_idx=seq_idx,
             kernel=self.kernel,

@@ -14,7 +14,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .adopted_attention import AttentionCall, expand_groups
+from .kernels import fused_gated_norm, fuses
 from .mixer import Mixer, MixerOptions
+from .ops_common import unit as unit  # for mixers of others, which look for it here
+from .ops_common import widen
 from .short_convolution import ShortConvolution
 
 
@@ -66,11 +69,6 @@ class LinearAttentionOptions(MixerOptions):
             )
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """`x` in fp32 where it is half precision, and as it is otherwise."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def decay_parameter(width: int) -> nn.Parameter:
     """A parameter of the decay: fp32 in a model of half precision, for a rounding of it compounds over every token."""
     return nn.Parameter(torch.zeros(width, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
@@ -94,24 +92,29 @@ def init_decay(rates: torch.Tensor, steps: torch.Tensor) -> None:
     init.copy_(steps, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) == step
 
 
-def unit(x: torch.Tensor) -> torch.Tensor:
-    """Unit vectors over the last axis, with the epsilon inside the root so that a zero row has a finite gradient."""
-    wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
 class HeadRMSNorm(nn.Module):
-    """RMS norm over each head's V values, in fp32."""
+    """RMS norm over each head's V values, in fp32, and the gate that multiplies what it gives."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, gate: torch.Tensor | None = None, activation: str = "silu", kernel: str = "auto"
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: `[B, T, H, V]`.
+            gate: of that shape, before its `activation`, `"silu"` or `"sigmoid"`; None for none.
+            kernel: as in `config.kernel`; with fla's kernels norm and gate are one launch.
+        """
+        if gate is not None and fuses(x, kernel):
+            return fused_gated_norm(x, gate, self.weight, self.eps, activation)
         wide = widen(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight.to(wide.dtype)).to(x.dtype)
+        normed = (wide * self.weight.to(wide.dtype)).to(x.dtype)
+        return normed if gate is None else normed * _GATES[activation](gate)
 
 
 class LinearAttention(Mixer):
@@ -193,11 +196,14 @@ class LinearAttention(Mixer):
         output, state = self.mix(query, key, value, call.hidden_states, call.padding_mask, state, call.seq_idx)
         if call.cache is not None:
             self._store(call.cache, state, query)
+        return self.finish(output, call.hidden_states).to(value.dtype)
+
+    def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What follows on the recurrence, `[B, T, H, V]` to the same: norm and gate, where the mixer has them."""
+        gate = None if self.output_gate is None else self.g_proj(hidden_states).view_as(output)
         if self.o_norm is not None:
-            output = self.o_norm(output)
-        if self.output_gate is not None:
-            output = output * _GATES[self.output_gate](self.g_proj(call.hidden_states)).view_as(output)
-        return output.to(value.dtype)
+            return self.o_norm(output, gate, self.output_gate or "silu", self.kernel)
+        return output if gate is None else output * _GATES[str(self.output_gate)](gate)
 
     def _convolve(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall

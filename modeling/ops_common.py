@@ -1,4 +1,4 @@
-"""What all recurrences share: inputs checked, chunk sizes, dtypes, first states, one token, and a triangular inverse.
+"""What all recurrences share: unit vectors, checks, chunk sizes, dtypes, first states, one token, and an inverse.
 
 Shapes: B batch, T tokens, H heads, K key and V value width of a head, C tokens of a chunk.
 """
@@ -14,6 +14,17 @@ from torch import Tensor
 _MINIMUM_CHUNK = 16
 # Wider blocks are inverted by doubling; triangular substitution is exact but slow, products of blocks are fast.
 _BASE_BLOCK = 16
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in fp32 where it is half precision, and as it is otherwise."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit vectors over the last axis, with the epsilon inside the root so that a zero row has a finite gradient."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def check_inputs(

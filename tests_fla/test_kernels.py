@@ -4,6 +4,7 @@ Everything is compared with the token-by-token torch form in float64, which test
 chunked form in fp32, and fla's kernels in fp32 as `modeling/kernels.py` calls them.
 """
 
+import functools
 import importlib
 import types
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_hybrid.modeling import kernels
+from hf_hybrid.modeling.linear_attention import HeadRMSNorm
 from hf_hybrid.modeling.ops_delta_rule import recurrent_gated_delta_rule
 from hf_hybrid.modeling.ops_gla import recurrent_gla
 from hf_hybrid.modeling.ops_kda import recurrent_kda
@@ -173,3 +175,63 @@ class TestAgainstFla:
         expected = reference(**{name: x.double() for name, x in inputs.items()}, scale=0.3)
         found = operator(**inputs, scale=0.3, output_final_state=True)
         assert_close(dict(zip("os", found, strict=True)), dict(zip("os", expected, strict=True)), TOLERANCE)
+
+
+LOGIT_KINDS = {"gated_delta_rule": 1, "kda": KEY}
+
+
+def of_logits(kind: str, batch: int, tokens: int) -> dict[str, Tensor]:
+    """What [`delta_rule_of_logits`] gets: q and k of any length, decay and write before they are activated."""
+    torch.manual_seed(1)
+    channels = (KEY,) if kind == "kda" else ()
+    new = torch.randn
+    return {
+        "q": new(batch, tokens, HEADS, KEY),
+        "k": 3 * new(batch, tokens, HEADS, KEY),
+        "v": new(batch, tokens, HEADS, VALUE),
+        "decay": new(batch, tokens, HEADS, *channels),
+        "write": new(batch, tokens, HEADS),
+        "A_log": torch.rand(HEADS),
+        "dt_bias": new(HEADS * LOGIT_KINDS[kind]),
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", LOGIT_KINDS)
+def test_gates_and_unit_length_in_the_kernels(called: list[str], kind: str, packed: bool) -> None:
+    """Outputs, states and the gradients of all, the decay's parameters among them, against the torch form in fp64."""
+    inputs = of_logits(kind, 2, 70)
+    options = {"seq_idx": torch.stack([seq_idx_of([3, 67]), seq_idx_of([70])])} if packed else {}
+    entry = functools.partial(kernels.delta_rule_of_logits, kind)
+    expected = run(entry, {name: x.double() for name, x in inputs.items()}, kernel="torch", **options)
+    assert_close(run(entry, inputs, kernel="fla", **options), expected, TOLERANCE)
+    assert called == [f"chunk_{kind}"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LOGIT_KINDS)
+def test_gates_and_unit_length_token_by_token(called: list[str], kind: str) -> None:
+    inputs = of_logits(kind, 2, 3)
+    state = torch.randn(2, HEADS, KEY, VALUE)
+    found = kernels.delta_rule_of_logits(kind, **inputs, initial_state=state, kernel="fla")
+    wide = {name: x.double() for name, x in inputs.items()}
+    expected = kernels.delta_rule_of_logits(kind, **wide, initial_state=state.double(), kernel="torch")
+    assert_close(dict(zip("os", found, strict=True)), dict(zip("os", expected, strict=True)), TOLERANCE)
+    assert called == [f"fused_recurrent_{kind}"]
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_norm_and_gate_in_one(called: list[str], activation: str) -> None:
+    torch.manual_seed(0)
+    norm = HeadRMSNorm(VALUE, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x, gate, slope = torch.randn(3, 2, 5, HEADS, VALUE)
+    found = []
+    for kernel in ("torch", "fla"):
+        leaves = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
+        output = norm(*leaves, activation, kernel)
+        gradients = torch.autograd.grad(output, [*leaves, norm.weight], slope)
+        found.append(dict(enumerate([output.detach(), *gradients])))
+    assert called == ["rms_norm_gated"]
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-5)

@@ -81,6 +81,7 @@ def run_once(mixer: Any, *, rows: int, packed: bool, precision: Precision) -> No
         leaves = [tensor.clone().requires_grad_(gradients) for tensor in tensors]
         with torch.set_grad_enabled(gradients), precision.running(device):
             output, _ = mixer.mix(*leaves, hidden, None, None, documents)
+            output = mixer.finish(output, hidden)
         if gradients:
             torch.autograd.grad(output.float().sum(), leaves)
 
