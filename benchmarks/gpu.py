@@ -13,27 +13,22 @@ kernels are is checked by gpu_check.py.
 import argparse
 import contextlib
 import functools
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from decode import cache_bytes
+from gpu_shared import SIZES, TINY, Results, make_teacher, median_ms, peak_mb
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2Config
+from transformers import DynamicCache, PreTrainedModel
 
 import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
-from hf_hybrid.run.kernel_tuning import alone_on_the_device, side_by_side
+from hf_hybrid.run.kernel_tuning import side_by_side
 
 
 RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -49,21 +44,12 @@ KEYS = {
     "training": ("model", "batch"),
     "inference": ("model", "context"),
 }
-SIZES = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-}
-TINY = SIZES | {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 300}
 
 
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
-    results = Results(args)
+    results = Results(args, KEYS)
     with side_by_side() if "fla" in args.kernels else contextlib.nullcontext():
         for part in args.part:
             globals()[part](args, results)
@@ -102,77 +88,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-class Results:
-    """The rows of each part, in a file where one was named."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.file: Path | None = args.output
-        self.parts: dict[str, Any] = {}
-        if self.file and self.file.exists():
-            self.parts = json.loads(self.file.read_text("utf-8"))
-        now = environment(args.device)
-        if self.parts.setdefault("environment", now) != now:
-            raise ValueError(
-                f"{self.file} has rows measured with {self.parts['environment']}, this is {now}; name another file."
-            )
-
-    def add(self, part: str, row: dict[str, Any]) -> None:
-        """Keeps `row` in place of an earlier one of the same name, prints it, and saves all."""
-        name = [row[key] for key in KEYS[part]]
-        rows = [other for other in self.parts.get(part, []) if [other[key] for key in KEYS[part]] != name]
-        self.parts[part] = [*rows, row]
-        sys.stdout.write(f"{part} {json.dumps(row)}\n")
-        sys.stdout.flush()
-        if self.file:
-            partial = self.file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(self.parts, indent=1) + "\n", "utf-8")
-            partial.replace(self.file)
-
-
-def environment(device: str) -> dict[str, str]:
-    """The card and the versions that the numbers depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    for package in ("triton", "fla-core"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return found
-
-
 def cells(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Mixers and the implementations of their recurrence."""
     for mixer in [name for name in args.mixers if name in RECURRENCES]:
         for kernel in args.kernels:
             yield mixer, kernel
-
-
-def median_ms(
-    function: Callable[[], Any], args: argparse.Namespace, repeats: int, warmup: int = 2
-) -> tuple[float, Any]:
-    """Median milliseconds of `function`, the host waiting for the device before and after each call; what it gives."""
-    times, result = [], None
-    for i in range(warmup + repeats):
-        result = None  # a cache that is made again is not held twice
-        with alone_on_the_device() if i >= warmup else contextlib.nullcontext():
-            args.synchronize()
-            start = time.perf_counter()
-            result = function()
-            args.synchronize()
-        if i >= warmup:
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times), result
-
-
-def peak_mb(args: argparse.Namespace, function: Callable[[], object], over: int = 0) -> float | None:
-    """Megabytes (10^6) of device memory at the peak of one call, less `over` bytes."""
-    if args.device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - over) / 1e6
 
 
 def inputs_of(mixer: str, batch: int, tokens: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -225,14 +145,6 @@ def run_operator(operator: Callable[..., Any], inputs: dict[str, Tensor], backwa
 
 
 # --- models
-
-
-def make_teacher(args: argparse.Namespace) -> PreTrainedModel:
-    config = Qwen2Config(
-        **args.sizes, tie_word_embeddings=True, max_position_embeddings=1 << 18, rope_parameters={"rope_theta": 1e6}
-    )
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
