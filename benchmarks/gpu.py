@@ -5,9 +5,10 @@
 
 Parts: `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation step, teacher
 and KL included, the optimizer not; `kl` its last part alone, from final hidden states on, with fp32 weights under
-autocast; `inference` times prefill and decoding. Hybrids keep softmax in the last of every four layers. Every row is
-written to the file as soon as it is measured, in place of an earlier one. What cannot run is said. How exact the
-kernels are is checked by gpu_check.py.
+autocast; `inference` times prefill and decoding of a teacher beside a hybrid of it, and a layer beside those of others
+(gpu_inference.py). Hybrids keep softmax in the last of every four layers. Every row is written to the file as soon as
+it is measured, in place of an earlier one. What cannot run is said. How exact the kernels are is checked by
+gpu_check.py.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_inference
 import torch
 import torch.nn.functional as F
-from decode import cache_bytes
+from gpu_inference import inference as inference  # called by its name
 from gpu_shared import SIZES, TINY, Results, make_teacher, median_ms, peak_mb
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
@@ -42,7 +44,7 @@ KEYS = {
     "recurrence": ("impl", "tokens", "mode"),
     "kl": ("form", "chunk_tokens"),
     "training": ("model", "batch"),
-    "inference": ("model", "context"),
+    **gpu_inference.KEYS,
 }
 
 
@@ -65,6 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768], help="recurrence")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4], help="training, rows of 4096 tokens")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096 * n for n in (1, 4, 8, 16, 32)])
+    gpu_inference.add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each cell")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens of each cell")
     parser.add_argument("--device", default="cuda")
@@ -78,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     if args.tiny:
         args.tokens, args.batches, args.contexts, args.train_tokens = [64, 200], [1, 2], [64, 130], 128
         args.repeats, args.steps = 2, 3
+        args.backend = "eager" if args.device == "cpu" else args.backend
     args.sizes = TINY if args.tiny else SIZES
     args.heads = args.sizes["num_attention_heads"]
     args.width = args.sizes["hidden_size"] // args.heads
@@ -214,35 +218,6 @@ def training(args: argparse.Namespace, results: Results) -> None:
                 continue
             row = {"model": name, "batch": batch, "tokens_per_second": 1000 * ids.numel() / ms, "peak_mb": peak}
             results.add("training", row)
-
-
-@torch.no_grad()
-def inference(args: argparse.Namespace, results: Results) -> None:
-    """Prefill of one prompt, and decoding after it, eagerly: every operation is launched by Python."""
-    teacher = make_teacher(args)
-    for name, model in students(args, teacher):
-        for context in args.contexts:
-            ids = torch.randint(args.sizes["vocab_size"], (1, context), device=args.device)
-
-            def prefill(model: Any = model, ids: Tensor = ids) -> DynamicCache:
-                cache = DynamicCache(config=model.config)
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                return cache
-
-            try:
-                prefill_ms, cache = median_ms(prefill, args, min(2, args.repeats), warmup=1)
-                size = cache_bytes(cache)
-
-                def step(model: Any = model, cache: DynamicCache = cache, token: Tensor = ids[:, :1]) -> None:
-                    model(token, past_key_values=cache, use_cache=True)
-
-                ms, _ = median_ms(step, args, args.steps, warmup=3)
-            except torch.OutOfMemoryError:
-                sys.stderr.write(f"inference {name}, context {context} is left out: out of memory\n")
-                torch.cuda.empty_cache()
-                continue
-            row = {"model": name, "context": context, "prefill_ms": prefill_ms, "decode_ms": ms, "cache_bytes": size}
-            results.add("inference", row)
 
 
 if __name__ == "__main__":

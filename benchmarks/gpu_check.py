@@ -467,13 +467,16 @@ def generation(mixer: str, device: str) -> str:
     mask = torch.ones_like(ids)
     mask[0, :13] = 0
     options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
-    tokens = student.generate(ids, pad_token_id=0, **options)
-    positions = (torch.cat([mask, torch.ones_like(tokens[:, 50:])], 1).cumsum(1) - 1).clamp(min=0)
-    full = torch.cat([mask, torch.ones_like(tokens[:, 50:])], 1)
-    logits = student(input_ids=tokens, attention_mask=full, position_ids=positions).logits[:, 49:-1].float()
-    # bf16 rounds near ties either way: what was taken is nearly the largest.
-    short = (logits.max(-1).values - logits.gather(-1, tokens[:, 50:, None])[..., 0]).max()
-    return within((short / logits.std()).item(), 0.1, f"{tokens.shape[1] - 50} tokens, below the largest logit by")
+    below = []
+    for how in ({}, {"cache_implementation": "static"}):  # the library compiles the steps of the latter on a GPU
+        tokens = student.generate(ids, pad_token_id=0, **options, **how)
+        full = torch.cat([mask, torch.ones_like(tokens[:, 50:])], 1)
+        positions = (full.cumsum(1) - 1).clamp(min=0)
+        logits = student(input_ids=tokens, attention_mask=full, position_ids=positions).logits[:, 49:-1].float()
+        # bf16 rounds near ties either way: what was taken is nearly the largest.
+        short = (logits.max(-1).values - logits.gather(-1, tokens[:, 50:, None])[..., 0]).max()
+        below.append((short / logits.std()).item())
+    return within(max(below), 0.1, f"{tokens.shape[1] - 50} tokens, below the largest logit by")
 
 
 # --- recipes

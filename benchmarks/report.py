@@ -87,7 +87,14 @@ def gpu(results: dict[str, Any]) -> str:
     head = f"## On a GPU: {card}\n\n{textwrap.fill(text, 119)}"
     notes = [textwrap.fill(f"- {note}", 119, subsequent_indent="  ") for note in results.get("notes", [])]
     parts = ["\n\n".join([head, *(["\n".join(notes)] if notes else [])])]
-    renderers = {"recurrence": gpu_recurrence, "training": gpu_training, "inference": gpu_inference}
+    renderers = {
+        "recurrence": gpu_recurrence,
+        "training": gpu_training,
+        "inference": gpu_inference,
+        "prefill": gpu_prefill,
+        "decoding": gpu_decoding,
+        "layers": gpu_layers,
+    }
     parts += [render(results[part]) for part, render in renderers.items() if results.get(part)]
     return "\n\n".join([*parts, EXACT])
 
@@ -133,6 +140,65 @@ def gpu_inference(rows: list[dict[str, Any]]) -> str:
         "model",
         lambda row: f"{row['prefill_ms']:,.0f}; {row['decode_ms']:.0f}; {row['cache_bytes'] / 1e6:,.0f}",
     )
+
+
+def gpu_prefill(rows: list[dict[str, Any]]) -> str:
+    """A line per context: both models, their ratio, and the ratio if linear layers took no time for what they do."""
+    text = (
+        "### Prefill\n\nOne sequence into an empty cache, eagerly; the models take turns. Milliseconds; GB at peak "
+        "with both models, and MB of\ncache. At most: what the ratio would be if the recurrence of the linear layers, "
+        "with all that is around it, took no time.\n\n"
+    )
+    head = ["context", "teacher", "hybrid", "teacher / hybrid", "at most"]
+    found = {(row["context"], row["model"]): row for row in rows}
+    lines = []
+    for context in sorted({row["context"] for row in rows}):
+        teacher, hybrid = found[context, "teacher"], found[context, "hybrid"]
+        cells = [
+            f"{row['ms']:,.0f} ({(row['peak_mb'] or 0) / 1e3:.1f}; {row['cache_bytes'] / 1e6:,.0f})"
+            for row in (teacher, hybrid)
+        ]
+        ratios = [f"{teacher['ms'] / hybrid['ms']:.2f}", f"{teacher['ms'] / hybrid['floor_ms']:.2f}"]
+        lines.append([f"{context:,}", *cells, *ratios])
+    return text + table(head, lines)
+
+
+def gpu_decoding(rows: list[dict[str, Any]]) -> str:
+    """A line per way, context and batch of the hybrid, beside the teacher at that batch, or at its largest."""
+    text = (
+        "### Decoding\n\nStatic caches, full. Compiled: as `generate` compiles it, with CUDA graphs. Recorded: the "
+        "operations of the eager step, as a CUDA\ngraph. Milliseconds of a step (floor: weights and cache at the rate "
+        "at which this card copies), and tokens per second.\n\n"
+    )
+    head = ["step", "context", "batch", "teacher", "hybrid", "hybrid / teacher, tokens/s"]
+    teachers = {(row["how"], row["context"], row["batch"]): row for row in rows if row["model"] == "teacher"}
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["how"], row["context"], row["batch"])):
+        if row["model"] == "teacher":
+            continue
+        same = teachers.get((row["how"], row["context"], row["batch"]))
+        others = [x for (how, context, _), x in teachers.items() if (how, context) == (row["how"], row["context"])]
+        teacher = same or max(others, key=lambda other: other["batch"], default=None)
+        batch = f"{row['batch']}" if same or teacher is None else f"{teacher['batch']}, {row['batch']}"
+        cells = [
+            "" if x is None else f"{x['ms']:.2f} ({x['floor_ms']:.2f}); {x['tokens_per_second']:,.0f}"
+            for x in (teacher, row)
+        ]
+        ratio = "" if teacher is None else f"{row['tokens_per_second'] / teacher['tokens_per_second']:.2f}"
+        lines.append([row["how"], f"{row['context']:,}", batch, *cells, ratio])
+    return text + table(head, lines)
+
+
+def gpu_layers(rows: list[dict[str, Any]]) -> str:
+    text = (
+        "### One layer\n\nA Gated DeltaNet layer of one sequence, all of one shape: ours, that of the library's "
+        "Qwen3-Next, and fla's. Milliseconds of a\nforward pass, and of a step after it.\n\n"
+    )
+    tokens = {row["tokens"] for row in rows}
+    rows = [
+        row | {"mode": f"{row['mode']}, {max(tokens):,}" if row["mode"] == "forward" else row["mode"]} for row in rows
+    ]
+    return text + pivot(rows, ["mode"], "impl", lambda row: f"{row['ms']:.3f}")
 
 
 def main() -> None:

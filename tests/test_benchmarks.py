@@ -30,14 +30,20 @@ def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch,
     gpu.main()
     assert "fla is left out: the tensors are on the CPU" in capsys.readouterr().err
     results = json.loads(file.read_text())
-    assert {part: len(results[part]) for part in gpu.PARTS} == {
+    assert {part: len(results[part]) for part in gpu.KEYS} == {
         "recurrence": 8,
         "kl": 8,
         "training": 4,
-        "inference": 4,
+        "prefill": 4,
+        "decoding": 8,
+        "layers": 6,
     }
-    hybrid, softmax = (results["inference"][i]["cache_bytes"] for i in (3, 1))
-    assert hybrid < softmax
+    hybrid, teacher = (results["prefill"][i]["cache_bytes"] for i in (3, 2))
+    assert hybrid < teacher
+    steps = {(row["model"], row["how"], row["context"], row["batch"]): row for row in results["decoding"]}
+    assert steps["hybrid", "compiled", 130, 2]["cache_bytes"] == 2 * steps["hybrid", "compiled", 130, 1]["cache_bytes"]
+    for model in ("teacher", "hybrid"):  # what was timed computes what the eager step does, to bf16's rounding
+        assert steps[model, "compiled", 64, 1]["difference"] < 0.03
 
     # Another run adds its rows, and replaces those that it measures again.
     monkeypatch.setattr("sys.argv", [*arguments, "--part", "recurrence", "--mixers", "gated_linear_attention"])
@@ -47,9 +53,11 @@ def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch,
     assert len(merged["recurrence"]) == 12 and merged["training"] == results["training"]
     for part in ("training", "recurrence"):  # there is no peak to measure on a CPU
         merged[part] = [row | {"peak_mb": 1.0} for row in merged[part]]
+    merged["decoding"].append(merged["decoding"][-1] | {"how": "compiled", "context": 130, "batch": 7})
     page = report.gpu(merged)
     assert "gated_linear_attention, torch" in page and "fla-core" in page
-    assert all(f"| {row['context']} |" in page for row in merged["inference"])
+    assert all(f"| {row['context']} |" in page for row in merged["prefill"])
+    assert "| compiled | 130 | 2, 7 |" in page and "| forward, 128 |" in page
 
 
 def test_forms_of_the_delta_rule_agree():
