@@ -6,25 +6,29 @@
 Parts: `recurrence` times one layer's recurrence and softmax attention; `training` times a distillation step, teacher
 and KL included, the optimizer not; `kl` its last part alone, from final hidden states on, with fp32 weights under
 autocast; `inference` times prefill and decoding of a teacher beside a hybrid of it, and a layer beside those of others
-(gpu_inference.py). Hybrids keep softmax in the last of every four layers. Every row is written to the file as soon as
-it is measured, in place of an earlier one. What cannot run is said. How exact the kernels are is checked by
-gpu_check.py.
+(gpu_inference.py). The parts of gpu_training.py have their own descriptions; `scale` takes as many GPUs as there are,
+up to 4. Hybrids keep softmax in the last of every four layers. Every row is written to the file as soon as it is
+measured, in place of an earlier one. What cannot run is said. How exact the kernels are is checked by gpu_check.py.
 """
 
 import argparse
 import contextlib
 import functools
+import gc
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gpu_inference
+import gpu_training
 import torch
 import torch.nn.functional as F
 from gpu_inference import inference as inference  # called by its name
-from gpu_shared import SIZES, TINY, Results, make_teacher, median_ms, peak_mb
+from gpu_shared import Results, make_teacher, median_ms, peak_mb, with_sizes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,13 +42,16 @@ RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "gated_linear_attention": kernels.gated_linear_attention,
     "kimi_delta_attention": kernels.kimi_delta_attention,
 }
-PARTS = ("recurrence", "kl", "training", "inference")
+PARTS = ("recurrence", "kl", "training", "inference", *gpu_training.PARTS)
+# What `--part` takes for several parts: those of training that are rows of the table in docs/performance.md.
+GROUPS = {"issue-training": ("cold_start", "step", "kl", "alignment", "held_out", "ga_s2", "training_layer", "text")}
 # What makes a row of each part another row.
 KEYS = {
     "recurrence": ("impl", "tokens", "mode"),
     "kl": ("form", "chunk_tokens"),
     "training": ("model", "batch"),
     **gpu_inference.KEYS,
+    **gpu_training.KEYS,
 }
 
 
@@ -54,13 +61,17 @@ def main() -> None:
     results = Results(args, KEYS)
     with side_by_side() if "fla" in args.kernels else contextlib.nullcontext():
         for part in args.part:
-            globals()[part](args, results)
+            (getattr(gpu_training, part) if part in gpu_training.PARTS else globals()[part])(args, results)
+            gc.collect()  # a Trainer refers to itself, and would hold its models' memory
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
     sys.stdout.write(f"{json.dumps(results.parts['environment'])}\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--part", nargs="+", choices=(*PARTS, *GROUPS), default=PARTS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, no training row is begun")
     mixers = ["softmax", *RECURRENCES]
     parser.add_argument("--mixers", nargs="+", choices=mixers, default=mixers, help="softmax: the model as it was")
     parser.add_argument("--kernels", nargs="+", choices=("fla", "torch"), default=["fla", "torch"])
@@ -76,15 +87,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --device cpu --tiny tries the program without one")
-    args.synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    args.train_tokens = 4096
+    with_sizes(args)
+    args.until = time.monotonic() + args.seconds
+    args.part = list(dict.fromkeys(part for name in args.part for part in GROUPS.get(name, (name,))))
     if args.tiny:
-        args.tokens, args.batches, args.contexts, args.train_tokens = [64, 200], [1, 2], [64, 130], 128
+        args.tokens, args.batches, args.contexts = [64, 200], [1, 2], [64, 130]
         args.repeats, args.steps = 2, 3
         args.backend = "eager" if args.device == "cpu" else args.backend
-    args.sizes = TINY if args.tiny else SIZES
-    args.heads = args.sizes["num_attention_heads"]
-    args.width = args.sizes["hidden_size"] // args.heads
     reason = "the tensors are on the CPU" if args.device == "cpu" else kernels.why_not_fla()
     if reason is not None and "fla" in args.kernels:
         sys.stderr.write(f"fla is left out: {reason}\n")

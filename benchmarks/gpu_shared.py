@@ -31,6 +31,16 @@ SIZES = {
 TINY = SIZES | {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 300}
 
 
+def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
+    """Adds to `args` what follows from its `device` and `tiny`."""
+    args.synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    args.sizes = TINY if args.tiny else SIZES
+    args.heads = args.sizes["num_attention_heads"]
+    args.width = args.sizes["hidden_size"] // args.heads
+    args.train_tokens = 128 if args.tiny else 4096
+    return args
+
+
 class Results:
     """
     The rows of each part, in a file where one was named.

@@ -306,7 +306,7 @@ def facts_of_this_machine() -> Facts:
         cuda=torch.version.cuda or torch.version.hip,
         why_not_fla=why_not_fla(),
         compiler=_has_compiler(),
-        cores=_cores(),
+        cores=available_cores(),
         threads=torch.get_num_threads(),
         thread_limit=os.environ.get("OMP_NUM_THREADS"),
         memory=memory,
@@ -365,7 +365,7 @@ def _has_compiler() -> bool:
     return any(map(shutil.which, compilers)) and headers.is_file()
 
 
-def _cores() -> float:
+def available_cores() -> float:
     """Cores that this process may run on, or the share of them that a container allows."""
     cores: float = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     quota = _cgroup("cpu.max")

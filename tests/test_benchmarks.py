@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import delta_rule
 import gpu
+import gpu_training
 import pytest
 import report
 import starts
@@ -26,11 +27,12 @@ ROOT = Path(__file__).parents[1]
 def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch, capsys):
     file = tmp_path / "gpu.json"
     arguments = ["gpu.py", "--device", "cpu", "--tiny", "--output", str(file)]
-    monkeypatch.setattr("sys.argv", [*arguments, "--mixers", "softmax", "gated_deltanet"])
+    parts = ["recurrence", "kl", "training", "inference"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--part", *parts, "--mixers", "softmax", "gated_deltanet"])
     gpu.main()
     assert "fla is left out: the tensors are on the CPU" in capsys.readouterr().err
     results = json.loads(file.read_text())
-    assert {part: len(results[part]) for part in gpu.KEYS} == {
+    assert {part: len(results[part]) for part in (*parts[:3], *gpu.gpu_inference.KEYS)} == {
         "recurrence": 8,
         "kl": 8,
         "training": 4,
@@ -58,6 +60,43 @@ def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch,
     assert "gated_linear_attention, torch" in page and "fla-core" in page
     assert all(f"| {row['context']} |" in page for row in merged["prefill"])
     assert "| compiled | 130 | 2, 7 |" in page and "| forward, 128 |" in page
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_measures_training_beside_what_it_is_compared_with(tmp_path, monkeypatch):
+    file = tmp_path / "gpu.json"
+    arguments = ["gpu.py", "--device", "cpu", "--tiny", "--output", str(file)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--part", "issue-training", "scale"])
+    gpu.main()
+    results = json.loads(file.read_text())
+    counted = {part: len(results[part]) for part in gpu_training.KEYS}
+    assert counted == {
+        "cold_start": 1,
+        "step": 7,
+        "pieces": 6,
+        "alignment": 3,
+        "held_out": 4,
+        "training_layer": 2,
+        "text": len(results["text"]),
+        "ga_s2": 2,
+        "scale": 3,
+    }
+    assert {row["gpus"]: row["rows_per_step"] for row in results["scale"]} == {1: 4, 2: 8}
+    page = report.gpu(results)
+    assert "## Issue table" in page
+
+
+def test_after_its_time_a_benchmark_begins_no_row(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "gpu.json"
+    arguments = ["gpu.py", "--device", "cpu", "--tiny", "--output", str(file), "--part", "training_layer"]
+    monkeypatch.setattr("sys.argv", arguments)
+    gpu.main()
+    rows = json.loads(file.read_text())["training_layer"]
+    assert [(row["training_layer"], row["convolution"]) for row in rows] == [("hf_hybrid", 0), ("hf_hybrid", 4)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--seconds", "0"])
+    gpu.main()
+    assert json.loads(file.read_text())["training_layer"] == rows
+    assert capsys.readouterr().err.count("layer of hf_hybrid is left out: the time that --seconds gives is over") == 2
 
 
 def test_forms_of_the_delta_rule_agree():

@@ -1,6 +1,7 @@
 """Text becomes packed rows: which tokens, in which sets, with which positions; and bad text is refused."""
 
 import json
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_hybrid.data import rows as data_module
 from hf_hybrid.data import text as text_module
+from hf_hybrid.data import tokenise as tokenise_module
 from hf_hybrid.data.config import DataConfig
-from hf_hybrid.data.rows import CutRows, build_rows, first_rows, load_rows, packed_rows
+from hf_hybrid.data.rows import CutRows, PackedRows, build_rows, first_rows, load_rows, packed_rows
+from hf_hybrid.data.tokenise import Tokeniser
 from hf_hybrid.modeling.modeling_hybrid import packed_documents
 
 
@@ -106,7 +109,29 @@ def test_only_as_much_is_read_as_is_needed(
     )
     config = DataConfig(dataset="somebody/something", block_size=16, held_out_rows=3, report_rows=2)
     build_rows(config, tokenizer, 5, 0, tmp_path / "rows")
-    assert len(read) <= 2 * data_module._TEXTS_AT_ONCE
+    assert len(read) <= 2 * data_module._TEXTS_AT_ONCE * Tokeniser(tokenizer).workers
+
+
+def test_several_threads_make_the_same_rows(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any position on: what was read ahead is another amount, and what is made of it the same."""
+    monkeypatch.setattr(tokenise_module, "_SMALL", 50)
+    config = config_of(jsonl(tmp_path / "a.jsonl", LINES * 5))
+    one, many = (PackedRows(config, tokenizer, workers=workers) for workers in (1, 3))
+    seen: list[str] = []
+    ids = Tokeniser._ids
+    monkeypatch.setattr(Tokeniser, "_ids", lambda *a: (seen.append(threading.current_thread().name), ids(*a))[1])
+
+    def plain(rows: Any) -> list[tuple[list[int], list[int]]]:
+        return [(row["input_ids"].tolist(), row["position_ids"].tolist()) for row in rows]
+
+    rows = plain(one)
+    assert plain(islice(many, 9)) == rows[:9]
+    assert plain(PackedRows(config, tokenizer, state=many.state(), workers=2)) == rows[9:]
+    assert seen[0] == "MainThread" and any(name.startswith("ThreadPoolExecutor") for name in seen)
+    with pytest.raises(ValueError, match="workers=0 tokenise nothing"):
+        Tokeniser(tokenizer, 0)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -18,11 +18,14 @@ from hf_hybrid.trainers.durable import read_record, write_json
 
 from .config import DataConfig
 from .text import open_text
+from .tokenise import Tokeniser
 
 
 SETS = ("train", "score", "report")
 _SHARD_TOKENS = 2**22  # held in memory at once while rows are written to disk: about 130 MB
+# For each thread that tokenises, read at once.
 _TEXTS_AT_ONCE = 128
+_CHARACTERS_AT_ONCE = 2**22
 _PACKING = "packing.json"
 _PROBE = "text"
 
@@ -193,6 +196,7 @@ class PackedRows:
         seed (`int`): of the order of files.
         state (`dict`, *optional*): what [`PackedRows.state`] gave; the rows go on from there.
         packing ([`Packing`], *optional*): by default with the tokenizer's prefix, and without care for sets.
+        workers (`int`, *optional*): threads that tokenise, see [`Tokeniser`]; rows are the same with any number.
     """
 
     def __init__(
@@ -202,8 +206,10 @@ class PackedRows:
         seed: int = 0,
         state: dict[str, Any] | None = None,
         packing: Packing | None = None,
+        workers: int | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.tokenise = Tokeniser(tokenizer, workers)
         packing = packing or Packing(text_prefix(tokenizer))
         self.prefix, self.breaks = packing.prefix, packing.breaks(config)
         if len(self.prefix) >= config.block_size:
@@ -259,24 +265,29 @@ class PackedRows:
     def _read(self) -> None:
         """Tokenises the next texts; raises `StopIteration` where there are none."""
         taken = self._now()
-        batch = list(islice(self.text, _TEXTS_AT_ONCE))
+        batch, room = list[tuple[str, bool]](), _CHARACTERS_AT_ONCE * self.tokenise.workers
+        for piece in islice(self.text, _TEXTS_AT_ONCE * self.tokenise.workers):
+            batch.append(piece)
+            room -= len(piece[0])
+            if room <= 0:
+                break
         if not batch:
             raise StopIteration
         self._taken.append(taken)
         end, size = self.tokenizer.eos_token_id, self.config.block_size
-        tokens = self.tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = self.tokenise([text for text, _ in batch])
         parts, marks, length = [self._ids], [self._starts], len(self._ids)
         for (_, is_end), piece in zip(batch, tokens, strict=True):
             if self._dropping:
                 self._dropping = not is_end
                 continue
-            ids = [*piece, end] if is_end and end is not None else piece
-            if ids and self._new_document and self.config.respect_documents:
-                ids = [*self.prefix, *ids]
+            ids = np.append(piece, np.int32(end)) if is_end and end is not None else piece
+            if len(ids) and self._new_document and self.config.respect_documents:
+                ids = np.concatenate((np.asarray(self.prefix, np.int32), ids))
             mark = np.zeros(len(ids), bool)
             mark[:1] = self._new_document
-            self._new_document = is_end or (self._new_document and not ids)
-            parts.append(np.asarray(ids, np.int32))
+            self._new_document = is_end or (self._new_document and not len(ids))
+            parts.append(ids)
             marks.append(mark)
             length += len(ids)
             given = self.rows + len(self._ready)
@@ -302,10 +313,14 @@ class PackedRows:
 
 
 def packed_rows(
-    config: DataConfig, tokenizer: Any, seed: int = 0, packing: Packing | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int = 0,
+    packing: Packing | None = None,
+    workers: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the rows of [`PackedRows`], from the first on."""
-    return PackedRows(config, tokenizer, seed, packing=packing)
+    return PackedRows(config, tokenizer, seed, packing=packing, workers=workers)
 
 
 def _positions(starts: np.ndarray) -> np.ndarray:
