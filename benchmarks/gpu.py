@@ -16,7 +16,6 @@ import contextlib
 import functools
 import gc
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +70,6 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=(*PARTS, *GROUPS), default=PARTS)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, no training row is begun")
     mixers = ["softmax", *RECURRENCES]
     parser.add_argument("--mixers", nargs="+", choices=mixers, default=mixers, help="softmax: the model as it was")
     parser.add_argument("--kernels", nargs="+", choices=("fla", "torch"), default=["fla", "torch"])

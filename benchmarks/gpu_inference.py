@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inference", nargs="+", choices=KINDS, default=KINDS, help="what of that part, in this order"
     )
-    parser.add_argument("--seconds", type=int, default=1_000_000, help="of inference, after which no cell begins")
+    parser.add_argument(
+        "--seconds", type=int, default=1_000_000, help="after which no cell of inference or training begins"
+    )
     parser.add_argument("--memory-share", type=float, default=0.8, help="of free memory, for caches of many sequences")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--dynamic", action=argparse.BooleanOptionalAction, default=True, help="of torch.compile")
