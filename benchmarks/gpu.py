@@ -43,7 +43,7 @@ RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 PARTS = ("recurrence", "kl", "training", "inference", *gpu_training.PARTS)
 # What `--part` takes for several parts: those of training that are rows of the table in docs/performance.md.
-GROUPS = {"issue-training": ("cold_start", "step", "kl", "alignment", "held_out", "ga_s2", "training_layer", "text")}
+GROUPS = {"issue-training": ("cold_start", "kl", *(part for part in gpu_training.PARTS if part != "scale"))}
 # What makes a row of each part another row.
 KEYS = {
     "recurrence": ("impl", "tokens", "mode"),

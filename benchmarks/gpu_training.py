@@ -30,6 +30,7 @@ from hf_hybrid.data.rows import CutRows, packed_rows
 from hf_hybrid.data.tokenise import Tokeniser
 from hf_hybrid.modeling import kernels, linear_attention
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
+from hf_hybrid.run.kernel_tuning import tune_kernels
 from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.held_out import HeldOut
 from hf_hybrid.trainers.hybrid_trainer import HybridTrainer, HybridTrainingArguments, mixer_parameters
@@ -52,7 +53,8 @@ KEYS = {
     "ga_s2": ("states",),
     "scale": ("engine", "gpus", "rows_per_step"),
 }
-PARTS = tuple(part for part in KEYS if part != "pieces")  # measured with the step that they are pieces of
+# Some make rows of another's name.
+PARTS = ("cold_start", "step", "alignment", "held_out", "training_layer", "ga_s2", "text", "step_compiled", "scale")
 MEAN_DOCUMENT = 700  # tokens
 
 
@@ -143,34 +145,45 @@ def unfused() -> Iterator[None]:
 
 def step(args: argparse.Namespace, results: Results) -> None:
     """The distillation's step of 2 rows, beside the same student's plain next-token step."""
-    teacher, student = make_pair(args)
-    student.gradient_checkpointing_enable()
-    with tempfile.TemporaryDirectory() as folder:
-        distil = hh.DistillationTrainer(
-            model=student, teacher=teacher, args=hh.DistillationConfig(**settings(args, folder))
-        )
-        plain = HybridTrainer(model=student, args=HybridTrainingArguments(**settings(args, folder)))
-    student.train()
-
-    def add(loss: str, packed: bool, variant: str) -> None:
-        batch = batch_of(args, 2, args.train_tokens, packed=packed)
-        trainer: Any = distil
-        if loss == "next token":
-            trainer, batch = plain, {**batch, "labels": batch["input_ids"]}
-        call = step_of(trainer, student, batch)
-        found = measured(args, f"step, {loss}, {variant}", call, batch["input_ids"].numel())
-        if found is not None:
-            results.add("step", {"loss": loss, "packed": packed, "variant": variant, **found})
-
+    steps = Steps(args, results)
     for packed in (True, False):
         for loss in ("distillation", "next token"):
-            add(loss, packed, "as it comes")
-    pieces(args, results, teacher, student)
+            steps.add(loss, packed, "as it comes")
+    pieces(args, results, steps.teacher, steps.student)
     with unfused():
-        add("distillation", True, "elementwise work by torch")
-    with compiled_regions(teacher, student):
+        steps.add("distillation", True, "elementwise work by torch")
+
+
+def step_compiled(args: argparse.Namespace, results: Results) -> None:
+    """The same with `torch_compile`."""
+    steps = Steps(args, results)
+    with compiled_regions(steps.teacher, steps.student):
         for loss in ("distillation", "next token"):
-            add(loss, True, "torch_compile")
+            steps.add(loss, True, "torch_compile", warmup=3)
+
+
+class Steps:
+    """Rows of `step`, of one teacher and student."""
+
+    def __init__(self, args: argparse.Namespace, results: Results) -> None:
+        self.args, self.results = args, results
+        self.teacher, self.student = make_pair(args)
+        self.student.gradient_checkpointing_enable()
+        with tempfile.TemporaryDirectory() as folder:
+            config = hh.DistillationConfig(**settings(args, folder))
+            self.distil = hh.DistillationTrainer(model=self.student, teacher=self.teacher, args=config)
+            self.plain = HybridTrainer(model=self.student, args=HybridTrainingArguments(**settings(args, folder)))
+        self.student.train()
+
+    def add(self, loss: str, packed: bool, variant: str, warmup: int = 1) -> None:
+        batch = batch_of(self.args, 2, self.args.train_tokens, packed=packed)
+        trainer: Any = self.distil
+        if loss == "next token":
+            trainer, batch = self.plain, {**batch, "labels": batch["input_ids"]}
+        call = step_of(trainer, self.student, batch)
+        found = measured(self.args, f"step, {loss}, {variant}", call, batch["input_ids"].numel(), warmup=warmup)
+        if found is not None:
+            self.results.add("step", {"loss": loss, "packed": packed, "variant": variant, **found})
 
 
 def pieces(args: argparse.Namespace, results: Results, teacher: Any, student: Any) -> None:
@@ -297,7 +310,7 @@ def fla_layer(args: argparse.Namespace, size: int) -> Any:
 def ga_s2(args: argparse.Namespace, results: Results) -> None:
     """GA-S2, seconds a layer, all of it: training with AdamW, measurement, and the student made what it was."""
     teacher, student = make_pair(args, aligned=True)
-    steps, layers = (2, [0, 1, 2]) if args.tiny else (3, [0, 14, 27])
+    steps, layers = 2, [0, 1, 2] if args.tiny else [0, 14, 27]
     train = dataset_of(batch_of(args, 2 * steps, args.train_tokens, packed=True))
     for states, most in (("computed for each layer", 0), ("kept", 2**34)):
         if time.monotonic() > args.until:
@@ -339,7 +352,7 @@ def text(args: argparse.Namespace, results: Results) -> None:
             start, tokens = time.perf_counter(), 0
             for row in packed_rows(config, tokenizer, workers=workers):
                 tokens += len(row["input_ids"])
-                if time.perf_counter() - start > 8:
+                if time.perf_counter() - start > 4:
                     break
             results.add(
                 "text",
@@ -398,6 +411,7 @@ def worker(
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith('{"')]
     if run.returncode or not lines:
@@ -408,8 +422,6 @@ def worker(
 
 
 def measure_cold_start(args: argparse.Namespace) -> dict[str, float]:
-    from hf_hybrid.run.kernel_tuning import tune_kernels
-
     marks = [float(os.environ["STARTED"]), time.time()]
     teacher, student = make_pair(args)
     student.gradient_checkpointing_enable()
@@ -450,7 +462,8 @@ def scale(args: argparse.Namespace, results: Results) -> None:
             if args.device == "cpu" and engine == "fsdp2":
                 sys.stderr.write("scale with FSDP2 is left out: accelerate shards on accelerators alone\n")
                 continue
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+            launcher = ["-m", "torch.distributed.run", "--master_addr", "127.0.0.1", "--master_port", "29517"]
+            launcher += ["--nproc_per_node", str(gpus)]
             if engine == "fsdp2":
                 config = root / "recipes" / "accelerate" / "fsdp2.yaml"
                 launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
@@ -475,7 +488,7 @@ def measure_scale(args: argparse.Namespace) -> dict[str, float]:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     tokens, batch = (64, 4) if args.tiny else (2048, 16)
     warmup, timed = (1, 2) if args.tiny else (4, 10)
-    data = CutRows(dataset_of(batch_of(args, 64, tokens, packed=True)), tokens)
+    data = CutRows(dataset_of(batch_of(args, 256, tokens, packed=True)), tokens)
     found: dict[str, float] = {}
 
     class Clock(TrainerCallback):
@@ -489,6 +502,8 @@ def measure_scale(args: argparse.Namespace) -> dict[str, float]:
     synchronize = args.synchronize
     for total in sorted({batch, batch * processes}):
         student = hh.convert(teacher, layers).float().requires_grad_(True)
+        if processes == 1:  # which is measured first: the others find its kernels
+            tune_kernels(student, rows=total, packed=True, precision=BF16, say=lambda line: None)
         clock = Clock()
         clock.marks = {}
         with tempfile.TemporaryDirectory() as folder:

@@ -92,7 +92,7 @@ def test_after_its_time_a_benchmark_begins_no_row(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", arguments)
     gpu.main()
     rows = json.loads(file.read_text())["training_layer"]
-    assert [(row["training_layer"], row["convolution"]) for row in rows] == [("hf_hybrid", 0), ("hf_hybrid", 4)]
+    assert [(row["layer"], row["convolution"]) for row in rows] == [("hf_hybrid", 0), ("hf_hybrid", 4)]
     monkeypatch.setattr("sys.argv", [*arguments, "--seconds", "0"])
     gpu.main()
     assert json.loads(file.read_text())["training_layer"] == rows
