@@ -101,7 +101,8 @@ def one_token(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, beta: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """
-    One token of a recurrence, by which models decode: the state is read once for both the key and the query.
+    One token of a recurrence, for compiled decoding steps: sums, which a compiler fuses with what is around them, and
+    the state is read once for both the key and the query. Run as it stands, products of matrices are quicker.
 
     With D = diag(decay), `S' = D S + k u^T` and `S'^T q = (D S)^T q + (k . q) u`, where what is written, u, is v, or
     for the delta rules `beta (v - (D S)^T k)`.
@@ -117,13 +118,10 @@ def one_token(
     Returns:
         The output `[B, H, V]` and the state after the token.
     """
-    key, query = k * decay, q * decay
-    if torch.compiler.is_compiling():  # sums are fused with what is around them; a product of matrices is a call
-        held, asked = ((x.unsqueeze(-1) * state).sum(-2) for x in (key, query))
-    else:
-        held, asked = (torch.stack([key, query], dim=-2) @ state).unbind(-2)
-    write = v if beta is None else (v - held) * beta
-    output = asked + (q * k).sum(-1, keepdim=True) * write
+    write = v
+    if beta is not None:
+        write = (v - ((k * decay).unsqueeze(-1) * state).sum(-2)) * beta
+    output = ((q * decay).unsqueeze(-1) * state).sum(-2) + (q * k).sum(-1, keepdim=True) * write
     return output, torch.addcmul(state * decay.unsqueeze(-1), k.unsqueeze(-1), write.unsqueeze(-2))
 
 

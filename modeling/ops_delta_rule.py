@@ -54,7 +54,11 @@ def recurrent_gated_delta_rule(
         decay, q = g.exp()[..., None, None], q * scale
         state = first_state(q, v, initial_state, dtype)
         if tokens == 1:
-            o, state = one_token(q[:, 0], k[:, 0], v[:, 0], decay[:, 0, ..., 0], state, beta[:, 0, :, None])
+            token = q[:, 0], k[:, 0], v[:, 0]
+            if torch.compiler.is_compiling():
+                o, state = one_token(*token, decay[:, 0, ..., 0], state, beta[:, 0, :, None])
+            else:
+                o, state = _step(*token, decay[:, 0], beta[:, 0], state)
             return o.unsqueeze(1).to(out_dtype), state
         restart = None
         if seq_idx is not None:

@@ -52,7 +52,7 @@ def recurrent_gla(
         state = first_state(q, v, initial_state, dtype)
         decay = forget_at_restarts(g.to(dtype), seq_idx).exp()
         tokens = [x.to(dtype).unbind(1) for x in (q * scale, k, v, decay)]
-        if q.shape[1] == 1:
+        if q.shape[1] == 1 and torch.compiler.is_compiling():
             o, state = one_token(*(x[0] for x in tokens), state)
             return o.unsqueeze(1).to(out_dtype), state
         outputs = []

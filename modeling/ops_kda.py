@@ -64,7 +64,7 @@ def recurrent_kda(
         state = first_state(q, v, initial_state, dtype)
         decay = forget_at_restarts(g.to(dtype), seq_idx).exp()
         tokens = [x.to(dtype).unbind(1) for x in (q * scale, k, v, decay, beta.unsqueeze(-1))]
-        if q.shape[1] == 1:
+        if q.shape[1] == 1 and torch.compiler.is_compiling():
             query, key, value, kept, strength = (x[0] for x in tokens)
             o, state = one_token(query, key, value, kept, state, strength)
             return o.unsqueeze(1).to(out_dtype), state

@@ -111,6 +111,14 @@ class RecurrenceTests:
         inputs = self.inputs(tokens, state=state)
         assert_close(run(self.chunked, inputs), run(self.recurrent, inputs))
 
+    @pytest.mark.parametrize("state", [False, True], ids=["zeros", "initial_state"])
+    def test_a_token_of_a_compiled_step(self, state: bool) -> None:
+        """Which reads the state once for key and query: another form, whatever it is compiled to."""
+        inputs = self.inputs(1, state=state)
+        torch.compiler.reset()
+        compiled = torch.compile(self.recurrent, backend="eager", fullgraph=True)
+        assert_close(run(compiled, inputs, scale=0.7), run(self.recurrent, inputs, scale=0.7))
+
     @pytest.mark.parametrize("chunk_size", [16, 64, 128])
     def test_chunk_size_and_scale(self, chunk_size: int) -> None:
         inputs = self.inputs(150)
