@@ -91,7 +91,6 @@ def parse_args() -> argparse.Namespace:
     if args.tiny:
         args.tokens, args.batches, args.contexts = [64, 200], [1, 2], [64, 130]
         args.repeats, args.steps = 2, 3
-        args.backend = "eager" if args.device == "cpu" else args.backend
     reason = "the tensors are on the CPU" if args.device == "cpu" else kernels.why_not_fla()
     if reason is not None and "fla" in args.kernels:
         sys.stderr.write(f"fla is left out: {reason}\n")

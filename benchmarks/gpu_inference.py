@@ -20,8 +20,18 @@ import torch.nn.functional as F
 from decode import cache_bytes
 from gpu_shared import Results, make_teacher, median_ms, peak_mb
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2Config, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    Qwen2Config,
+    StaticCache,
+)
 from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import hf_hybrid as hh
 from hf_hybrid.modeling.library import cache_argument
@@ -33,7 +43,7 @@ from hf_hybrid.run.kernel_tuning import alone_on_the_device
 # What makes a row of each part another row.
 KEYS = {
     "prefill": ("model", "context"),
-    "decoding": ("model", "how", "context", "batch"),
+    "decoding": ("model", "how", "attention", "context", "batch"),
     "layers": ("impl", "mode"),
 }
 KINDS = ("decoding", "prefill", "layers")
@@ -43,11 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inference", nargs="+", choices=KINDS, default=KINDS, help="what of that part, in this order"
     )
+    parser.add_argument("--attention", choices=("sdpa", "sums"), default="sdpa", help="of both models in decoding")
     parser.add_argument(
         "--seconds", type=int, default=1_000_000, help="after which no cell of inference or training begins"
     )
     parser.add_argument("--memory-share", type=float, default=0.8, help="of free memory, for caches of many sequences")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--backend", help="of torch.compile; on a CPU eager, otherwise inductor")
     parser.add_argument("--dynamic", action=argparse.BooleanOptionalAction, default=True, help="of torch.compile")
 
 
@@ -119,12 +130,14 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
     memory holds of the teacher's, and of the hybrid's. For reference one context eagerly. A cache holds random
     numbers: a step costs the same whatever they are.
     """
+    AttentionInterface.register("sums", summed_attention)
+    AttentionMaskInterface.register("sums", sdpa_mask)
     teacher = make_teacher(args)
+    teacher.set_attn_implementation(args.attention)
     models = {"teacher": teacher, "hybrid": hybrid_of(args, teacher)}
     # One compilation for all contexts, and one for all batches but 1.
-    options = {"backend": args.backend} if args.backend != "inductor" else {"mode": "reduce-overhead"}
     compiled = {
-        name: torch.compile(model.forward, fullgraph=True, dynamic=args.dynamic, **options)
+        name: torch.compile(model.forward, fullgraph=True, dynamic=args.dynamic, **compiler(args))
         for name, model in models.items()
     }
     rate = copied_bytes_per_ms(args)
@@ -148,8 +161,8 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
             finally:
                 free_memory(args)
             weights = sum(x.numel() * x.element_size() for x in model.parameters())
-            row = {"model": name, "how": how, "context": context, "batch": attempt, "ms": ms}
-            row |= {"tokens_per_second": 1000 * attempt / ms, "cache_bytes": size, "first_s": first}
+            row = {"model": name, "how": how, "attention": args.attention, "context": context, "batch": attempt}
+            row |= {"ms": ms, "tokens_per_second": 1000 * attempt / ms, "cache_bytes": size, "first_s": first}
             row["floor_ms"] = (weights + size) / rate
             if how == "compiled" and (context, batch) == (contexts[0], 1):
                 row["difference"] = difference_from_eager(args, model, call, context)
@@ -169,6 +182,34 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
         for context in (contexts[0], longest):
             for name in models:
                 cell(name, "recorded", context, 1)
+
+
+def summed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    Attention of one token as sums that are fused: in a compiled step the library copies keys and values for every
+    query head, and its kernel then runs in one block of threads per head. Otherwise the library's.
+
+    Args:
+        query: `[B, H, 1, D]`.
+        key, value: `[B, G, L, D]`, the whole static cache.
+        attention_mask: `[B, 1, 1, L]`, true for what is seen.
+    """
+    if attention_mask is None or query.shape[2] != 1 or not torch.compiler.is_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    asked = (query[:, :, 0].float() * scale).unflatten(1, (key.shape[1], -1))
+    scores = (key.unsqueeze(3) * asked.unsqueeze(2)).sum(-1)  # [B, G, L, H / G]
+    weights = scores.masked_fill(~attention_mask[:, 0, 0, None, :].mT[:, None], -torch.inf).softmax(2)
+    output = (weights.unsqueeze(-1) * value.unsqueeze(3)).sum(2)
+    return output.flatten(1, 2)[:, None].to(query.dtype), None
 
 
 def time_steps(
@@ -323,8 +364,7 @@ def measure_layer(args: argparse.Namespace, results: Results, name: str, calls: 
     if args.device == "cuda":
         add("step, recorded", time_many(args, recorded(calls.step)))
     if calls.compilable:
-        options = {"backend": args.backend} if args.backend != "inductor" else {"mode": "reduce-overhead"}
-        step = torch.compile(calls.step, fullgraph=True, **options)
+        step = torch.compile(calls.step, fullgraph=True, **compiler(args))
         for _ in range(3):
             step()
         add("step, compiled", time_many(args, step))
@@ -404,6 +444,12 @@ def fla_layer(tokens: int, dtype: torch.dtype, *, hidden_size: int, heads: int, 
         lambda: layer(hidden[:, :1], past_key_values=cache, use_cache=True),
         compilable=False,  # its operators are left out of graphs
     )
+
+
+def compiler(args: argparse.Namespace) -> dict[str, Any]:
+    """What `torch.compile` is told: what the library tells it, where there is no other backend."""
+    backend = args.backend or ("eager" if args.device == "cpu" else "inductor")
+    return {"backend": backend, "mode": "reduce-overhead" if backend == "inductor" else None}
 
 
 def free_memory(args: argparse.Namespace) -> None:

@@ -168,24 +168,26 @@ def gpu_decoding(rows: list[dict[str, Any]]) -> str:
     text = (
         "### Decoding\n\nStatic caches, full. Compiled: as `generate` compiles it, with CUDA graphs. Recorded: the "
         "operations of the eager step, as a CUDA\ngraph. Milliseconds of a step (floor: weights and cache at the rate "
-        "at which this card copies), and tokens per second.\n\n"
+        "at which this card copies), and tokens per second.\nTwo batches: of the teacher and of the hybrid, each as "
+        "large as memory allows.\n\n"
     )
     head = ["step", "context", "batch", "teacher", "hybrid", "hybrid / teacher, tokens/s"]
-    teachers = {(row["how"], row["context"], row["batch"]): row for row in rows if row["model"] == "teacher"}
+    ways = sorted({(row["how"], row["attention"], row["context"]) for row in rows})
     lines = []
-    for row in sorted(rows, key=lambda row: (row["how"], row["context"], row["batch"])):
-        if row["model"] == "teacher":
-            continue
-        same = teachers.get((row["how"], row["context"], row["batch"]))
-        others = [x for (how, context, _), x in teachers.items() if (how, context) == (row["how"], row["context"])]
-        teacher = same or max(others, key=lambda other: other["batch"], default=None)
-        batch = f"{row['batch']}" if same or teacher is None else f"{teacher['batch']}, {row['batch']}"
-        cells = [
-            "" if x is None else f"{x['ms']:.2f} ({x['floor_ms']:.2f}); {x['tokens_per_second']:,.0f}"
-            for x in (teacher, row)
-        ]
-        ratio = "" if teacher is None else f"{row['tokens_per_second'] / teacher['tokens_per_second']:.2f}"
-        lines.append([row["how"], f"{row['context']:,}", batch, *cells, ratio])
+    for how, attention, context in ways:
+        cell = [row for row in rows if (row["how"], row["attention"], row["context"]) == (how, attention, context)]
+        teachers = {row["batch"]: row for row in cell if row["model"] == "teacher"}
+        hybrids = sorted((row for row in cell if row["model"] == "hybrid"), key=lambda row: row["batch"])
+        for row in hybrids:
+            teacher = teachers.get(row["batch"]) or (teachers[max(teachers)] if teachers else None)
+            batches = dict.fromkeys(str(x["batch"]) for x in (teacher, row) if x is not None)
+            cells = [
+                "" if x is None else f"{x['ms']:.2f} ({x['floor_ms']:.2f}); {x['tokens_per_second']:,.0f}"
+                for x in (teacher, row)
+            ]
+            ratio = "" if teacher is None else f"{row['tokens_per_second'] / teacher['tokens_per_second']:.2f}"
+            way = how if attention == "sdpa" else f"{how}, attention as sums"
+            lines.append([way, f"{context:,}", ", ".join(batches), *cells, ratio])
     return text + table(head, lines)
 
 
