@@ -64,8 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inference(args: argparse.Namespace, results: Results) -> None:
     """A teacher beside its hybrid, and one layer beside those of others; `--inference` chooses among the three."""
-    deadline = time.monotonic() + args.seconds
-    args.out_of_time = functools.partial(out_of_time, deadline, args.seconds)
     for what in args.inference:
         {"prefill": prefill, "decoding": decoding, "layers": layers}[what](args, results)
         free_memory(args)
@@ -81,7 +79,7 @@ def prefill(args: argparse.Namespace, results: Results) -> None:
     models = {"teacher": teacher, "hybrid": hybrid_of(args, teacher)}
     linear = len(models["hybrid"].linear_attention_layers)
     for context in args.contexts:
-        if args.out_of_time(f"prefill of {context} tokens"):
+        if out_of_time(args, f"prefill of {context} tokens"):
             continue
         ids = torch.randint(args.sizes["vocab_size"], (1, context), device=args.device)
         times: dict[str, list[float]] = {name: [] for name in models}
@@ -144,7 +142,7 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
     contexts, longest = sorted(args.contexts), max(args.contexts)
 
     def cell(name: str, how: str, context: int, batch: int) -> None:
-        if args.out_of_time(f"{name}, {how}, context {context}, batch {batch}"):
+        if out_of_time(args, f"{name}, {how}, context {context}, batch {batch}"):
             return
         model = models[name]
         call = compiled[name] if how == "compiled" else model.forward
@@ -336,7 +334,7 @@ def layers(args: argparse.Namespace, results: Results) -> None:
     if "fla" in args.kernels:
         layers["fla"] = fla_layer
     for name, make in layers.items():
-        if args.out_of_time(f"layer, {name}"):
+        if out_of_time(args, f"layer, {name}"):
             continue
         with torch.no_grad(), torch.device(args.device):
             torch.manual_seed(0)
@@ -458,9 +456,9 @@ def free_memory(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
 
 
-def out_of_time(deadline: float, seconds: int, what: str) -> bool:
+def out_of_time(args: argparse.Namespace, what: str) -> bool:
     """Whether no more cell may begin; says which one is left out."""
-    late = time.monotonic() > deadline
+    late: bool = time.monotonic() > args.until
     if late:
-        sys.stderr.write(f"{what} is left out: {seconds} s have passed\n")
+        sys.stderr.write(f"{what} is left out: {args.seconds} s have passed\n")
     return late
