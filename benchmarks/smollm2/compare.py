@@ -20,6 +20,7 @@ import dataclasses
 import fcntl
 import functools
 import itertools
+import shlex
 import statistics
 import sys
 import time
@@ -458,7 +459,7 @@ def scored(study: Study, method: str, k: int | None, tokens: int) -> dict[str, A
         scores = hh.LayerScores.load(of_run)
         scores.save(study.folder / f"{name}.scores.json")
         seconds = read_json(study.run / "seconds.json")["score"]
-        return {"method": method, "k": k, "ranking": scores.top(k), "tokens": scores.tokens, "seconds": seconds}
+        return costs(scores, k, seconds)
     scores = hh.score_layers(
         study.aligned(),
         study.teacher,
@@ -472,10 +473,14 @@ def scored(study: Study, method: str, k: int | None, tokens: int) -> dict[str, A
         steps=lambda done, total, text: say(f"{name}: {done} of {total}, {text}"),
     )
     scores.save(study.folder / f"{name}.scores.json")
-    ranking = scores.top(study.num_layers) if k is None else scores.top(k)
-    return {"method": method, "k": k, "ranking": ranking, "tokens": scores.tokens} | {
-        "seconds": round(time.perf_counter() - start, 2)
-    }
+    return costs(scores, k, time.perf_counter() - start)
+
+
+def costs(scores: hh.LayerScores, k: int | None, seconds: float) -> dict[str, Any]:
+    """What a method chose, the best layer first where it ranks them, and what that took."""
+    ranking = scores.ranking if k is None else scores.top(k)
+    tokens = {"tokens_forward_backward": scores.tokens, "tokens_forward": scores.tokens_forward}
+    return {"method": scores.method, "k": k, "ranking": ranking, **tokens, "seconds": round(seconds, 2)}
 
 
 def hybrid(study: Study, layers: Iterable[int], names: list[str], tokens: int) -> dict[str, Any]:
@@ -527,6 +532,12 @@ def tune(study: Study, student: Any) -> None:
     tune_kernels(student, rows=rows, packed=True, precision=study.precision, say=say)
 
 
+def command() -> str:
+    """What this process was called with, without the folders of this machine."""
+    words = [f".../{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/smollm2/compare.py", *words])
+
+
 def say(text: str) -> None:
     sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stdout.flush()
@@ -575,7 +586,7 @@ class Work:
         """The record of a job that is done."""
         study, on_gpu = self.study, self.study.device.type == "cuda"
         about = {"job": name, "seed": study.seed, "total_seconds": round(seconds, 2), "trial": study.trial}
-        about |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
+        about |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "command": command()}
         write_json(self.file(name), about | {"size": dataclasses.asdict(study.size)} | result)
         shown = f"KL {result['kl']['mean']:.4f} ± {result['kl']['sem']:.4f}" if "kl" in result else ""
         say(f"{name}: {seconds:.1f} s {shown}{result.get('ranking', '')}")

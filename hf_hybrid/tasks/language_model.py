@@ -20,6 +20,7 @@ from hf_hybrid.trainers.modes import evaluating
 from hf_hybrid.trainers.precision import Precision
 
 from ..data.rows import text_prefix
+from ..data.tokenise import Tokeniser
 
 
 # Tokens of one forward pass, where the caller does not say how many rows.
@@ -58,6 +59,7 @@ class ModelLM(TemplateLM):
         self.batch_size, self.precision = batch_size, precision
         self.progress = progress or (lambda done, total: None)
         self.before = text_prefix(tokenizer)
+        self.tokens: dict[str, list[int]] = {}  # of the texts of the requests that are answered now
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._device = model.device
 
@@ -91,14 +93,23 @@ class ModelLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The tokens of a text, with what the tokenizer puts before one unless `add_special_tokens` is False."""
-        tokens = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = self.tokens.get(string)
+        if tokens is None:
+            tokens = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         # A chat template writes it into the text.
         has_it = tokens[: len(self.before)] == self.before
         return list(tokens) if add_special_tokens is False or has_it else [*self.before, *tokens]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """The log likelihood of each continuation behind its context, and whether greedy decoding gives it."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        # All at once, in threads: one by one, tokenising a few thousand prompts takes longer than a small model does.
+        pairs = [request.args for request in requests]
+        texts = list(dict.fromkeys([text for context, more in pairs for text in (context.rstrip(), context + more)]))
+        self.tokens = dict(zip(texts, (ids.tolist() for ids in Tokeniser(self.tokenizer)(texts)), strict=True))
+        try:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.tokens = {}
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
