@@ -59,3 +59,20 @@ def test_a_run_from_python(sources, tmp_path, monkeypatch, capsys):
     Path("recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(*sources)))
     exec(compile(block, "docs/python.md", "exec"), {"hh": hh})
     assert re.match(r"\[\d, \d\] 0\.\d+", capsys.readouterr().out)
+
+
+def test_decoding_fast(given, monkeypatch):
+    """Every line of it; compiled as far as our code is concerned, for torch's own compiler takes half a minute."""
+    real, compiled = torch.compile, []
+
+    def compile_without_kernels(function, **options):
+        compiled.append(options)
+        return real(function, backend="eager", fullgraph=options["fullgraph"])
+
+    monkeypatch.setattr(torch, "compile", compile_without_kernels)
+    names = given | {"hybrid": hh.convert(hh.embedded_teacher(), [2, 3])}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "generation.md").read_text(), flags=re.S):
+        exec(compile(block, "docs/generation.md", "exec"), names)
+    assert compiled == [{"mode": "reduce-overhead", "fullgraph": True}]
+    prompt = names["prompt"].input_ids.shape[1]
+    assert torch.equal(torch.cat(names["answer"], 1)[0, :20], names["tokens"][0, prompt : prompt + 20])

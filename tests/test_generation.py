@@ -119,17 +119,18 @@ class TestOtherWays:
     @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
     def test_beams(self, mixer, how):
         model, (ids, mask, _) = hybrid(mixer), left_padded()
-        got = model.generate(ids, attention_mask=mask, **GREEDY, **how)
-        assert torch.equal(got, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY, **how))
+        wanted = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY, **how)
+        for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            assert torch.equal(model.generate(ids, attention_mask=mask, **cache, **GREEDY, **how), wanted), cache
 
     def test_sampling(self, mixer):
         model, (ids, mask, _) = hybrid(mixer), left_padded()
         how = {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2, "max_new_tokens": 8}
         texts = []
-        for use_cache in (True, False):
+        for cache in ({}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}):
             torch.manual_seed(3)
-            texts.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **how))
-        assert torch.equal(*texts)
+            texts.append(model.generate(ids, attention_mask=mask, **cache, **how))
+        assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
 
     def test_embeddings_for_a_prompt(self, mixer):
         model, ids = hybrid(mixer), tokens(2, 9)
