@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_table import efficiency, issue_table, training_details
 
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+SCALING = PAGE.with_name("scaling.md")
+# What lies between these lines of docs/scaling.md is written here.
+BEGIN, END = "<!-- benchmarks/report.py: efficiency -->", "<!-- end -->"
 IMPLEMENTATIONS = {"ours": "ours", "transformers": "transformers", "fla_naive": "fla, naive", "sdpa": "SDPA (softmax)"}
 
 
@@ -96,7 +100,8 @@ def gpu(results: dict[str, Any]) -> str:
         "layers": gpu_layers,
     }
     parts += [render(results[part]) for part, render in renderers.items() if results.get(part)]
-    return "\n\n".join([*parts, EXACT])
+    parts += [text for text in [training_details(results)] if text]
+    return "\n\n".join([issue_table(results), *parts, EXACT])
 
 
 def pivot(rows: list[dict[str, Any]], down: list[str], across: str, show: Callable[[dict[str, Any]], str]) -> str:
@@ -213,6 +218,8 @@ def main() -> None:
     parts += [gpu(load["gpu"])] if "gpu" in load else []
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n\n".join(parts) + "\n")
+    before, rest = SCALING.read_text().split(BEGIN)
+    SCALING.write_text(f"{before}{BEGIN}\n{efficiency(load.get('gpu_scale'))}\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":

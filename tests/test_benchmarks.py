@@ -8,12 +8,14 @@ from pathlib import Path
 import datasets
 import delta_rule
 import gpu
+import gpu_table
 import gpu_training
 import pytest
 import report
 import starts
 import torch
 from teachers import tiny_teacher, tokens
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import hf_hybrid as hh
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
@@ -97,6 +99,45 @@ def test_after_its_time_a_benchmark_begins_no_row(tmp_path, monkeypatch, capsys)
     gpu.main()
     assert json.loads(file.read_text())["training_layer"] == rows
     assert capsys.readouterr().err.count("layer of hf_hybrid is left out: the time that --seconds gives is over") == 2
+
+
+def test_the_table_of_the_gpu_says_what_was_reached():
+    steps = {("distillation", True): 400.0, ("next token", True): 200.0, ("distillation", False): 390.0}
+    results = {
+        "environment": {"device": "NVIDIA H100 80GB HBM3"},
+        "step": [
+            {"loss": loss, "packed": packed, "variant": "as it comes", "ms": ms, "tokens_per_second": 8192e3 / ms}
+            for (loss, packed), ms in steps.items()
+        ],
+        "kl": [
+            {"form": form, "chunk_tokens": chunk, "ms": 90.0, "peak_mb": 2e3}
+            for form in ("logits once", "logits twice")
+            for chunk in (110, 440)
+        ],
+        "reasons": {"exact KL": "because."},
+    }
+    page = gpu_table.issue_table(results)
+    lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in page.splitlines()}
+    assert lines["distillation step, 2 x 4,096, packed rows"][1:5] == ["20,480 tokens/s", "", "1.02", "yes"]
+    assert lines["the same beside a next-token step of the student"][1:5] == ["400.0 ms", "200.0 ms", "2.00", "yes"]
+    assert lines["packed rows beside rows of one document"][3:5] == ["1.03", "yes"]
+    kl = lines["exact KL of it, gradients included; beside it, logits made twice in small chunks"]
+    assert kl[1] == "90 ms, 2.0 GB; a chunk's logits 267 MB" and kl[3:5] == ["1.12", "no"]
+    # Eight times the head's parameters for a token: two heads forward, one of them twice backward.
+    assert kl[5] == f"{8 * 1536 * 151_936 * 8192 / 989e9:.1f} ms (ops) |"
+    assert (
+        lines["rows from text on 16 threads; beside it, one"][1:4] == ["", "", ""] and "- exact KL: because." in page
+    )
+
+
+def test_parameters_by_which_floors_are_computed_are_those_of_the_models():
+    sizes = gpu_table.SIZES | {"num_hidden_layers": 4, "vocab_size": 32, "intermediate_size": 64}
+    teacher = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, tie_word_embeddings=True))
+    student = hh.convert(teacher, [3])
+    shapes = gpu_table.Shapes(sizes)
+    for model, expected in ((teacher, shapes.teacher), (student, shapes.student)):
+        matrices = [p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
+        assert sum(matrices) == expected
 
 
 def test_forms_of_the_delta_rule_agree():

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from hf_hybrid.cli import main as cli
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import RunResult, run_recipe
-from hf_hybrid.trainers.sharding import check_zero_stage
+from hf_hybrid.trainers.sharding import check_whole_rows, check_zero_stage
 
 
 pytestmark = pytest.mark.slow
@@ -191,3 +191,12 @@ def test_sharding_the_students_weights_with_deepspeed_is_refused() -> None:
         check_zero_stage(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
     plugin.zero_stage = 2
     check_zero_stage(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+
+
+def test_rows_are_not_shared_by_processes():
+    for name in ("cp_size", "sp_size"):
+        config = SimpleNamespace(**{"cp_size": 1, "sp_size": 1, name: 2})
+        with pytest.raises(ValueError, match=f"parallelism_config has {name}=2, but a linear layer needs the whole"):
+            check_whole_rows(SimpleNamespace(parallelism_config=config))
+    check_whole_rows(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=1)))
+    check_whole_rows(SimpleNamespace(parallelism_config=None))

@@ -18,7 +18,7 @@ from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
 from .precision import Precision, check_trainable, unprepared_afterwards
 from .regions import compiled_regions
-from .sharding import check_zero_stage, keep_class_name, set_precision, shard_mixers, uses_fsdp2
+from .sharding import check_whole_rows, check_zero_stage, keep_class_name, set_precision, shard_mixers, uses_fsdp2
 
 
 @dataclass
@@ -97,6 +97,7 @@ class HybridTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_zero_stage(self.accelerator)
+        check_whole_rows(self.accelerator)
         self.precision = Precision.of(self.args)
         sharded = uses_fsdp2(self.accelerator)
         if self.args.torch_compile and (sharded or self.is_deepspeed_enabled):

@@ -42,6 +42,18 @@ def check_zero_stage(accelerator: Any) -> None:
         )
 
 
+def check_whole_rows(accelerator: Any) -> None:
+    """Raises a `ValueError` where a row would be shared by several processes, each with a state of its own."""
+    config = getattr(accelerator, "parallelism_config", None)
+    for name in ("cp_size", "sp_size"):
+        size = getattr(config, name, None) or 1  # not every release of accelerate has both
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config has {name}={size}, but a linear layer needs the whole row: each process would "
+                "start its part from an empty state. Set it to 1; docs/scaling.md says what it would take."
+            )
+
+
 def set_precision(accelerator: Any) -> None:
     """
     Keeps master weights and the sums of gradients in fp32 under mixed precision, and lets losses come out in fp32:
