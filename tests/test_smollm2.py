@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import save_texts
+from smollm2.report import Results, over_seeds, retrieval_at
 
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
@@ -106,3 +107,25 @@ def test_a_page_of_nothing_is_refused(tmp_path):
     command = [sys.executable, SCRIPTS / "report.py", "--results", tmp_path, "--output", tmp_path / "page.md"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode == 1 and "has no folder seed-N with figures" in found.stderr
+
+
+def test_the_first_screen_has_the_committed_figures():
+    """The table of the README, from the records that docs/results.md is written of."""
+    results = Results(ROOT / "benchmarks" / "results" / "smollm2")
+    text = (ROOT / "README.md").read_text("utf-8")
+    for selector, name in (("verified", "`verified`"), ("zero-shot-linearise", "`zero-shot-linearise`")):
+        scored = results.named("score-verified-8" if selector == "verified" else f"score-{selector}")
+        seconds = sum(record["seconds"] for record in scored) / len(scored)
+        assert f"| {name} | {kl_and_retrieval(results, selector)} | {seconds:.0f} |" in text
+    assert f"| uniform | {kl_and_retrieval(results, 'uniform')} | |" in text
+    teacher = results.named("teacher")
+    assert f"| teacher, all softmax | 0 | {retrieval_at(teacher[0], 2048):.3f} | |" in text
+    runs = [jobs["run-report"]["evaluation"] for jobs in results.seeds.values()]
+    assert f"KL {sum(run['kl'] for run in runs) / len(runs):.3f} nats per token" in text
+    assert f"perplexity {sum(run['perplexity'] for run in runs) / len(runs):.2f} (teacher" in text
+
+
+def kl_and_retrieval(results: Results, selector: str) -> str:
+    found = results.of_selector(8, selector)
+    kl = over_seeds(found, lambda record: (record["kl"]["mean"], None), ".3f")
+    return f"{kl} | {over_seeds(found, lambda record: (retrieval_at(record, 2048), None), '.3f')}"

@@ -42,6 +42,7 @@ class Results:
             }
         if not any(self.seeds.values()):
             raise ValueError(f"{folder} has no folder seed-N with figures; run benchmarks/smollm2/all.py first.")
+        self.about = _read(folder / "about.json")
         self.sources = _read(folder / "sources.json")
         self.written = _read(folder / "written.json")
 
@@ -58,6 +59,17 @@ class Results:
             if name.startswith(f"k{k}-") and selector in record["selectors"]
         ]
 
+    def chosen(self, k: int) -> dict[str, list[Record]]:
+        """The hybrids with `k` softmax layers by their selectors; those that always agree share a name."""
+        found: dict[str, list[Record]] = {}
+        for selector in SELECTORS:
+            records, shown = self.of_selector(k, selector), NAMES.get(selector, selector)
+            if not records:
+                continue
+            same = next((name for name, others in found.items() if others == records), None)
+            found[shown if same is None else f"{same}, {shown}"] = records if same is None else found.pop(same)
+        return found
+
     def kept(self) -> list[int]:
         """How many layers keep softmax, in all there is."""
         found = {name[1 : name.index("-")] for jobs in self.seeds.values() for name in jobs if name.startswith("k")}
@@ -71,8 +83,12 @@ def _read(path: Path) -> Any:
 def page(results: Results, plots: Path) -> str:
     """The whole page as Markdown; plots are written to `plots`."""
     parts = ["# A real model: SmolLM2-135M-Instruct", setting(results)]
+    if (runs := finished(results)) is not None:
+        parts += ["## The finished hybrid", runs]
+    if (reached := aims(results)) is not None:
+        parts += ["## What was aimed at", reached]
     for k in results.kept():
-        parts += [f"## Softmax in {k} layers", hybrids(results, k)]
+        parts += [f"## Softmax in {k} layers", hybrids(results, k), by_length(results, k)]
     parts += ["## What choosing the layers costs", costs(results)]
     if (others := other_mixers(results)) is not None:
         parts += ["## Other mixers in the same layers", others]
@@ -83,6 +99,11 @@ def page(results: Results, plots: Path) -> str:
     if draw_curves(results, plots / "results_curves.png"):
         text = "KL and single needles over the tokens of distillation, along one schedule (a cosine) for each hybrid."
         parts += ["## Over tokens", f"{text}\n\n![curves]({plots.name}/results_curves.png)"]
+    if (evaluated := evaluations(results)) is not None:
+        parts += ["## Tasks of lm-eval, and free generation", evaluated]
+    if (answers := chats(results)) is not None:
+        parts += ["## Chat", answers]
+    parts += ["## Left undone", undone(results)]
     parts += ["## Text", text_of(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -92,19 +113,106 @@ def setting(results: Results) -> str:
     records = [record for jobs in results.seeds.values() for record in jobs.values() if "device" in record]
     devices = sorted({record["device"] for record in records})
     size = records[0]["size"]
+    rows = {name: len(domain["rows"]) for name, domain in results.named("teacher")[0]["kl"]["domains"].items()}
     lines = [
         "Written by `benchmarks/smollm2/report.py` from the JSON files in `benchmarks/results/smollm2`, which "
         "`make smollm2` made: nothing here is typed in.",
         f"- Seeds: {', '.join(map(str, results.seeds))}. Device: {', '.join(devices)}.",
-        f"- Each hybrid that is compared: {size['tokens']:,} tokens of distillation from one aligned student, on the "
-        "same rows in the same order.",
-        f"- KL in nats per token on {size['held_out_rows']} held-out rows of {size['block_size']:,} tokens of each "
-        "domain, the mean of the domains; tasks after RULER (docs/evaluation.md) by likelihood, "
+        f"- Each hybrid that is compared: {compared_tokens(results):,} tokens of distillation from one aligned "
+        "student, on the same rows in the same order.",
+        f"- KL in nats per token on held-out rows of {size['block_size']:,} tokens of each domain ("
+        + ", ".join(f"{name} {count}" for name, count in rows.items())
+        + "), the mean of the domains; tasks after RULER (docs/evaluation.md) by likelihood, "
         f"{size['cases']} cases of each at {', '.join(map(str, size['lengths']))} tokens.",
     ]
+    if results.about is not None:
+        lines.append(f"- On {results.about['machine']}:")
+        lines += [f"    - `{line}`" for line in results.about["commands"]]
+        lines += [f"- {note}" for note in results.about["notes"]]
     if any(record.get("trial") for record in records):
         lines.insert(1, "**A trial: the figures say that every step runs, and nothing else.**")
     return "\n".join([lines[0], "", *lines[1:]])
+
+
+def compared_tokens(results: Results) -> int:
+    """Tokens of distillation of each hybrid that is compared."""
+    return next(
+        int(record["tokens"])
+        for jobs in results.seeds.values()
+        for name, record in jobs.items()
+        if name.startswith("k") and name[1].isdigit()
+    )
+
+
+def finished(results: Results) -> str | None:
+    """What the recipe made, a row for each seed."""
+    head = ["seed", "softmax in", "KL", "perplexity", "teacher's", "cache of 8,192 tokens", "tokens", "seconds"]
+    rows = []
+    for seed, jobs in results.seeds.items():
+        if (report := jobs.get("run-report")) is None:
+            continue
+        found, tokens = report["evaluation"], report["tokens"]
+        rows.append(
+            [
+                str(seed),
+                str(report["selected"]),
+                f"{found['kl']:.4f} ± {found['kl_sem']:.4f}",
+                f"{found['perplexity']:.3f}",
+                f"{found['teacher_perplexity']:.3f}",
+                f"{found['cache_bytes'] / found['teacher_cache_bytes']:.2f} of the teacher's",
+                " + ".join(f"{tokens[name] / 1e6:.1f}M" for name in ("align", "score", "distill") if name in tokens),
+                f"{sum(report['seconds'].values()):.0f}",
+            ]
+        )
+    if not rows:
+        return None
+    about = (
+        "`hf-hybrid run` with `recipes/smollm2-135m.yaml`: alignment, choice of layers and distillation, in tokens in "
+        "this order. KL and perplexity on held-out rows of the training mixture."
+    )
+    return f"{about}\n\n{markdown(head, rows)}"
+
+
+def aims(results: Results) -> str | None:
+    """How far the hybrids with 8 softmax layers are from what was aimed at."""
+    found = {name: results.of_selector(8, name) for name in SELECTORS}
+    found = {name: records for name, records in found.items() if records}
+    if "uniform" not in found or len(found) < 2:
+        return None
+
+    def kl(name: str) -> float:
+        return statistics.fmean(record["kl"]["mean"] for record in found[name])
+
+    def retrieval(records: list[Record], length: int) -> float:
+        return statistics.fmean(retrieval_at(record, length) for record in records)
+
+    best = min((name for name in found if name != "uniform"), key=kl)
+    lines = [
+        f"- A KL of at most half of uniform's at equal budget: {kl(best) / kl('uniform'):.2f} of it, with the layers "
+        f"of `{best}` ({kl(best):.4f} against {kl('uniform'):.4f}, {compared_tokens(results):,} tokens)."
+    ]
+    teacher = results.named("teacher")
+    if 2048 in teacher[0]["size"]["lengths"]:
+        kept = {name: retrieval(found[name], 2048) / retrieval(teacher, 2048) for name in found}
+        most = max(kept, key=lambda name: kept[name])
+        lines.append(
+            f"- Nine tenths of the teacher's retrieval at 2,048 tokens: {kept[most]:.2f} of it with the layers of "
+            f"`{most}`, {kept[best]:.2f} with those of `{best}`, {kept['uniform']:.2f} with uniform ones."
+        )
+    ours, theirs = results.named("score-verified-8"), results.named("score-ga-s2")
+    if ours and theirs:
+        share = statistics.fmean(r["seconds"] for r in ours) / statistics.fmean(r["seconds"] for r in theirs)
+        lines.append(f"- At most a tenth of GA-S2's cost: `verified` took {share:.2f} of its seconds.")
+    else:
+        lines.append("- At most a tenth of GA-S2's cost: not measured, GA-S2 was not run to its end.")
+    return "\n".join(lines)
+
+
+def retrieval_at(record: Record, length: int) -> float:
+    """The mean share of right answers of the retrieval tasks at one length."""
+    return statistics.fmean(
+        score["mean"] for score in record["ruler"] if score["task"] != "copying" and score["length"] == length
+    )
 
 
 def hybrids(results: Results, k: int) -> str:
@@ -113,13 +221,10 @@ def hybrids(results: Results, k: int) -> str:
     domains = list(teacher[0]["kl"]["domains"])
     head = ["layers by", "which", "KL", *(f"KL, {name}" for name in domains), "perplexity", "retrieval", "copying"]
     rows = [["teacher", "all", "0", *("0" for _ in domains), *measures(teacher)]]
-    listed = [name for name in SELECTORS if results.of_selector(k, name)]
-    for selector in listed:
-        found = results.of_selector(k, selector)
-        which = " / ".join(str(record["layers"]) for record in found) if len(found) > 1 else str(found[0]["layers"])
-        if len({str(record["layers"]) for record in found}) == 1:
-            which = str(found[0]["layers"])
-        rows.append([NAMES.get(selector, selector), which, *kls(found, domains), *measures(found)])
+    for name, found in results.chosen(k).items():
+        which = [str(record["layers"]) for record in found]
+        shown = which[0] if len(set(which)) == 1 else " / ".join(which)
+        rows.append([name, shown, *kls(found, domains), *measures(found)])
     if aligned:
         rows.append(["none, aligned only", "[]", *kls(aligned, domains), *measures(aligned)])
     table = markdown(head, rows)
@@ -173,6 +278,27 @@ def over_seeds(found: list[Record], of: Callable[[Record], tuple[float, float | 
     return format(mean, form) + ("" if error is None else f" ± {error:{form}}")
 
 
+def by_length(results: Results, k: int) -> str:
+    """Retrieval at each length, a row for each selector."""
+    teacher = results.named("teacher")
+    lengths = teacher[0]["size"]["lengths"]
+    single = "single_prose"
+
+    def row(name: str, found: list[Record]) -> list[str]:
+        cells = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
+        cells += [over_seeds(found, lambda r, n=n: (_score(r, single, n), None), ".3f") for n in lengths]
+        return [name, *cells]
+
+    rows = [row("teacher", teacher), *(row(name, found) for name, found in results.chosen(k).items())]
+    head = ["layers by", *(f"{n:,}" for n in lengths), *(f"needle, {n:,}" for n in lengths)]
+    return "By length: the mean of all retrieval tasks, then single needles in prose alone.\n\n" + markdown(head, rows)
+
+
+def _score(record: Record, task: str, length: int) -> float:
+    found = [s["mean"] for s in record["ruler"] if (s["task"], s["length"]) == (task, length)]
+    return float(found[0]) if found else float("nan")
+
+
 def costs(results: Results) -> str:
     """Tokens and seconds of each method, and whether seeds agree."""
     rows = []
@@ -182,9 +308,22 @@ def costs(results: Results) -> str:
         k = found[0]["k"] or 8
         chosen = [set(record["ranking"][:k]) for record in found]
         shared = f"{len(set.intersection(*chosen))} of {k}" if len(chosen) > 1 else ""
-        tokens, seconds = (statistics.fmean(record[name] for record in found) for name in ("tokens", "seconds"))
-        rows.append([found[0]["method"], str(k), f"{tokens / 1e6:.2f}M", f"{seconds:.0f}", shared])
-    return markdown(["method", "layers", "tokens", "seconds", "chosen with every seed"], rows)
+        trained, measured, seconds = (
+            statistics.fmean(record[name] for record in found)
+            for name in ("tokens_forward_backward", "tokens_forward", "seconds")
+        )
+        cells = [str(sorted(chosen[0])), f"{trained / 1e6:.2f}M", f"{measured / 1e6:.2f}M", f"{seconds:.0f}", shared]
+        rows.append([found[0]["method"], str(k), *cells])
+    head = [
+        "method",
+        "k",
+        "layers (first seed)",
+        "tokens trained on",
+        "measured on",
+        "seconds",
+        "same with every seed",
+    ]
+    return markdown(head, rows)
 
 
 def other_mixers(results: Results) -> str | None:
@@ -242,11 +381,9 @@ def speeds(results: Results) -> str | None:
 def draw_curves(results: Results, path: Path) -> bool:
     """Draws KL and single needles over tokens; returns whether there was anything to draw."""
     most = max(results.kept(), default=0)
-    curves = [
-        (selector, record)
-        for selector in SELECTORS
-        for record in results.of_selector(8 if 8 in results.kept() else most, selector)[:1]
-    ] + [("longer", record) for record in results.named("long")[:1]]
+    shown = results.chosen(8 if 8 in results.kept() else most)
+    curves = [(name, records[0]) for name, records in shown.items()]
+    curves += [("longer", record) for record in results.named("long")[:1]]
     if not curves:
         return False
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -269,6 +406,66 @@ def draw_curves(results: Results, path: Path) -> bool:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
+
+
+def evaluations(results: Results) -> str | None:
+    """What `hf-hybrid evaluate --tasks ruler,generation` found of the finished models and their teacher."""
+    parts = []
+    for job, name in (("evaluation-run", "The hybrid"), ("evaluation-chat", "The same, fine-tuned on instructions")):
+        if not (found := results.named(job)):
+            continue
+        record, rows = found[0], []
+        theirs = {(s["task"], s["form"], s["length"]): s for s in record["teacher_tasks"]}
+        for form in dict.fromkeys(score["form"] for score in record["tasks"]):
+            for task in dict.fromkeys(score["task"] for score in record["tasks"] if score["form"] == form):
+                scores = [s for s in record["tasks"] if (s["task"], s["form"]) == (task, form)]
+                cells = [f"{s['mean']:.2f} ({theirs[task, form, s['length']]['mean']:.2f})" for s in scores]
+                rows.append([task, form, *cells])
+        lengths = dict.fromkeys(score["length"] for score in record["tasks"])
+        head = ["task", "form", *(f"{length:,}" if length else "" for length in lengths)]
+        parts.append(f"{name}; in brackets its teacher:\n\n{markdown(head, rows)}")
+        if (written := record["generation"]) is not None:
+            parts.append(
+                f"Free generation, {written['prompts']} prompts of {written['new_tokens']} tokens: "
+                f"{written['agreement']['mean']:.3f} of the tokens are the teacher's, "
+                f"{written['common_prefix']['mean']:.1f} tokens until the first that is not; repetition "
+                f"{written['repetition']['mean']:.3f} (teacher {written['teacher_repetition']['mean']:.3f})."
+            )
+    return "\n\n".join(parts) or None
+
+
+def chats(results: Results) -> str | None:
+    """The losses of fine-tuning on instructions, and what the model answers."""
+    if not (found := results.named("chat")):
+        return None
+    record = found[0]
+    lines = [
+        f"`chat.py` fine-tunes the finished hybrid with TRL's `SFTTrainer` on {record['rows']:,} rows in "
+        f"{record['steps']} steps: loss on held-out instructions {record['loss_before']:.3f} before, "
+        f"{record['loss_after']:.3f} after. Greedy answers of the saved model, loaded with `trust_remote_code=True`:"
+    ]
+    for prompt, answer in record["answers"].items():
+        shown = answer if len(answer) <= 400 else answer[:400] + " ..."
+        lines.append(f"> **{prompt}**\n>\n" + "\n".join(f"> {line}".rstrip() for line in shown.splitlines()))
+    return "\n\n".join(lines)
+
+
+def undone(results: Results) -> str:
+    """The jobs of compare.py and all.py of which there is no record, or not of every seed."""
+    size = results.named("teacher")[0]["size"]
+    most, *others = size["kept"]
+    wanted = [f"score-{name}-{most}" if name == "verified" else f"score-{name}" for name in size["selectors"]]
+    wanted += [f"score-verified-{k}" for k in others]
+    wanted += ["long", "search", "speed", "mixer-kda", "mixer-window-state", "mixer-window-sinks"]
+    wanted += [f"rate-{i}" for i in range(3)]
+    wanted += ["run-report", "chat", "evaluation-run", "evaluation-chat"]
+    missing = [name for name in wanted if not results.named(name)]
+    partly = [name for name in wanted if 0 < len(results.named(name)) < len(results.seeds)]
+    missing += [f"hybrids with {k} softmax layers" for k in size["kept"] if k not in results.kept()]
+    lines = [f"Not run: {', '.join(missing)}."] if missing else ["Every job was run."]
+    if partly:
+        lines.append(f"Not with every seed: {', '.join(partly)}.")
+    return " ".join(lines)
 
 
 def text_of(results: Results) -> str:
