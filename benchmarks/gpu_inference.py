@@ -7,6 +7,7 @@ compiled and recorded as a CUDA graph.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import statistics
@@ -25,8 +26,8 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
+    LlamaConfig,
     PreTrainedModel,
-    Qwen2Config,
     StaticCache,
 )
 from transformers.cache_utils import StaticLayer
@@ -38,15 +39,16 @@ from hf_hybrid.modeling.library import cache_argument
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.modeling.state_cache import count_tokens_in
 from hf_hybrid.run.kernel_tuning import alone_on_the_device
+from hf_hybrid.trainers.regions import compiled_regions
 
 
 # What makes a row of each part another row.
 KEYS = {
-    "prefill": ("model", "context"),
+    "prefill": ("model", "how", "context"),
     "decoding": ("model", "how", "attention", "context", "batch"),
     "layers": ("impl", "mode"),
 }
-KINDS = ("decoding", "prefill", "layers")
+KINDS = ("decoding", "prefill", "layers", "regions")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,57 +65,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def inference(args: argparse.Namespace, results: Results) -> None:
-    """A teacher beside its hybrid, and one layer beside those of others; `--inference` chooses among the three."""
+    """
+    A teacher beside its hybrid, one layer beside those of others, and prefill once more with what lies around the
+    attention compiled; `--inference` chooses among the four.
+    """
     for what in args.inference:
-        {"prefill": prefill, "decoding": decoding, "layers": layers}[what](args, results)
+        {"decoding": decoding, "prefill": prefill, "layers": layers, "regions": regions}[what](args, results)
         free_memory(args)
 
 
-@torch.no_grad()
-def prefill(args: argparse.Namespace, results: Results) -> None:
+def prefill(args: argparse.Namespace, results: Results, how: str = "eager") -> None:
     """
-    A prompt into an empty cache, eagerly, the models taking turns; and what softmax alone takes of it, for what a
-    hybrid can gain at most.
+    A prompt into an empty cache, the models taking turns; and what softmax alone takes of it, for what a hybrid can
+    gain at most.
     """
     teacher = make_teacher(args)
     models = {"teacher": teacher, "hybrid": hybrid_of(args, teacher)}
-    linear = len(models["hybrid"].linear_attention_layers)
-    for context in args.contexts:
-        if out_of_time(args, f"prefill of {context} tokens"):
-            continue
-        ids = torch.randint(args.sizes["vocab_size"], (1, context), device=args.device)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        sizes: dict[str, int] = {}
-        peaks: dict[str, float | None] = {}
-        for turn in range(1 + (args.repeats if context < 65_536 else 2)):
-            for name, model in models.items():
-                call = functools.partial(read_prompt, model, ids)
-                if turn == 0:  # this one compiles and allocates
-                    sizes[name] = cache_bytes(call())
-                    peaks[name] = peak_mb(args, call)
-                else:
-                    times[name].append(median_ms(call, args, 1, warmup=0)[0])
-        attention, _ = median_ms(
-            functools.partial(F.scaled_dot_product_attention, *qkv_of(context, args), is_causal=True), args, 2
-        )
-        for name in models:
-            row = {"model": name, "context": context, "ms": statistics.median(times[name])}
-            row |= {"cache_bytes": sizes[name], "peak_mb": peaks[name], "attention_ms": attention}
-            if name == "hybrid":  # the teacher's time without the softmax of the layers that are linear here
-                row["floor_ms"] = statistics.median(times["teacher"]) - attention * linear
-            results.add("prefill", row)
-        free_memory(args)
+    compiled = compiled_regions(*models.values(), **compiler(args) | {"mode": None})
+    with torch.no_grad(), compiled if how == "regions" else contextlib.nullcontext():
+        for context in args.contexts:
+            if out_of_time(args, f"{how} prefill of {context} tokens"):
+                continue
+            try:
+                prefill_of(args, results, how, models, context)
+            except torch.OutOfMemoryError:
+                sys.stderr.write(f"{how} prefill of {context} tokens is left out: out of memory\n")
+            free_memory(args)
+
+
+def regions(args: argparse.Namespace, results: Results) -> None:
+    prefill(args, results, "regions")
+
+
+def prefill_of(
+    args: argparse.Namespace, results: Results, how: str, models: dict[str, PreTrainedModel], context: int
+) -> None:
+    ids = torch.randint(args.sizes["vocab_size"], (1, context), device=args.device)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    sizes: dict[str, int] = {}
+    peaks: dict[str, float | None] = {}
+    for turn in range(1 + (args.repeats if context < 65_536 else 2)):
+        for name, model in models.items():
+            call = functools.partial(read_prompt, model, ids)
+            if turn == 0:  # this one compiles and allocates
+                sizes[name] = cache_bytes(call())
+                peaks[name] = peak_mb(args, call)
+            else:
+                times[name].append(median_ms(call, args, 1, warmup=0)[0])
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    attention, _ = median_ms(softmax_of_a_layer(args, context), args, 2)
+    for name in models:
+        row = {"model": name, "how": how, "context": context, "ms": medians[name], "attention_ms": attention}
+        row |= {"cache_bytes": sizes[name], "peak_mb": peaks[name]}
+        if name == "hybrid":  # the teacher's time without the softmax of the layers that are linear here
+            linear: list[int] = models["hybrid"].linear_attention_layers
+            row["floor_ms"] = medians["teacher"] - attention * len(linear)
+        results.add("prefill", row)
+
+
+def softmax_of_a_layer(args: argparse.Namespace, tokens: int) -> Callable[[], Tensor]:
+    """The call that a layer of the teacher makes of torch, on random numbers."""
+    heads, groups = args.heads, args.sizes["num_key_value_heads"]
+    query, key, value = (
+        torch.randn(1, tokens, count, args.width, device=args.device, dtype=torch.bfloat16).transpose(1, 2)
+        for count in (heads, groups, groups)
+    )
+    return functools.partial(
+        F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=groups != heads
+    )
 
 
 def read_prompt(model: PreTrainedModel, ids: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
-
-
-def qkv_of(tokens: int, args: argparse.Namespace) -> Tensor:
-    """Query, key and value `[3, 1, H, T, D]` in bf16."""
-    return torch.randn(3, 1, args.heads, tokens, args.width, device=args.device, dtype=torch.bfloat16)
 
 
 def hybrid_of(args: argparse.Namespace, teacher: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -167,7 +192,8 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
             results.add("decoding", row)
             return
 
-    few = [contexts[0], *[n for n in contexts[1:-1] if n == 32_768 or args.tiny], longest]
+    # From the longest on: how sums are split is chosen for the length that is compiled.
+    few = [longest, *[n for n in contexts[1:-1] if n == 32_768 or args.tiny], contexts[0]]
     for name in models:
         for context in dict.fromkeys(few):
             cell(name, "compiled", context, 1)
@@ -380,7 +406,7 @@ def time_many(args: argparse.Namespace, call: Callable[[], Any]) -> float:
 
 
 def our_layer(tokens: int, dtype: torch.dtype, *, hidden_size: int, heads: int, width: int) -> LayerCalls:
-    config = Qwen2Config(
+    config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=hidden_size,
         num_hidden_layers=1,

@@ -150,21 +150,21 @@ def gpu_inference(rows: list[dict[str, Any]]) -> str:
 def gpu_prefill(rows: list[dict[str, Any]]) -> str:
     """A line per context: both models, their ratio, and the ratio if linear layers took no time for what they do."""
     text = (
-        "### Prefill\n\nOne sequence into an empty cache, eagerly; the models take turns. Milliseconds; GB at peak "
-        "with both models, and MB of\ncache. At most: what the ratio would be if the recurrence of the linear layers, "
-        "with all that is around it, took no time.\n\n"
+        "### Prefill\n\nOne sequence into an empty cache; the models take turns. Regions: norms and MLPs of both are "
+        "compiled. Milliseconds; GB at peak\nwith both models, and MB of cache. At most: what the ratio would be if "
+        "the recurrence of the linear layers, with all that is around\nit, took no time.\n\n"
     )
-    head = ["context", "teacher", "hybrid", "teacher / hybrid", "at most"]
-    found = {(row["context"], row["model"]): row for row in rows}
+    head = ["", "context", "teacher", "hybrid", "teacher / hybrid", "at most"]
+    found = {(row["how"], row["context"], row["model"]): row for row in rows}
     lines = []
-    for context in sorted({row["context"] for row in rows}):
-        teacher, hybrid = found[context, "teacher"], found[context, "hybrid"]
+    for how, context in sorted({(row["how"], row["context"]) for row in rows}):
+        teacher, hybrid = found[how, context, "teacher"], found[how, context, "hybrid"]
         cells = [
             f"{row['ms']:,.0f} ({(row['peak_mb'] or 0) / 1e3:.1f}; {row['cache_bytes'] / 1e6:,.0f})"
             for row in (teacher, hybrid)
         ]
         ratios = [f"{teacher['ms'] / hybrid['ms']:.2f}", f"{teacher['ms'] / hybrid['floor_ms']:.2f}"]
-        lines.append([f"{context:,}", *cells, *ratios])
+        lines.append([how, f"{context:,}", *cells, *ratios])
     return text + table(head, lines)
 
 

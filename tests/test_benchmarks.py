@@ -38,7 +38,7 @@ def test_gpu_benchmark_measures_every_part_and_keeps_rows(tmp_path, monkeypatch,
         "recurrence": 8,
         "kl": 8,
         "training": 4,
-        "prefill": 4,
+        "prefill": 8,
         "decoding": 8,
         "layers": 6,
     }
