@@ -314,41 +314,58 @@ def layer_lines(results: dict[str, Any], shapes: Shapes, card: str) -> Iterator[
 
 
 def prefill_lines(results: dict[str, Any], shapes: Shapes, card: str) -> Iterator[Line]:
-    for context, least in ((4096, 0.95), (65536, 2.0), (131072, 2.5)):
-        teacher, hybrid = (find(results, "prefill", model=model, context=context) for model in ("teacher", "hybrid"))
+    cells = [(how, *cell) for how in ("eager", "regions") for cell in ((4096, 0.95), (65536, 2.0), (131072, 2.5))]
+    for how, context, least in cells:
+        teacher, hybrid = (
+            find(results, "prefill", model=model, how=how, context=context) for model in ("teacher", "hybrid")
+        )
+        if how == "regions" and hybrid is None:
+            continue
         products = Floor(2 * shapes.student * context, 2 * shapes.student)
         kept = shapes.layers - shapes.linear
         floor = products + shapes.softmax(kept, 1, context, 1) + shapes.recurrence(shapes.linear, 1, context, 1)
+        text = floor_text(floor, card)
+        if teacher is not None and hybrid is not None:  # the teacher's time without the softmax of 21 layers
+            text += f"; if linear layers took no time, {teacher['ms'] / hybrid['floor_ms']:.2f} times"
         yield Line(
-            f"prefill of {context:,} tokens; beside it, the teacher",
+            f"prefill of {context:,} tokens{', norms and MLPs compiled' * (how == 'regions')}; beside it, the teacher",
             f"{least:g} times",
             milliseconds(hybrid),
             milliseconds(teacher),
             ratio_of(teacher, hybrid, "ms"),
-            floor_text(floor, card),
+            text,
             least=least,
         )
 
 
 def decoding_lines(results: dict[str, Any], shapes: Shapes, card: str) -> Iterator[Line]:
+    """At the longest context also as many sequences as memory holds: of the teacher's for both, and of each one's."""
     rows = [row for row in results.get("decoding", []) if row["how"] == "compiled"]
-    contexts = sorted({row["context"] for row in rows}) or [131072]
-    for context in contexts:
-        for full in (False, True):
-            pair = {}
-            for model in ("teacher", "hybrid"):
-                batches = [row for row in rows if row["model"] == model and row["context"] == context]
-                batches = [row for row in batches if (row["batch"] > 1) == full]
-                pair[model] = max(batches, key=lambda row: row["batch"], default=None)
+    ways = sorted({(row["attention"], row["context"]) for row in rows}) or [("sdpa", 131072)]
+    for attention, context in ways:
+        of = {"attention": attention, "context": context}
+        batches = {
+            model: sorted(row["batch"] for row in rows if row["model"] == model and of.items() <= row.items())
+            for model in ("teacher", "hybrid")
+        }
+        most = max(batches["teacher"], default=1)
+        pairs = {(1, 1): "batch 1"}
+        if most > 1:
+            pairs[most, most] = f"the teacher's largest batch, {most}"
+        if max(batches["hybrid"], default=1) > most:
+            pairs[most, batches["hybrid"][-1]] = f"a batch that fills memory, {batches['hybrid'][-1]} beside {most}"
+        for (theirs, ours), what in pairs.items():
+            teacher = find({"decoding": rows}, "decoding", model="teacher", batch=theirs, **of)
+            hybrid = find({"decoding": rows}, "decoding", model="hybrid", batch=ours, **of)
             least = 3.5 if context == 131072 else 0.95
-            hybrid, batch = pair["hybrid"], "a batch that fills memory" if full else "batch 1"
+            sums = ", attention as sums" if attention == "sums" else ""
             yield Line(
-                f"decoding at {context:,} tokens, {batch}; beside it, the teacher",
+                f"decoding at {context:,} tokens{sums}, {what}; beside it, the teacher",
                 f"{least:g} times",
                 rate(hybrid and {**hybrid, "peak_mb": None}),
-                rate(pair["teacher"] and {**pair["teacher"], "peak_mb": None}),
-                ratio_of(hybrid, pair["teacher"], "tokens_per_second"),
-                "" if hybrid is None else f"{hybrid['floor_ms']:.2f} ms (bytes)",
+                rate(teacher and {**teacher, "peak_mb": None}),
+                ratio_of(hybrid, teacher, "tokens_per_second"),
+                "" if hybrid is None else f"{hybrid['floor_ms']:.2f} ms of {hybrid['ms']:.2f} (bytes)",
                 least=least,
             )
 

@@ -253,3 +253,38 @@ def test_commands_of_the_pages_find_their_modules():
             assert not any(module.split(".")[0] == "benchmarks" for module in names), f"{name}: run it with -m"
             beside = {(ROOT / name).parent / f"{module}.py" for module in names}
             todo += [path for path in beside - seen if path.is_file()]
+
+
+def test_the_table_compares_the_largest_batches():
+    def row(model, batch, ms, attention="sdpa"):
+        row = {"model": model, "how": "compiled", "attention": attention, "context": 131_072, "batch": batch}
+        return row | {"ms": ms, "tokens_per_second": 1000 * batch / ms, "floor_ms": ms / 2}
+
+    prefill = {"how": "eager", "context": 65_536}
+    results = {
+        "decoding": [
+            row("teacher", 1, 40.0),
+            row("hybrid", 1, 10.0),
+            row("hybrid", 1, 4.0, "sums"),
+            *(row("teacher", 12, 200.0), row("hybrid", 12, 50.0), row("hybrid", 30, 120.0)),
+        ],
+        "prefill": [
+            prefill | {"model": "teacher", "ms": 1000.0},
+            prefill | {"model": "hybrid", "ms": 800.0, "floor_ms": 500.0},
+        ],
+    }
+    shapes = gpu_table.Shapes(gpu_table.SIZES)
+    lines = {line.what: line for line in gpu_table.decoding_lines(results, shapes, "NVIDIA H100")}
+    lines |= {line.what: line for line in gpu_table.prefill_lines(results, shapes, "NVIDIA H100")}
+    found = {
+        "batch 1": lines["decoding at 131,072 tokens, batch 1; beside it, the teacher"],
+        "largest": lines["decoding at 131,072 tokens, the teacher's largest batch, 12; beside it, the teacher"],
+        "full": lines["decoding at 131,072 tokens, a batch that fills memory, 30 beside 12; beside it, the teacher"],
+        "prefill": lines["prefill of 65,536 tokens; beside it, the teacher"],
+    }
+    ratios = {"batch 1": 4.0, "largest": 4.0, "full": 250 / 60, "prefill": 1.25}
+    assert {name: line.ratio for name, line in found.items()} == pytest.approx(ratios)
+    assert [line.reached() for line in found.values()] == ["yes", "yes", "yes", "no"]
+    assert found["prefill"].floor.endswith("if linear layers took no time, 2.00 times")
+    sums = lines["decoding at 131,072 tokens, attention as sums, batch 1; beside it, the teacher"]
+    assert sums.ratio is None and sums.measured == "250 tokens/s"
