@@ -180,6 +180,16 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="checkpoints=0 is too small; pass at least 1"):
             score(*pair, tmp_path, "ga-s2", checkpoints=0)
 
+    @pytest.mark.parametrize(("apart", "steps"), [(60.0, []), (1e-6, [1, 2, 3])])
+    def test_by_default_they_are_a_minute_apart(self, pair, tmp_path, monkeypatch, apart, steps):
+        """A checkpoint of a small model costs more than the steps that it saves."""
+        monkeypatch.setattr("hf_hybrid.trainers.scoring.job.SECONDS_APART", apart)
+        saved = []
+        monkeypatch.setattr("hf_hybrid.trainers.checkpoints.seal", lambda path: saved.append(path.name))
+        kept = tmp_path / "kept"
+        score(*pair, tmp_path, "ga-s2", layers=[1], output_dir=kept, tokens_per_layer=4 * 4 * LENGTH)
+        assert saved == [f"checkpoint-{step}" for step in steps]
+
     def test_one_job_at_a_time_keeps_those_of_a_layer(self, pair, tmp_path):
         """A second one that was given the same layer trains without, and leaves them alone."""
 
@@ -187,7 +197,7 @@ class TestCheckpoints:
             if step_of(text) == 3:
                 raise Stop
 
-        given = {"layers": [1], "output_dir": tmp_path / "kept", **BUDGET}
+        given = {"layers": [1], "output_dir": tmp_path / "kept", "checkpoints": STEPS, **BUDGET}
         with pytest.raises(Stop):
             score(*pair, tmp_path, "ga-s2", steps=stop, **given)
         (folder,) = tmp_path.glob("kept/layer_001_checkpoints_*")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +15,40 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .durable import read_json, sync_tree, write_json
+from .processes import on_main
 
 
 _LIST = "files.json"
+# Where nobody says how many checkpoints there are to be: so many at most, so many seconds apart.
+MOST_CHECKPOINTS, SECONDS_APART = 10, 60.0
 
 
 class CheckedSteps(TrainerCallback):
     """
     Lets a checkpoint be written only of weights whose loss was looked at, and seals it; the last of all callbacks. A
     loss or norm of the gradients that is not finite goes to [`CheckedSteps.not_finite`].
+
+    Args:
+        apart (`float`): seconds; a checkpoint that would follow the last one, or the start, sooner is left out. It can
+            cost more than the steps that it saves: of a small model on a GPU, as much as ten of them.
     """
+
+    def __init__(self, apart: float = 0.0) -> None:
+        self.apart = apart
+        self.saved = time.monotonic()
 
     def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:
         """Raises what says that `what`, the loss or the norm, is `value`."""
         raise NotImplementedError
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
+        # A training that ends here is to be gone on with from here. Else the main process's clock decides for all.
+        if self.apart and control.should_save and not (last or control.should_training_stop):
+            control.should_save = on_main(lambda: time.monotonic() - self.saved >= self.apart)
         # A mean of losses that spans a checkpoint would be another one after a resume.
         control.should_log = control.should_log or control.should_save or last
         if last:
@@ -49,6 +67,7 @@ class CheckedSteps(TrainerCallback):
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self.saved = time.monotonic()
 
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:

@@ -136,8 +136,8 @@ class StageConfig:
         final_learning_rate (`float`, *optional*): where that schedule, or `"cosine"`, ends, for mixers and all else;
             by default 0.
         warmup_steps (`float`): steps, or below 1 the share of all steps.
-        checkpoints (`int`): checkpoints written on the way, evenly spaced; a killed run loses at most that share. It
-            belongs to the execution, too.
+        checkpoints (`int`, *optional*): checkpoints written on the way, evenly spaced; a killed run loses at most that
+            share. By default ten at most, a minute or more apart. It belongs to the execution, too.
     """
 
     batch_size: int = 8
@@ -148,7 +148,7 @@ class StageConfig:
     lr_scheduler_type: str = "constant"
     final_learning_rate: float | None = None
     warmup_steps: float = 0.0
-    checkpoints: int = 10
+    checkpoints: int | None = None
 
     @property
     def budget(self) -> int:

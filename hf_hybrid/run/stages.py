@@ -25,7 +25,14 @@ from hf_hybrid.trainers import (
     calibrate,
     write_teacher_topk,
 )
-from hf_hybrid.trainers.checkpoints import CheckedSteps, checkpoints_in, damage, newest_checkpoint
+from hf_hybrid.trainers.checkpoints import (
+    MOST_CHECKPOINTS,
+    SECONDS_APART,
+    CheckedSteps,
+    checkpoints_in,
+    damage,
+    newest_checkpoint,
+)
 from hf_hybrid.trainers.precision import Precision
 from hf_hybrid.trainers.processes import num_processes, on_main
 from hf_hybrid.trainers.scoring.methods import check_placement
@@ -165,7 +172,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path) -> TrainingArgum
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "save_strategy": "steps",
-        "save_steps": math.ceil(steps / stage.checkpoints),
+        "save_steps": math.ceil(steps / (stage.checkpoints or MOST_CHECKPOINTS)),
         "save_total_limit": 2,
         "logging_steps": max(1, steps // 50),
         "logging_nan_inf_filter": False,  # it shows a loss that is not finite as the mean of those before
@@ -286,7 +293,7 @@ def train(
     trainer = trainer_of(name, student, teacher, args, rows)
     if isinstance(rows, PackedStream):
         trainer.add_callback(KeepPosition(rows, recipe.stages()[name].batch_size))
-    trainer.add_callback(_Steps(name, listener))  # seals checkpoints, so it comes last
+    trainer.add_callback(_Steps(recipe, name, listener))  # seals checkpoints, so it comes last
     checkpoint = on_main(lambda: newest_checkpoint(folder, lambda text: listener(Event(name, "note", text=text))))
     if checkpoint is not None:
         listener(Event(name, "note", text=f"going on from {checkpoint.name}"))
@@ -319,7 +326,8 @@ def trainer_of(name: str, student: Any, teacher: Any, args: Any, rows: Any) -> H
 class _Steps(CheckedSteps):
     """Reports steps, stops at a loss that is not finite before it reaches a checkpoint, and seals checkpoints."""
 
-    def __init__(self, name: str, listener: Listener) -> None:
+    def __init__(self, recipe: Recipe, name: str, listener: Listener) -> None:
+        super().__init__(SECONDS_APART if recipe.stages()[name].checkpoints is None else 0.0)
         self.name = name
         self.listener = listener
         self.loss = ""

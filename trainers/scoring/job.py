@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
-from ..checkpoints import CheckedSteps, newest_checkpoint
+from ..checkpoints import MOST_CHECKPOINTS, SECONDS_APART, CheckedSteps, newest_checkpoint
 from ..distillation import DistillationConfig, DistillationTrainer
 from ..durable import PARTIAL, held, read_json, settle, write_json
 from ..held_out import HeldOut
@@ -79,7 +79,7 @@ class Job:
     folder: Path | None = None
     progress: Callable[[LayerScore], None] | None = None
     steps: Steps | None = None
-    checkpoints: int = 10
+    checkpoints: int | None = None
     part: tuple[int, int] = (0, 1)
     baseline: float = math.nan
     origin: str = ""
@@ -328,8 +328,8 @@ class Job:
 
     def _share_of_steps(self) -> float:
         """The steps between two checkpoints; a share of all of them where `args` counts epochs."""
-        total = self.length.get("max_steps", self.args.max_steps)
-        return -(-total // self.checkpoints) if total > 0 else 1 / (self.checkpoints + 1)
+        total, parts = self.length.get("max_steps", self.args.max_steps), self.checkpoints or MOST_CHECKPOINTS
+        return -(-total // parts) if total > 0 else 1 / (parts + 1)
 
     def _own_checkpoints(self, name: str, stack: contextlib.ExitStack) -> Path | None:
         """The folder for the checkpoints of `name`; None without one, or where another job trains the same there."""
@@ -458,6 +458,7 @@ class _Count(CheckedSteps):
     """Counts the tokens of every optimizer step, says how far a training run is, and looks after its checkpoints."""
 
     def __init__(self, job: Job) -> None:
+        super().__init__(SECONDS_APART if job.checkpoints is None else 0.0)
         self.job = job
         self.loss = ""
 

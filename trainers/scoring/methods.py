@@ -81,7 +81,7 @@ def score_layers(
     k: int | None = None,
     options: dict[str, Any] | None = None,
     output_dir: Any = None,
-    checkpoints: int = 10,
+    checkpoints: int | None = None,
     progress: Callable[[LayerScore], None] | None = None,
     steps: Steps | None = None,
 ) -> LayerScores:
@@ -112,8 +112,8 @@ def score_layers(
         options (`dict`, *optional*): keyword arguments of the method's function.
         output_dir (`str`, *optional*): keeps each result as soon as it is there; a second call with the same folder
             goes on with what is missing. A result is taken only where it came from the same settings, rows and models.
-        checkpoints (`int`, *optional*, defaults to 10): parts of each training run, between which `output_dir` has a
-            checkpoint: a kill loses one of them at most.
+        checkpoints (`int`, *optional*): parts of each training run, between which `output_dir` has a checkpoint: a
+            kill loses one of them at most. By default ten at most, of a minute or more.
         progress (`Callable`, *optional*): called with each [`LayerScore`].
         steps (`Callable`, *optional*): called with `(done, total, text)` as work goes on between those.
 
@@ -192,10 +192,10 @@ def check_request(method: str | ScoringMethod, options: Options, k: int | None) 
 
 
 def _check_given(
-    method: ScoringMethod, student: Any, train_dataset: Any, tokens_per_layer: int | None, checkpoints: int
+    method: ScoringMethod, student: Any, train_dataset: Any, tokens_per_layer: int | None, checkpoints: int | None
 ) -> None:
     """Raises a `ValueError` where the method lacks student, rows or tokens, or the student has softmax attention."""
-    if checkpoints < 1:
+    if checkpoints is not None and checkpoints < 1:
         raise ValueError(f"checkpoints={checkpoints} is too small; pass at least 1.")
     if tokens_per_layer is not None and tokens_per_layer < 1:
         raise ValueError(f"tokens_per_layer={tokens_per_layer} trains on nothing; pass at least 1.")
