@@ -32,6 +32,7 @@ from hf_hybrid.modeling import kernels, linear_attention
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.run.kernel_tuning import tune_kernels
 from hf_hybrid.trainers.distillation import final_hidden_states
+from hf_hybrid.trainers.document_attention import by_documents
 from hf_hybrid.trainers.held_out import HeldOut
 from hf_hybrid.trainers.hybrid_trainer import HybridTrainer, HybridTrainingArguments, mixer_parameters
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
@@ -152,6 +153,9 @@ def step(args: argparse.Namespace, results: Results) -> None:
     pieces(args, results, steps.teacher, steps.student)
     with unfused():
         steps.add("distillation", True, "elementwise work by torch")
+    with by_documents(steps.teacher, steps.student):
+        for packed in (True, False):
+            steps.add("distillation", packed, "document_attention")
 
 
 def step_compiled(args: argparse.Namespace, results: Results) -> None:
@@ -160,6 +164,8 @@ def step_compiled(args: argparse.Namespace, results: Results) -> None:
     with compiled_regions(steps.teacher, steps.student):
         for loss in ("distillation", "next token"):
             steps.add(loss, True, "torch_compile", warmup=3)
+        with by_documents(steps.teacher, steps.student):
+            steps.add("distillation", True, "torch_compile, document_attention", warmup=3)
 
 
 class Steps:
@@ -201,15 +207,20 @@ def pieces(args: argparse.Namespace, results: Results, teacher: Any, student: An
             student.zero_grad(set_to_none=True)
 
         no_grad = torch.no_grad()
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "teacher, forward": no_grad(functools.partial(forward, teacher)),
             "student, forward": no_grad(functools.partial(forward, student)),
             "student, forward + backward": both_ways,
         }
-        for name, call in calls.items():
-            found = measured(args, name, call, batch["input_ids"].numel())
-            if found is not None:
-                results.add("pieces", {"piece": name, "packed": packed, **found})
+        ways = {"": contextlib.nullcontext()} | (
+            {", document_attention": by_documents(teacher, student)} if packed else {}
+        )
+        for suffix, way in ways.items():
+            with way:
+                for name, call in calls.items():
+                    found = measured(args, name, call, batch["input_ids"].numel())
+                    if found is not None:
+                        results.add("pieces", {"piece": name + suffix, "packed": packed, **found})
 
 
 def alignment(args: argparse.Namespace, results: Results) -> None:

@@ -74,8 +74,8 @@ def test_gpu_benchmark_measures_training_beside_what_it_is_compared_with(tmp_pat
     counted = {part: len(results[part]) for part in gpu_training.KEYS}
     assert counted == {
         "cold_start": 1,
-        "step": 7,
-        "pieces": 6,
+        "step": 10,
+        "pieces": 9,
         "alignment": 3,
         "held_out": 4,
         "training_layer": 2,
@@ -120,7 +120,7 @@ def test_the_table_of_the_gpu_says_what_was_reached():
     lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in page.splitlines()}
     assert lines["distillation step, 2 x 4,096, packed rows"][1:5] == ["20,480 tokens/s", "", "1.02", "yes"]
     assert lines["the same beside a next-token step of the student"][1:5] == ["400.0 ms", "200.0 ms", "2.00", "yes"]
-    assert lines["packed rows beside rows of one document"][3:5] == ["1.03", "yes"]
+    assert lines["packed rows; beside them, rows of one document"][3:5] == ["1.03", "yes"]
     kl = lines["exact KL of it, gradients included; beside it, logits made twice in small chunks"]
     assert kl[1] == "90 ms, 2.0 GB; a chunk's logits 267 MB" and kl[3:5] == ["1.12", "no"]
     # Eight times the head's parameters for a token: two heads forward, one of them twice backward.

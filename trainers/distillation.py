@@ -8,6 +8,7 @@ import torch
 
 from hf_hybrid.modeling.packing import without_mask
 
+from .document_attention import as_one_row, attends_by_documents, by_documents
 from .hybrid_trainer import hybrid_of
 from .losses import (
     check_logit_function,
@@ -18,7 +19,7 @@ from .losses import (
     masked_mean,
 )
 from .precision import Precision
-from .sharding import is_sharded
+from .sharding import is_sharded, uses_fsdp2
 from .teacher_states import TeacherStates
 from .teacher_topk import ROW, NumberedRows, TeacherTopK
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
@@ -39,6 +40,10 @@ class DistillationConfig(TeacherTrainingArguments):
             Folder of [`~hf_hybrid.write_teacher_topk`] for `train_dataset`, from which the teacher's distributions
             come in place of a forward pass. The loss is then that of `k + 1` outcomes, a lower bound of the KL: see
             [`~hf_hybrid.trainers.losses.topk_kl_per_token`].
+        document_attention (`bool`):
+            While it trains, let the softmax layers of teacher and student attend to each document of packed rows by
+            itself, in the place of a mask over the whole row: on CUDA under 16 bits by flash attention. Rows must have
+            no padding, and the models neither windows shorter than a document nor capped logits.
         teacher_states_bytes (`int`):
             Host memory of each machine for the teacher's final hidden states, in scores that distil once for each
             layer, always on the same batches: what fits is computed once and not for each layer. 0 for none.
@@ -50,6 +55,9 @@ class DistillationConfig(TeacherTrainingArguments):
     chunk_tokens: int | None = field(default=None, metadata={"help": "Tokens whose logits are held at once."})
     teacher_topk: str | None = field(
         default=None, metadata={"help": "Folder of write_teacher_topk, read in place of running the teacher."}
+    )
+    document_attention: bool = field(
+        default=False, metadata={"help": "Whether softmax attends document by document, not under a mask."}
     )
     teacher_states_bytes: int = field(
         default=2**34, metadata={"help": "Host memory for the teacher's states of batches that scores train on again."}
@@ -82,6 +90,14 @@ class DistillationTrainer(TeacherTrainer):
             missing = "args.teacher_topk" if self.topk is None else "it, for the eval_dataset is measured with it"
             raise ValueError(f"teacher is None; pass {missing}.")
         super().__init__(model=model, teacher=teacher, args=args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.args.document_attention:
+            return super().train(*args, **kwargs)
+        if uses_fsdp2(self.accelerator) or self.is_deepspeed_enabled:
+            raise ValueError("document_attention is on, and was not tried with FSDP2 and DeepSpeed; switch it off.")
+        with by_documents(*self.models_that_run()):
+            return super().train(*args, **kwargs)
 
     def check_teacher(self, teacher: Any) -> None:
         check_logit_function(teacher, self.precision)
@@ -190,5 +206,8 @@ def teacher_states(teacher: Any, inputs: dict[str, torch.Tensor], precision: Pre
 
 def final_hidden_states(model: Any, inputs: dict[str, torch.Tensor], precision: Precision) -> torch.Tensor:
     """What goes into the head of `model`, `[B, T, H]`."""
-    with precision.running(inputs["input_ids"].device):
-        return model.base_model(**without_mask(inputs), use_cache=False).last_hidden_state
+    ids, row = inputs["input_ids"], without_mask(inputs)
+    if attends_by_documents(model):
+        row = as_one_row(row)
+    with precision.running(ids.device):
+        return model.base_model(**row, use_cache=False).last_hidden_state.view(*ids.shape, -1)

@@ -115,15 +115,15 @@ class HybridTrainer(Trainer):
         with unprepared_afterwards(cast(nn.Module, self.model)), self._regions():
             return super().train(*args, **kwargs)
 
-    def compiled_models(self) -> list[Any]:
-        """The models of which `torch_compile` compiles regions."""
+    def models_that_run(self) -> list[Any]:
+        """The models that run in training, below whatever wraps them."""
         return [hybrid_of(self.accelerator.unwrap_model(self.model))]
 
     def _regions(self) -> AbstractContextManager[None]:
         if not self.args.torch_compile:
             return contextlib.nullcontext()
         return compiled_regions(
-            *self.compiled_models(),
+            *self.models_that_run(),
             backend=self.args.torch_compile_backend or "inductor",
             mode=self.args.torch_compile_mode,
         )

@@ -79,9 +79,9 @@ class TeacherTrainer(HybridTrainer):
             return shard_teacher(teacher, self.accelerator)
         return teacher.to(self.accelerator.device)
 
-    def compiled_models(self) -> list[Any]:
+    def models_that_run(self) -> list[Any]:
         teacher = [] if self.teacher is None else [self.accelerator.unwrap_model(self.teacher)]
-        return [*super().compiled_models(), *teacher]
+        return [*super().models_that_run(), *teacher]
 
     def batch_of(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What of a batch goes into [`student_loss`]."""

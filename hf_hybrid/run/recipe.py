@@ -71,6 +71,7 @@ _OF_EXECUTION = frozenset(
         "chunk_tokens",
         "teacher_states_bytes",
         "layerwise_backward",
+        "document_attention",
         "shard_teacher",
         "logging_strategy",
         "logging_steps",
