@@ -48,6 +48,10 @@ from hf_hybrid.modeling import kernels
 from hf_hybrid.places import find_recipe
 from hf_hybrid.run.kernel_tuning import side_by_side
 from hf_hybrid.trainers import losses
+from hf_hybrid.trainers.distillation import mean_kl_of_batch
+from hf_hybrid.trainers.document_attention import by_documents
+from hf_hybrid.trainers.precision import Precision
+from hf_hybrid.trainers.regions import compiled_regions
 
 
 ROOT = Path(__file__).parents[1]
@@ -361,6 +365,9 @@ def check_mixers(mixer: str, device: str, folder: Path) -> Iterator[tuple[str, C
         name = str(dtype).removeprefix("torch.")
         yield f"cached decoding, {name}", lambda d=dtype: cached_decoding(mixer, device, d)
     yield "generation, bf16", lambda: generation(mixer, device)
+    if mixer == "gated_deltanet":  # what lies around the mixer is the same for all
+        yield "document_attention against a mask", lambda: another_way(mixer, device, by_documents)
+        yield "torch_compile against none", lambda: another_way(mixer, device, compiled_regions)
 
 
 def a_batch(device: str, *, packed: bool = False) -> dict[str, Tensor]:
@@ -398,6 +405,22 @@ def autocast_step(mixer: str, device: str, *, packed: bool) -> str:
     said = within(abs(loss.item() / exact.item() - 1), 5e-2, "loss")
     # Of random models; those of q and k go through norms, and with the recurrence in float64 they are as far off.
     return f"{said}, {within(relative(a, b), 0.3, 'gradients')}"
+
+
+def another_way(mixer: str, device: str, way: Callable[..., contextlib.AbstractContextManager[None]]) -> str:
+    """A distillation's loss and gradients on packed rows, teacher and student run in `way`, against the plain ones."""
+    student, teacher = hybrid_of(mixer, device)
+    student.train().gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for context in (contextlib.nullcontext(), way(teacher, student)):
+        student.zero_grad()
+        with context:
+            loss = mean_kl_of_batch(student, teacher, a_batch(device, packed=True), Precision(torch.bfloat16))
+            loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        found.append((loss.item(), gradients))
+    said = within(abs(found[1][0] / found[0][0] - 1), 2e-2, "loss")
+    return f"{said}, {within(relative(found[1][1], found[0][1]), 0.1, 'gradients')}"
 
 
 def checkpointed_step(mixer: str, device: str) -> str:
