@@ -9,6 +9,7 @@ from teachers import tiny_teacher, tokens
 import hf_hybrid as hh
 from hf_hybrid.trainers.distillation import kl_of_batch
 from hf_hybrid.trainers.losses import (
+    KL_OF_CHUNK,
     alignment_loss,
     check_logit_function,
     chunked_kl_per_token,
@@ -18,6 +19,7 @@ from hf_hybrid.trainers.losses import (
     masked_mean,
     topk_kl_per_token,
     topk_of_logits,
+    wide_chunk,
 )
 from hf_hybrid.trainers.precision import AS_LOADED
 
@@ -84,6 +86,22 @@ class TestKL:
         torch.testing.assert_close(total, whole)
         for got, want in zip(torch.autograd.grad(3 * total, leaves), wanted, strict=True):
             torch.testing.assert_close(got, want)
+
+    def test_half_precision_logits_are_raised_before_anything_is_computed_of_them(self):
+        teacher, student = (torch.randn(5, 300, generator=torch.Generator().manual_seed(i)) * 4 for i in (0, 1))
+        weights = torch.rand(5)
+        with torch.autocast("cpu", torch.bfloat16):
+            total, slope = KL_OF_CHUNK(teacher.bfloat16(), student.bfloat16(), weights)
+        leaf = student.bfloat16().double().requires_grad_()
+        wanted = (kl_per_token(teacher.bfloat16().double(), leaf) * weights).sum()
+        assert total.dtype == torch.float32 and total.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert slope.dtype == torch.bfloat16
+        torch.testing.assert_close(slope.double(), torch.autograd.grad(wanted, leaf)[0], rtol=1e-2, atol=1e-6)
+
+    def test_chunks_on_a_gpu_follow_its_free_memory(self):
+        found = [wide_chunk(110, 152_000, free) for free in (0, 20 * 2**30, 200 * 2**30)]
+        assert found[0] == 440 and found[2] == 1760 and 440 < found[1] < 1760
+        assert 24 * found[1] * 152_000 <= 20 * 2**30 / 8
 
     def test_masked_vocabulary_in_the_forward_pass(self):
         """-inf in the teacher's logits, or in both, has no gradient and no nan."""

@@ -19,8 +19,9 @@ from .precision import Precision
 
 # Logits of one chunk of tokens, of one model: 64 MiB in fp32.
 _CHUNK_ELEMENTS = 2**24
-# Where each chunk reads and writes the gradient of the whole head, and launches kernels, fewer of them are quicker.
-_CHUNKS_ON_CUDA = 4
+# On CUDA chunks are so many times as wide: each reads and writes the gradient of the whole head, and launches kernels.
+_WIDER_ON_CUDA = (4, 16)
+_BYTES_OF_A_LOGIT = 24  # at most, of all that is as large as a chunk's logits
 
 LogitFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -55,6 +56,19 @@ def _kl(log_teacher: torch.Tensor, log_student: torch.Tensor) -> torch.Tensor:
 def tokens_per_chunk(vocab_size: int) -> int:
     """How many tokens' logits are held at once, by default: as many as stay within 64 MiB in fp32."""
     return max(1, _CHUNK_ELEMENTS // vocab_size)
+
+
+def wide_chunk(chunk_tokens: int, vocab_size: int, free: int) -> int:
+    """`chunk_tokens` on CUDA with so many bytes free, of which an eighth is for a chunk of both models' logits."""
+    least, most = _WIDER_ON_CUDA
+    fitting = free // 8 // (_BYTES_OF_A_LOGIT * vocab_size)
+    return min(max(fitting, least * chunk_tokens), most * chunk_tokens)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch can still have on a CUDA device, those that it holds in reserve among them."""
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserve
 
 
 def chunked_kl_per_token(
@@ -112,16 +126,42 @@ def chunked_kl_sum(
         head: the tensors of `student_logits` that gradients may go to.
         vocab_size: V, to size the chunks.
         chunk_tokens: tokens in a chunk; by default as many as keep a chunk's logits within 64 MiB in fp32 per model,
-            on CUDA within 256 MiB.
+            on CUDA within 256 MiB to 1 GiB, as much of that as an eighth of the free memory holds.
 
     Returns:
         A scalar, in nats.
     """
     if chunk_tokens is None:
-        chunk_tokens = tokens_per_chunk(vocab_size) * (_CHUNKS_ON_CUDA if student_hidden.is_cuda else 1)
+        chunk_tokens = tokens_per_chunk(vocab_size)
+        if student_hidden.is_cuda:
+            chunk_tokens = wide_chunk(chunk_tokens, vocab_size, free_memory(student_hidden.device))
     functions = teacher_logits, student_logits, chunk_tokens
     total: torch.Tensor = _KLSum.apply(functions, teacher_hidden, student_hidden, weights, *head)
     return total
+
+
+class KLOfChunk(torch.nn.Module):
+    """The weighted KL of one chunk and the gradient of its logits; a module, so that it can be compiled in place."""
+
+    @torch.no_grad()
+    def forward(
+        self, teacher_logits: torch.Tensor, student_logits: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Of logits `[n, V]` and `weights` `[n]`: `sum_i weights_i KL_i`, in fp32 or wider, and its gradient `[n, V]` in
+        the student's dtype, which is p_S - p_T as long as the teacher's probabilities add up to 1.
+        """
+        wide = torch.promote_types(student_logits.dtype, torch.float32)
+        log_teacher = teacher_logits.log_softmax(-1, dtype=wide)
+        log_student = student_logits.log_softmax(-1, dtype=wide)
+        # Each of these is as large as the logits, and what is not needed any more is written over.
+        mass = log_teacher.exp()
+        apart = log_teacher.sub_(log_student).masked_fill_(mass == 0, 0)  # before the product: -inf - -inf is nan
+        slope = log_student.exp_().sub_(mass).mul_(weights[:, None].to(wide)).to(student_logits.dtype)
+        return (mass.mul_(apart).sum(-1) * weights).sum(), slope
+
+
+KL_OF_CHUNK = KLOfChunk()
 
 
 class _KLSum(torch.autograd.Function):
@@ -145,16 +185,14 @@ class _KLSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(student_hidden.dtype, torch.float32), device=weights.device)
         for place in torch.arange(len(weights)).split(chunk_tokens):
             chunk = slice(int(place[0]), int(place[-1]) + 1)
-            log_teacher = widen(teacher_logits(teacher_hidden[chunk])).log_softmax(-1)
+            reference = teacher_logits(teacher_hidden[chunk])
             with torch.set_grad_enabled(needs_grad):
                 hidden = student_hidden[chunk].detach().requires_grad_(needs_grad)
                 logits = student_logits(hidden)
-            log_student = widen(logits.detach()).log_softmax(-1)
-            total += (_kl(log_teacher, log_student) * weights[chunk]).sum()
+            kl, slope = KL_OF_CHUNK(reference, logits.detach(), weights[chunk])
+            total += kl
+            del reference
             if needs_grad:
-                # The gradient of the logits, in the place of the student's log-probabilities. It is p_S - p_T as long
-                # as the teacher's probabilities add up to 1.
-                slope = log_student.exp_().sub_(log_teacher.exp_()).mul_(weights[chunk, None]).to(logits.dtype)
                 found = torch.autograd.grad(logits, [hidden, *trained], slope)
                 d_hidden[chunk] = found[0]
                 for gradient, part in zip(d_head, found[1:], strict=True):

@@ -15,6 +15,8 @@ from torch import nn
 
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
+from .losses import KL_OF_CHUNK
+
 
 # Graphs of one piece of code: all modules share `nn.Module`'s, and each of their kinds is compiled with and without
 # gradients and autocast. torch gives up silently at 8.
@@ -34,14 +36,15 @@ def regions(model: Any) -> list[nn.Module]:
 @contextlib.contextmanager
 def compiled_regions(*models: Any, backend: str = "inductor", mode: str | None = None) -> Iterator[None]:
     """
-    Inside, the regions of `models` run compiled, however and by whomever they are called; what someone compiled before
-    stays as it is.
+    Inside, the regions of `models` and the KL of a chunk of logits run compiled, however and by whomever they are
+    called; what someone compiled before stays as it is.
 
     Args:
         models: causal language models, with or without linear layers.
         backend, mode: as of `torch.compile`.
     """
-    found = [module for model in models for module in regions(model) if module._compiled_call_impl is None]
+    found = [KL_OF_CHUNK, *(module for model in models for module in regions(model))]
+    found = [module for module in found if module._compiled_call_impl is None]
     with torch._dynamo.config.patch(recompile_limit=_GRAPHS, skip_nnmodule_hook_guards=False):
         for module in found:
             module.compile(backend=backend, mode=mode)
