@@ -49,6 +49,8 @@ def tune_kernels(student: Any, *, rows: int, packed: bool, precision: Precision,
     with side_by_side():
         for mixer in mixers:
             run_once(mixer, rows=rows, packed=packed, precision=precision)
+            if packed:  # fla tunes anew for rows that are not, which measurements and generation have
+                run_once(mixer, rows=rows, packed=False, precision=precision, gradients=(False,))
     torch.cuda.synchronize(student.device)
     say(f"fla's kernels are ready after {time.perf_counter() - start:.0f} s")
     return True
@@ -64,7 +66,9 @@ def _mixers_by_shape(student: Any) -> list[Any]:
     return list(found.values())
 
 
-def run_once(mixer: Any, *, rows: int, packed: bool, precision: Precision) -> None:
+def run_once(
+    mixer: Any, *, rows: int, packed: bool, precision: Precision, gradients: tuple[bool, ...] = (True, False)
+) -> None:
     """Calls the recurrence of `mixer` as a training step and as a measurement do, on tensors that mean nothing."""
     weight = next(parameter for name, parameter in mixer.named_parameters() if name not in mixer.decay_parameters)
     device, dtype = weight.device, precision.autocast or weight.dtype
@@ -77,12 +81,12 @@ def run_once(mixer: Any, *, rows: int, packed: bool, precision: Precision) -> No
     tensors = [new(heads, mixer.head_dim), new(heads, mixer.head_dim), new(heads, mixer.value_dim)]
     hidden = new(mixer.hidden_size).to(weight.dtype)
     documents = torch.arange(_TOKENS, device=device).expand(rows, -1) // 100 if packed else None
-    for gradients in (True, False):
-        leaves = [tensor.clone().requires_grad_(gradients) for tensor in tensors]
-        with torch.set_grad_enabled(gradients), precision.running(device):
+    for needed in gradients:
+        leaves = [tensor.clone().requires_grad_(needed) for tensor in tensors]
+        with torch.set_grad_enabled(needed), precision.running(device):
             output, _ = mixer.mix(*leaves, hidden, None, None, documents)
             output = mixer.finish(output, hidden)
-        if gradients:
+        if needed:
             torch.autograd.grad(output.float().sum(), leaves)
 
 
