@@ -168,7 +168,14 @@ def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tup
 
 def kl(args: argparse.Namespace, results: Results) -> None:
     """The KL of 2 rows and its gradients, with the logits made once, in one pass, or twice."""
-    from hf_hybrid.trainers.losses import chunked_kl_per_token, chunked_kl_sum, tokens_per_chunk
+    from hf_hybrid.trainers.losses import (
+        chunked_kl_per_token,
+        chunked_kl_sum,
+        free_memory,
+        tokens_per_chunk,
+        wide_chunk,
+    )
+    from hf_hybrid.trainers.regions import compiled_regions
 
     hidden_size, vocabulary = args.sizes["hidden_size"], args.sizes["vocab_size"]
     count = 2 * args.train_tokens
@@ -190,13 +197,21 @@ def kl(args: argparse.Namespace, results: Results) -> None:
             chunked_kl_sum(teacher, student, *logits, weights, [head], vocabulary, chunk).backward()
         head.grad = student.grad = None
 
-    for times in (1, 4, 8, 16):
-        chunk = tokens_per_chunk(vocabulary) * times
+    def add(name: str, form: Callable[[int], None], chunk: int) -> None:
+        over = torch.cuda.memory_allocated() if args.device == "cuda" else 0
+        call = functools.partial(form, chunk)
+        ms, _ = median_ms(call, args, args.repeats)
+        results.add("kl", {"form": name, "chunk_tokens": chunk, "ms": ms, "peak_mb": peak_mb(args, call, over)})
+
+    default = tokens_per_chunk(vocabulary)
+    if args.device == "cuda":
+        default = wide_chunk(default, vocabulary, free_memory(torch.device("cuda")))
+    add("as it comes", once, default)
+    for times in (1, 4, 16):
         for name, form in (("logits twice", twice), ("logits once", once)):
-            over = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-            call = functools.partial(form, chunk)
-            ms, _ = median_ms(call, args, args.repeats)
-            results.add("kl", {"form": name, "chunk_tokens": chunk, "ms": ms, "peak_mb": peak_mb(args, call, over)})
+            add(name, form, tokens_per_chunk(vocabulary) * times)
+    with compiled_regions(backend=args.backend):
+        add("torch_compile", once, default)
 
 
 def training(args: argparse.Namespace, results: Results) -> None:

@@ -161,7 +161,7 @@ def step(args: argparse.Namespace, results: Results) -> None:
 def step_compiled(args: argparse.Namespace, results: Results) -> None:
     """The same with `torch_compile`."""
     steps = Steps(args, results)
-    with compiled_regions(steps.teacher, steps.student):
+    with compiled_regions(steps.teacher, steps.student, backend=args.backend):
         for loss in ("distillation", "next token"):
             steps.add(loss, True, "torch_compile", warmup=3)
         with by_documents(steps.teacher, steps.student):
