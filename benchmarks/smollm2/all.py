@@ -56,6 +56,7 @@ class Work:
         self.scale: float = args.scale
         self.without_written: bool = args.without_written
         self.minutes: float | None = args.minutes
+        self.gpus: int = args.gpus
         self.written_tokens: int = 4_000 if args.trial else args.written_tokens
         self.results: Path = args.results or (
             self.folder / "results" if args.trial else HERE.parent / "results/smollm2"
@@ -174,7 +175,7 @@ class Work:
         options += ["--output", self.results / f"seed-{self.seed}", "--scale", self.scale]
         if self.minutes is not None:
             options += ["--minutes", self.minutes]
-        command(HERE / "compare.py", *options, *self._trial())
+        command(HERE / "compare.py", *options, *self._trial(), gpus=self.gpus)
 
     def report(self) -> None:
         """The page, of everything that was kept."""
@@ -192,12 +193,18 @@ class Work:
         return ["--trial"] if self.trial else []
 
 
-def command(*words: Any) -> None:
-    """Runs this Python with `words`, which are printed first."""
+def command(*words: Any, gpus: int = 1) -> None:
+    """Runs this Python with `words`, which are printed first; with several GPUs once for each, all at once."""
     line = [sys.executable, *map(str, words)]
-    sys.stdout.write(f"$ python {' '.join(line[1:])}\n")
+    sys.stdout.write(f"$ python {' '.join(line[1:])}{f'  # on each of {gpus} GPUs' if gpus > 1 else ''}\n")
     sys.stdout.flush()
-    subprocess.run(line, check=True)
+    if gpus == 1:
+        subprocess.run(line, check=True)
+        return
+    started = [subprocess.Popen(line, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(i)}) for i in range(gpus)]
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise subprocess.CalledProcessError(max(codes, key=abs), line)
 
 
 def _sha256(path: Path) -> str:
@@ -214,6 +221,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of all budgets of tokens (default: all)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job of the comparison that would end later than this")
+    parser.add_argument("--gpus", type=int, default=1, help="that share the comparison (default: %(default)s)")
     parser.add_argument("--without-written", action="store_true", help="use no text that the teacher wrote")
     parser.add_argument("--written-tokens", type=int, default=1_200_000, help="that the teacher writes")
     args = parser.parse_args()

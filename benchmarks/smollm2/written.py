@@ -36,6 +36,7 @@ PARTS, DOMAINS = ("held_out", "train"), ("textbook", "instructions")
 TEXTBOOK_SHARE = 0.6  # of the tokens; the rest are instructions
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 300_000  # of the topics and of the tokens; tokens of a domain, at most
 SYNCHRONISE = 32  # steps between two looks at what is finished; nothing waits for the device in between
+FEWEST = 128  # documents of a batch, where a batch may have as many
 _FEWER = 0.8  # rows are thrown out of the batch when at most this share of them is unfinished
 
 ASPECTS = (
@@ -457,7 +458,8 @@ class Writer:
                         f"({self.of(part, domain)[-1]['dropped']}); raise --new-tokens."
                     )
                 most = self.settings.batch_size if part == "train" else max(8, self.settings.batch_size // 4)
-                few = min(most, int((goal - tokens) / mean * 1.2) + 8)  # no more than are needed
+                # No more than are needed, but a step of few rows takes as long as one of many.
+                few = min(most, max(FEWEST, int((goal - tokens) / mean * 1.2) + 8))
                 record = self._batch(part, domain, batch, few, passages, seen)
                 self.records.append(record)
                 _append(self.progress, json.dumps(record) + "\n")
