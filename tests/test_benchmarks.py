@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import delta_rule
 import gpu
+import gpu_check
 import gpu_table
 import gpu_training
 import pytest
@@ -287,3 +288,15 @@ def test_the_table_compares_the_largest_batches():
     assert found["prefill"].floor.endswith("if linear layers took no time, 2.00 times")
     sums = lines["decoding at 131,072 tokens, attention as sums, batch 1; beside it, the teacher"]
     assert sums.ratio is None and sums.measured == "250 tokens/s"
+
+
+@pytest.mark.parametrize("tolerance", [2e-2, 0.0])
+def test_gpu_check_passes_what_is_right_and_no_more(tolerance, tmp_path, monkeypatch):
+    """One check, on the CPU; with no room for an error it fails, and says by how much."""
+    monkeypatch.setattr(gpu_check, "TOLERANCE", dict.fromkeys(gpu_check.TOLERANCE, tolerance))
+    child = ["--device", "cpu", "--workdir", str(tmp_path), "--child", "sizes:gated_deltanet"]
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", *child])
+    assert gpu_check.main() == (0 if tolerance else 1)
+    rows = [json.loads(line) for line in (tmp_path / "sizes-gated_deltanet.jsonl").read_text().splitlines()]
+    assert [row["passed"] for row in rows] == [tolerance > 0] * 3
+    assert all(row["said"] for row in rows)
