@@ -74,13 +74,7 @@ def _to_mixer(
             "once; keep its layers in full_attention_layers."
         )
     attention_call.done = True
-    module.check_heads(query, key, value)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if attention_call.capture:
-        attention_call.settings = kwargs
-        attention_call.captured = query, *expand_groups(key, value, query.shape[2])
-        return value.new_zeros(*query.shape[:3], value.shape[-1]), None
-    return module.attend(query, key, value, attention_call).contiguous(), None
+    return module.replace_softmax(query, key, value, attention_call, kwargs), None
 
 
 # The library's own way to run another attention; nothing but a mixer's view of its config names it.
@@ -237,6 +231,23 @@ class AdoptedAttention(nn.Module):
                 f"{tuple(value.shape)}; expected heads and widths {expected} over {tokens} tokens. Keep its layers in "
                 "full_attention_layers."
             )
+
+    def replace_softmax(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: AttentionCall,
+        settings: dict[str, Any],
+    ) -> torch.Tensor:
+        """From q, k, v as the library hands them to its softmax, `[B, H or G, T, D or V]`, to `[B, T, H, V]`."""
+        self.check_heads(query, key, value)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if call.capture:
+            call.settings = settings
+            call.captured = query, *expand_groups(key, value, query.shape[2])
+            return value.new_zeros(*query.shape[:3], value.shape[-1])
+        return self.attend(query, key, value, call).contiguous()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """From the teacher's q `[B, T, H, D]`, k `[B, T, G, D]` and v `[B, T, G, V]` to the output `[B, T, H, V]`."""

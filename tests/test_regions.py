@@ -37,12 +37,15 @@ def test_training_with_compiled_regions(tmp_path, kind):
     backend = f"counted_{kind.__name__}"
     torch._dynamo.register_backend(counter, name=backend)
     found = trained(kind, student, teacher, tmp_path, torch_compile=True, torch_compile_backend=backend)
-    # Norm and MLP of the teacher; in the distillation, of the student with gradients too, and the KL.
-    assert counter.frame_count == (2 if kind is hh.AlignmentTrainer else 5)
+    # Norm and MLP of the teacher, and what comes before and after a mixer's own part. In the distillation, norm and MLP
+    # of the student, softmax attention of both, and the KL, too.
+    assert counter.frame_count == (4 if kind is hh.AlignmentTrainer else 9)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     for name, tensor in expected[1].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
-    assert all(module._compiled_call_impl is None for module in regions(teacher))
+    for model in (teacher, student):
+        assert all(module._compiled_call_impl is None for module in regions(model))
+        assert all("replace_softmax" not in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.slow

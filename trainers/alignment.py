@@ -54,6 +54,7 @@ class AlignmentTrainer(TeacherTrainer):
     """
 
     args: AlignmentConfig
+    compiles_softmax = False  # each step puts hooks on the teacher's, which would be compiled anew
     _tag_names = ["hf-hybrid", "alignment"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -41,8 +41,8 @@ class HybridTrainingArguments(TrainingArguments):
         decay_window (`list[float]`):
             By default that of RADLADS (arXiv 2505.03005, table 2, step 2a); `[0, 1]` is a cosine over all steps.
 
-    `torch_compile`, with `torch_compile_backend` and `torch_compile_mode`, compiles norms and MLPs of the student's
-    layers, and of the teacher's, not whole models: see `trainers/regions.py`. It leaves TF32 as it is.
+    `torch_compile`, with `torch_compile_backend` and `torch_compile_mode`, compiles the parts of the student's layers,
+    and of the teacher's, not whole models: see `trainers/regions.py`. It leaves TF32 as it is.
 
     Differs from the parent in: `adam_beta2=0.95`, `weight_decay=0.0` (RADLADS, arXiv 2505.03005, table 2),
     `report_to="none"`, `remove_unused_columns=False`, `dataloader_pin_memory` (on only where there is a GPU).
@@ -93,6 +93,7 @@ class HybridTrainer(Trainer):
     """
 
     args: HybridTrainingArguments
+    compiles_softmax = True  # with `torch_compile`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -126,6 +127,7 @@ class HybridTrainer(Trainer):
             *self.models_that_run(),
             backend=self.args.torch_compile_backend or "inductor",
             mode=self.args.torch_compile_mode,
+            softmax=self.compiles_softmax,
         )
 
     def create_accelerator_and_postprocess(self) -> None:
