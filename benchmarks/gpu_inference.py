@@ -166,40 +166,48 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
     rate = copied_bytes_per_ms(args)
     contexts, longest = sorted(args.contexts), max(args.contexts)
 
-    def cell(name: str, how: str, context: int, batch: int) -> None:
+    broken: set[str] = set()
+
+    def cell(name: str, how: str, context: int, batch: int) -> int | None:
+        """Measures and keeps; returns the batch that fitted, None for none. What cannot be compiled is recorded."""
+        if how == "compiled" and name in broken:
+            how = "recorded"
         if out_of_time(args, f"{name}, {how}, context {context}, batch {batch}"):
-            return
+            return None
         model = models[name]
         call = compiled[name] if how == "compiled" else model.forward
         for attempt in (batch, max(1, batch * 3 // 4)):
+            row: dict[str, Any] = {"model": name, "how": how, "attention": args.attention, "context": context}
+            row["batch"] = attempt
             try:
-                ms, size, first = time_steps(args, model, call, how, context, attempt)
+                row |= time_steps(args, model, call, how, context, attempt)
+                if how == "compiled" and (context, batch) == (contexts[0], 1):
+                    row["difference"] = difference_from_eager(args, model, call, context)
             except torch.OutOfMemoryError:
-                free_memory(args)
                 sys.stderr.write(f"{name}, {how}, context {context}, batch {attempt}: out of memory\n")
                 continue
             except Exception as error:  # noqa: BLE001 - the other cells are still wanted
                 sys.stderr.write(f"{name}, {how}, context {context}, batch {attempt} is left out: {error!r:.2000}\n")
-                return
+                if how == "compiled" and args.device == "cuda":
+                    broken.add(name)
+                    return cell(name, how, context, batch)
+                return None
             finally:
                 free_memory(args)
             weights = sum(x.numel() * x.element_size() for x in model.parameters())
-            row = {"model": name, "how": how, "attention": args.attention, "context": context, "batch": attempt}
-            row |= {"ms": ms, "tokens_per_second": 1000 * attempt / ms, "cache_bytes": size, "first_s": first}
-            row["floor_ms"] = (weights + size) / rate
-            if how == "compiled" and (context, batch) == (contexts[0], 1):
-                row["difference"] = difference_from_eager(args, model, call, context)
-            results.add("decoding", row)
-            return
+            results.add("decoding", row | {"floor_ms": (weights + row["cache_bytes"]) / rate})
+            return attempt
+        return None
 
     # From the longest on: how sums are split is chosen for the length that is compiled.
     few = [longest, *[n for n in contexts[1:-1] if n == 32_768 or args.tiny], contexts[0]]
     for name in models:
         for context in dict.fromkeys(few):
             cell(name, "compiled", context, 1)
-    for name in models:
-        cell(name, "compiled", longest, fitting(args, teacher, longest))
-    cell("hybrid", "compiled", longest, fitting(args, models["hybrid"], longest))
+    many = fitting(args, teacher, longest)
+    many = cell("teacher", "compiled", longest, many) or many
+    cell("hybrid", "compiled", longest, many)
+    cell("hybrid", "compiled", longest, max(many, fitting(args, models["hybrid"], longest)))
     for name in models:
         cell(name, "eager", contexts[0], 1)
     if args.device == "cuda":  # the operations of the eager step, fla's kernel among them, launched by the GPU
@@ -238,7 +246,7 @@ def summed_attention(
 
 def time_steps(
     args: argparse.Namespace, model: PreTrainedModel, call: Callable[..., Any], how: str, context: int, batch: int
-) -> tuple[float, int, float]:
+) -> dict[str, float]:
     """Milliseconds of a step at `context` tokens, bytes of the cache, and seconds until the first steps were done."""
     room = args.steps + 8
     cache = random_static_cache(model, batch, context)
@@ -274,7 +282,8 @@ def time_steps(
         times.append(1000 * (time.perf_counter() - start) / args.steps)
         if sum(times) * args.steps > 2000:  # long enough to be sure of
             break
-    return statistics.median(times), cache_bytes(cache), first
+    ms = statistics.median(times)
+    return {"ms": ms, "tokens_per_second": 1000 * batch / ms, "cache_bytes": cache_bytes(cache), "first_s": first}
 
 
 def difference_from_eager(

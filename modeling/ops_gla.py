@@ -53,7 +53,8 @@ def recurrent_gla(
         decay = forget_at_restarts(g.to(dtype), seq_idx).exp()
         tokens = [x.to(dtype).unbind(1) for x in (q * scale, k, v, decay)]
         if q.shape[1] == 1 and torch.compiler.is_compiling():
-            o, state = one_token(*(x[0] for x in tokens), state)
+            query, key, value, kept = (x[0] for x in tokens)
+            o, state = one_token(query, key, value, kept, state)
             return o.unsqueeze(1).to(out_dtype), state
         outputs = []
         for query, key, value, kept in zip(*tokens, strict=True):
