@@ -7,7 +7,6 @@ compiled and recorded as a CUDA graph.
 """
 
 import argparse
-import contextlib
 import functools
 import gc
 import statistics
@@ -39,7 +38,6 @@ from hf_hybrid.modeling.library import cache_argument
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.modeling.state_cache import count_tokens_in
 from hf_hybrid.run.kernel_tuning import alone_on_the_device
-from hf_hybrid.trainers.regions import compiled_regions
 
 
 # What makes a row of each part another row.
@@ -81,8 +79,12 @@ def prefill(args: argparse.Namespace, results: Results, how: str = "eager") -> N
     """
     teacher = make_teacher(args)
     models = {"teacher": teacher, "hybrid": hybrid_of(args, teacher)}
-    compiled = compiled_regions(*models.values(), **compiler(args) | {"mode": None})
-    with torch.no_grad(), compiled if how == "regions" else contextlib.nullcontext():
+    if how == "regions":
+        for layer in [layer for model in models.values() for layer in decoder_layers(model)]:
+            for module in layer.children():
+                if module is not layer.self_attn:  # with a cache its code is compiled anew for every layer
+                    module.compile(**compiler(args) | {"mode": None})
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         for context in args.contexts:
             if out_of_time(args, f"{how} prefill of {context} tokens"):
                 continue
