@@ -37,7 +37,7 @@ def test_training_with_compiled_regions(tmp_path, kind):
     backend = f"counted_{kind.__name__}"
     torch._dynamo.register_backend(counter, name=backend)
     found = trained(kind, student, teacher, tmp_path, torch_compile=True, torch_compile_backend=backend)
-    # Norm and MLP of the teacher, and what comes before and after a mixer's own part. In the distillation, norm and MLP
+    # Norm and MLP of the teacher, and what comes before and after a mixer's own part. In distillation, norm and MLP
     # of the student, softmax attention of both, and the KL, too.
     assert counter.frame_count == (4 if kind is hh.AlignmentTrainer else 9)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
