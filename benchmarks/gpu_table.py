@@ -236,24 +236,28 @@ def alignment_lines(results: dict[str, Any], shapes: Shapes, card: str) -> Itera
     mixers = Floor(6 * shapes.layers * shapes.mixer * tokens)
     mixers += shapes.recurrence(shapes.layers, 16, 512, 3.5)
     floor = floor_text(shapes.teacher_forward(16, 512) + mixers, card, tokens)
-    once, layerwise = (find(results, "alignment", choice=choice) for choice in ("at once", "layer by layer"))
-    yield Line(
-        "alignment, 16 x 512, all layers at once",
-        "54,000 tokens/s",
-        rate(once),
-        ratio=None if once is None else once["tokens_per_second"] / 54_000,
-        floor=floor,
-        least=1.0,
-    )
-    yield Line(
-        "the same, a backward pass for each layer: memory beside all at once",
-        "a fifth",
-        rate(layerwise),
-        rate(once),
-        ratio_of(layerwise, once, "peak_mb"),
-        floor,
-        most=0.2,
-    )
+    once = find(results, "alignment", choice="at once")
+    for suffix in ("", ", torch_compile"):
+        row = find(results, "alignment", choice=f"at once{suffix}")
+        yield Line(
+            f"alignment, 16 x 512, all layers at once{suffix}",
+            "54,000 tokens/s",
+            rate(row),
+            ratio=None if row is None else row["tokens_per_second"] / 54_000,
+            floor=floor,
+            least=1.0,
+        )
+    for suffix in ("", ", torch_compile"):
+        layerwise = find(results, "alignment", choice=f"layer by layer{suffix}")
+        yield Line(
+            f"alignment, a backward pass for each layer{suffix}: memory beside all at once",
+            "a fifth",
+            rate(layerwise),
+            rate(once),
+            ratio_of(layerwise, once, "peak_mb"),
+            floor,
+            most=0.2,
+        )
 
 
 def held_out_lines(results: dict[str, Any], shapes: Shapes, card: str) -> Iterator[Line]:

@@ -55,7 +55,8 @@ KEYS = {
     "scale": ("engine", "gpus", "rows_per_step"),
 }
 # Some make rows of another's name.
-PARTS = ("cold_start", "step", "alignment", "held_out", "training_layer", "ga_s2", "text", "step_compiled", "scale")
+PARTS = ("cold_start", "step", "alignment", "held_out", "training_layer", "ga_s2", "text")
+PARTS += ("step_compiled", "alignment_compiled", "scale")
 MEAN_DOCUMENT = 700  # tokens
 
 
@@ -223,7 +224,7 @@ def pieces(args: argparse.Namespace, results: Results, teacher: Any, student: An
                         results.add("pieces", {"piece": name + suffix, "packed": packed, **found})
 
 
-def alignment(args: argparse.Namespace, results: Results) -> None:
+def alignment(args: argparse.Namespace, results: Results, *, compiled: bool = False) -> None:
     """16 rows of 512, all layers linear: a backward pass for all mixers at once, or one for each."""
     teacher, student = make_pair(args, aligned=True)
     mixers = {id(parameter) for parameter in mixer_parameters(student)}
@@ -232,19 +233,27 @@ def alignment(args: argparse.Namespace, results: Results) -> None:
     tokens = min(512, args.train_tokens)
     batch = batch_of(args, 16, tokens, packed=True)
     student.train()
-    for choice, layerwise, checkpointing in (
-        ("at once", False, False),
-        ("at once, checkpointing", False, True),
-        ("layer by layer", True, False),
-    ):
-        (student.gradient_checkpointing_enable if checkpointing else student.gradient_checkpointing_disable)()
-        with tempfile.TemporaryDirectory() as folder:
-            given = settings(args, folder, layerwise_backward=layerwise, gradient_checkpointing=checkpointing)
-            trainer = hh.AlignmentTrainer(model=student, teacher=teacher, args=hh.AlignmentConfig(**given))
-        call = step_of(trainer, student, batch)
-        found = measured(args, f"alignment, {choice}", call, batch["input_ids"].numel(), over=allocated(args))
-        if found is not None:
-            results.add("alignment", {"choice": choice, **found})
+    way: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if compiled:
+        way = compiled_regions(teacher, student, backend=args.backend, softmax=False)
+    choices = {"at once": (False, False), "layer by layer": (True, False), "at once, checkpointing": (False, True)}
+    with way:
+        for choice, (layerwise, checkpointing) in list(choices.items())[: 2 if compiled else 3]:
+            (student.gradient_checkpointing_enable if checkpointing else student.gradient_checkpointing_disable)()
+            with tempfile.TemporaryDirectory() as folder:
+                given = settings(args, folder, layerwise_backward=layerwise, gradient_checkpointing=checkpointing)
+                trainer = hh.AlignmentTrainer(model=student, teacher=teacher, args=hh.AlignmentConfig(**given))
+            call = step_of(trainer, student, batch)
+            name = choice + (", torch_compile" if compiled else "")
+            given = {"over": allocated(args), "warmup": 3 if compiled else 1}
+            found = measured(args, f"alignment, {name}", call, batch["input_ids"].numel(), **given)
+            if found is not None:
+                results.add("alignment", {"choice": name, **found})
+
+
+def alignment_compiled(args: argparse.Namespace, results: Results) -> None:
+    """The same with `torch_compile`."""
+    alignment(args, results, compiled=True)
 
 
 def held_out(args: argparse.Namespace, results: Results) -> None:

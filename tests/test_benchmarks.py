@@ -77,7 +77,7 @@ def test_gpu_benchmark_measures_training_beside_what_it_is_compared_with(tmp_pat
         "cold_start": 1,
         "step": 10,
         "pieces": 9,
-        "alignment": 3,
+        "alignment": 5,
         "held_out": 4,
         "training_layer": 2,
         "text": len(results["text"]),
