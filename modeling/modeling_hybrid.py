@@ -18,6 +18,7 @@ The way of a call, from the outside in, and where each step stands:
     gated_delta_rule                kernels.py: fla's kernel or the torch form in ops_*.py
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self, cast
@@ -261,6 +262,19 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore
         cache = take_cache(dict(model_kwargs))
         if isinstance(cache, Cache):
             count_tokens_in(cache)
+
+    def _prefill(  # type: ignore[override]
+        self: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        The library's, which compiles a prompt that is read in parts, too. Here each part would be many graphs, for the
+        chunked recurrences are in none, and the first would make the states in the memory of a CUDA graph.
+        """
+        if self.linear_attention_layers:
+            generation_config = copy.copy(generation_config)
+            generation_config.disable_compile = True
+        base: Any = super()
+        return base._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused where a layer is linear: the library pages keys and values, and has no pages for states."""

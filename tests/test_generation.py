@@ -172,7 +172,10 @@ class TestOtherWays:
 )
 @layouts
 def test_all_steps_with_a_static_cache_are_one_graph(mixer, layers, monkeypatch):
-    """Traced once for prompts of two lengths, a padded batch, and sampling; what it is compiled to is torch's."""
+    """
+    Traced once for prompts of two lengths and in parts, a padded batch, and sampling; what it is compiled to is
+    torch's.
+    """
     model, (ids, mask, _) = hybrid(mixer, layers[:1], num_layers=2), left_padded()
     graphs, choose = [], kernels._runs_on_fla
 
@@ -193,7 +196,7 @@ def test_all_steps_with_a_static_cache_are_one_graph(mixer, layers, monkeypatch)
     static = {"cache_implementation": "static", "compile_config": compiled, "max_cache_len": 32}
     sampled = {"do_sample": True, "top_k": 20, "max_new_tokens": 8}
     warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")
-    for length, how in ((11, GREEDY), (9, GREEDY), (11, sampled)):
+    for length, how in ((11, GREEDY), (9, GREEDY), (11, GREEDY | {"prefill_chunk_size": 3}), (11, sampled)):
         texts = []
         for options in (static, {}):
             torch.manual_seed(3)
