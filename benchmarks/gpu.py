@@ -168,13 +168,7 @@ def students(args: argparse.Namespace, teacher: PreTrainedModel) -> Iterator[tup
 
 def kl(args: argparse.Namespace, results: Results) -> None:
     """The KL of 2 rows and its gradients, with the logits made once, in one pass, or twice."""
-    from hf_hybrid.trainers.losses import (
-        chunked_kl_per_token,
-        chunked_kl_sum,
-        free_memory,
-        tokens_per_chunk,
-        wide_chunk,
-    )
+    from hf_hybrid.trainers.losses import chunked_kl_per_token, chunked_kl_sum, tokens_per_chunk
     from hf_hybrid.trainers.regions import compiled_regions
 
     hidden_size, vocabulary = args.sizes["hidden_size"], args.sizes["vocab_size"]
@@ -203,13 +197,12 @@ def kl(args: argparse.Namespace, results: Results) -> None:
         ms, _ = median_ms(call, args, args.repeats)
         results.add("kl", {"form": name, "chunk_tokens": chunk, "ms": ms, "peak_mb": peak_mb(args, call, over)})
 
-    default = tokens_per_chunk(vocabulary)
-    if args.device == "cuda":
-        default = wide_chunk(default, vocabulary, free_memory(torch.device("cuda")))
+    default = tokens_per_chunk(vocabulary, torch.device(args.device))
+    least = tokens_per_chunk(vocabulary, torch.device("cpu"))
     add("as it comes", once, default)
     for times in (1, 4, 16):
         for name, form in (("logits twice", twice), ("logits once", once)):
-            add(name, form, tokens_per_chunk(vocabulary) * times)
+            add(name, form, least * times)
     with compiled_regions(backend=args.backend):
         add("torch_compile", once, default)
 

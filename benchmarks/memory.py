@@ -219,7 +219,8 @@ TAIL = """
 What each option does, and how to set it:
 
 - **Logits in chunks** is always on: `chunk_tokens` of `DistillationConfig` bounds how many tokens' logits of both
-  models exist at once, by default as many as stay within 64 MiB for each model. Compare "all logits at once".
+  models exist at once, by default as many as stay within 64 MiB for each model, on a GPU within 256 MiB to 1 GiB, as
+  much of that as an eighth of its free memory holds with what is computed of them. Compare "all logits at once".
 - **Checkpointing**, `gradient_checkpointing: true`: layers are computed again in the backward pass; in the alignment,
   each mixer.
 - **bf16 autocast**, `bf16: true` in `training`: weights, gradients and AdamW stay in fp32; activations are halved on

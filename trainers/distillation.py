@@ -35,7 +35,8 @@ class DistillationConfig(TeacherTrainingArguments):
 
     Args:
         chunk_tokens (`int`, *optional*):
-            Tokens whose logits are held at once; by default as many as keep them within 64 MiB per model in fp32.
+            Tokens whose logits are held at once; by default as many as keep them within 64 MiB per model in fp32, on
+            CUDA more, see [`~hf_hybrid.trainers.losses.tokens_per_chunk`].
         teacher_topk (`str`, *optional*):
             Folder of [`~hf_hybrid.write_teacher_topk`] for `train_dataset`, from which the teacher's distributions
             come in place of a forward pass. The loss is then that of `k + 1` outcomes, a lower bound of the KL: see

@@ -53,13 +53,17 @@ def _kl(log_teacher: torch.Tensor, log_student: torch.Tensor) -> torch.Tensor:
     return (mass * (log_teacher - log_student).masked_fill(mass == 0, 0)).sum(-1)
 
 
-def tokens_per_chunk(vocab_size: int) -> int:
-    """How many tokens' logits are held at once, by default: as many as stay within 64 MiB in fp32."""
-    return max(1, _CHUNK_ELEMENTS // vocab_size)
+def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
+    """
+    How many tokens' logits are held at once, by default: as many as stay within 64 MiB in fp32; on CUDA within 256 MiB
+    to 1 GiB, as much of that as an eighth of the free memory holds with all that is computed of them.
+    """
+    least = max(1, _CHUNK_ELEMENTS // vocab_size)
+    return least if device.type != "cuda" else wide_chunk(least, vocab_size, free_memory(device))
 
 
 def wide_chunk(chunk_tokens: int, vocab_size: int, free: int) -> int:
-    """`chunk_tokens` on CUDA with so many bytes free, of which an eighth is for a chunk of both models' logits."""
+    """The default on CUDA with so many bytes free, where it is `chunk_tokens` elsewhere."""
     least, most = _WIDER_ON_CUDA
     fitting = free // 8 // (_BYTES_OF_A_LOGIT * vocab_size)
     return min(max(fitting, least * chunk_tokens), most * chunk_tokens)
@@ -89,13 +93,13 @@ def chunked_kl_per_token(
         teacher_hidden, student_hidden: `[N, H]`; the widths may differ.
         teacher_logits, student_logits: from hidden states `[n, H]` to logits `[n, V]`, see [`logit_function`].
         vocab_size: V, to size the chunks.
-        chunk_tokens: tokens in a chunk; by default as many as keep a chunk's logits within 64 MiB in fp32 per model.
+        chunk_tokens: tokens in a chunk; by default those of [`tokens_per_chunk`].
 
     Returns:
         `[N]`, in nats.
     """
     if chunk_tokens is None:
-        chunk_tokens = tokens_per_chunk(vocab_size)
+        chunk_tokens = tokens_per_chunk(vocab_size, student_hidden.device)
 
     def chunk_kl(teacher_chunk: torch.Tensor, student_chunk: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -125,16 +129,13 @@ def chunked_kl_sum(
         weights: `[N]`, without gradients.
         head: the tensors of `student_logits` that gradients may go to.
         vocab_size: V, to size the chunks.
-        chunk_tokens: tokens in a chunk; by default as many as keep a chunk's logits within 64 MiB in fp32 per model,
-            on CUDA within 256 MiB to 1 GiB, as much of that as an eighth of the free memory holds.
+        chunk_tokens: tokens in a chunk; by default those of [`tokens_per_chunk`].
 
     Returns:
         A scalar, in nats.
     """
     if chunk_tokens is None:
-        chunk_tokens = tokens_per_chunk(vocab_size)
-        if student_hidden.is_cuda:
-            chunk_tokens = wide_chunk(chunk_tokens, vocab_size, free_memory(student_hidden.device))
+        chunk_tokens = tokens_per_chunk(vocab_size, student_hidden.device)
     functions = teacher_logits, student_logits, chunk_tokens
     total: torch.Tensor = _KLSum.apply(functions, teacher_hidden, student_hidden, weights, *head)
     return total
@@ -333,7 +334,9 @@ def chunked_topk_kl_per_token(
     def chunk_kl(hidden: torch.Tensor, logprobs: torch.Tensor, ids: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
         return topk_kl_per_token(logprobs, ids, tail, student_logits(hidden))
 
-    return _in_chunks(chunk_kl, (student_hidden, *topk), chunk_tokens or tokens_per_chunk(vocab_size))
+    if chunk_tokens is None:
+        chunk_tokens = tokens_per_chunk(vocab_size, student_hidden.device)
+    return _in_chunks(chunk_kl, (student_hidden, *topk), chunk_tokens)
 
 
 def alignment_loss(

@@ -18,7 +18,7 @@ def predict(model: Any, batch: dict[str, torch.Tensor], precision: Precision) ->
     hidden = final_hidden_states(model, model_inputs(batch), precision)[:, :-1]
     targets = batch["input_ids"][:, 1:].long()
     head = logit_function(model, precision)
-    chunk = tokens_per_chunk(model.config.get_text_config().vocab_size)
+    chunk = tokens_per_chunk(model.config.get_text_config().vocab_size, hidden.device)
     nll, right = [], []
     for part, target in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
         logits = widen(head(part))

@@ -123,7 +123,7 @@ def _topk_of_batch(
         hidden = final_hidden_states(teacher, inputs, precision)
     hidden = hidden[torch.as_tensor(np.stack([counted_tokens(row) for row in rows]), device=hidden.device)]
     head, found = logit_function(teacher, precision), []
-    for part in hidden.split(tokens_per_chunk(teacher.config.get_text_config().vocab_size)):
+    for part in hidden.split(tokens_per_chunk(teacher.config.get_text_config().vocab_size, hidden.device)):
         logprobs, ids, tail = topk_of_logits(head(part), k)
         found.append((logprobs.to(dtype).cpu(), ids.to(torch.int32).cpu(), tail.float().cpu()))
     return tuple(torch.cat(part) for part in zip(*found, strict=True))

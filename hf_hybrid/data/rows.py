@@ -266,9 +266,9 @@ class PackedRows:
         """Tokenises the next texts; raises `StopIteration` where there are none."""
         taken = self._now()
         batch, room = list[tuple[str, bool]](), _CHARACTERS_AT_ONCE * self.tokenise.workers
-        for piece in islice(self.text, _TEXTS_AT_ONCE * self.tokenise.workers):
-            batch.append(piece)
-            room -= len(piece[0])
+        for text, is_end in islice(self.text, _TEXTS_AT_ONCE * self.tokenise.workers):
+            batch.append((text, is_end))
+            room -= len(text)
             if room <= 0:
                 break
         if not batch:

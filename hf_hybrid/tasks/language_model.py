@@ -141,7 +141,7 @@ class ModelLM(TemplateLM):
             self._check_length(len(tokens) - 1)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         logits, device = logit_function(self.model, self.precision), self.model.device
-        chunk = tokens_per_chunk(self.model.config.get_text_config().vocab_size)
+        chunk = tokens_per_chunk(self.model.config.get_text_config().vocab_size, self.model.device)
         done = 0
         with evaluating(self.model), self.precision.running(device):
             for batch in _batches(rows, self.batch_size):
