@@ -156,6 +156,13 @@ class TestAlignment:
         assert all(p.data_ptr() not in theirs and p.dtype == torch.float32 for p in student.parameters())
         assert all(torch.equal(before[name], student.state_dict()[name]) for name in frozen)
 
+    def test_a_backward_pass_for_each_layer_is_refused_where_it_would_be_another(self, tmp_path, monkeypatch):
+        teacher = tiny_teacher()
+        monkeypatch.setattr("hf_hybrid.trainers.alignment.uses_fsdp2", lambda accelerator: True)
+        args = arguments(hh.AlignmentConfig, tmp_path, layerwise_backward=True)
+        with pytest.raises(ValueError, match="layerwise_backward is on, and does not go with FSDP2"):
+            hh.AlignmentTrainer(model=hh.convert(teacher, []), teacher=teacher, args=args)
+
     def test_nothing_to_align(self, tmp_path):
         teacher = tiny_teacher()
         with pytest.raises(ValueError, match="nothing to align"):

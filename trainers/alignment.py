@@ -19,7 +19,7 @@ from .distillation import final_hidden_states
 from .hybrid_trainer import mixer_parameters
 from .losses import alignment_loss, sum_in_parts
 from .precision import Precision
-from .sharding import is_sharded
+from .sharding import uses_fsdp2
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
 
@@ -34,8 +34,8 @@ class AlignmentConfig(TeacherTrainingArguments):
     Args:
         layerwise_backward (`bool`):
             Whether a layer's gradients are computed as soon as its loss is there, so that the activations of one mixer
-            are held and not of all: about a fifth of the memory. Losses and gradients are the same. With FSDP2 it is
-            refused.
+            are held and not of all: about a fifth of the memory. Losses and gradients are the same. With FSDP2 and
+            fp16 it is refused.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the mixers."})
@@ -64,6 +64,13 @@ class AlignmentTrainer(TeacherTrainer):
                 "the student keeps softmax attention in every layer, so there is nothing to align; convert it with "
                 "fewer full_attention_layers, e.g. []."
             )
+        if self.args.layerwise_backward and (uses_fsdp2(self.accelerator) or self.args.fp16):
+            # FSDP2 takes gradients that are asked for within a forward pass for the backward pass, and those of fp16
+            # would not be scaled up before they are rounded.
+            what = "fp16" if self.args.fp16 else "FSDP2"
+            raise ValueError(
+                f"layerwise_backward is on, and does not go with {what}; switch it off, or use bf16 and DDP."
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         teacher = self.accelerator.unwrap_model(self.teacher)
@@ -72,9 +79,6 @@ class AlignmentTrainer(TeacherTrainer):
 
     def student_loss(self, student: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if self.args.layerwise_backward and torch.is_grad_enabled():
-            if is_sharded(decoder_layers(student)[student.linear_attention_layers[0]].self_attn):
-                # It takes gradients that are asked for within a forward pass for the backward pass.
-                raise ValueError("layerwise_backward is on, but FSDP2 shards the student; switch it off, or use DDP.")
             return self._layer_by_layer(student, inputs)
         losses = self.layer_losses(student, inputs)
         return torch.stack(list(losses.values())).mean()
