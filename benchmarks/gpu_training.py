@@ -446,7 +446,8 @@ def measure_cold_start(args: argparse.Namespace) -> dict[str, float]:
     teacher, student = make_pair(args)
     student.gradient_checkpointing_enable()
     marks.append(time.time())
-    tune_kernels(student, rows=2, packed=True, precision=BF16, say=lambda line: None)
+    given: dict[str, Any] = {"rows": 2, "tokens": args.train_tokens, "packed": True, "precision": BF16}
+    tune_kernels(student, **given, say=lambda line: None)
     marks.append(time.time())
     with tempfile.TemporaryDirectory() as folder:
         trainer = hh.DistillationTrainer(
@@ -523,7 +524,8 @@ def measure_scale(args: argparse.Namespace) -> dict[str, float]:
     for total in sorted({batch, batch * processes}):
         student = hh.convert(teacher, layers).float().requires_grad_(True)
         if processes == 1:  # which is measured first: the others find its kernels
-            tune_kernels(student, rows=total, packed=True, precision=BF16, say=lambda line: None)
+            given: dict[str, Any] = {"rows": total, "tokens": tokens, "packed": True, "precision": BF16}
+            tune_kernels(student, **given, say=lambda line: None)
         clock = Clock()
         clock.marks = {}
         with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ def test_the_recurrence_is_called_as_training_calls_it(
 
     monkeypatch.setattr(kernels, "to_one_dtype", watch)
     before = torch.get_rng_state()
-    run_once(module, rows=2, packed=packed, precision=precision)
+    run_once(module, rows=2, packed=packed, precision=precision, tokens=8)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in module.parameters())
     half = precision.autocast or torch.float32
@@ -48,3 +48,6 @@ def test_the_recurrence_is_called_as_training_calls_it(
         for name in ("q", "k", "v"):
             assert call[name] == (half, (2, 192, 4, 24 if name != "v" else 24), gradients)
         assert call["g"][0] == torch.float32
+    seen.clear()
+    run_once(module, rows=1, packed=packed, precision=precision, gradients=(False,), tokens=300)
+    assert seen[0]["v"][1] == (1, 300, 4, 24)

@@ -529,7 +529,7 @@ def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], la
 def tune(study: Study, student: Any) -> None:
     """Kernels made ready before the first step."""
     rows = study.size.micro_batch_size
-    tune_kernels(student, rows=rows, packed=True, precision=study.precision, say=say)
+    tune_kernels(student, rows=rows, packed=True, precision=study.precision, say=say, tokens=study.size.block_size)
 
 
 def command() -> str:

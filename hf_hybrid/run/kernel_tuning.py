@@ -25,10 +25,18 @@ from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.trainers.precision import Precision
 
 
-_TOKENS = 192  # several chunks, the last one not full; kernels are not tuned for a length
+_TOKENS = 192  # several chunks, the last one not full
 
 
-def tune_kernels(student: Any, *, rows: int, packed: bool, precision: Precision, say: Callable[[str], None]) -> bool:
+def tune_kernels(
+    student: Any,
+    *,
+    rows: int,
+    packed: bool,
+    precision: Precision,
+    say: Callable[[str], None],
+    tokens: int = _TOKENS,
+) -> bool:
     """
     Compiles and tunes what the mixers of `student` run on their device, forward and backward; returns whether there
     was anything to do, which is so on CUDA where fla runs.
@@ -39,6 +47,8 @@ def tune_kernels(student: Any, *, rows: int, packed: bool, precision: Precision,
         packed (`bool`): whether rows hold several documents.
         precision ([`Precision`]): that of the training.
         say (`Callable`): gets a line before the work and one after it.
+        tokens (`int`): of a row. fla tunes recurrences for any length, but norms for numbers of heads' vectors, in
+            steps of 65,536.
     """
     mixers = _mixers_by_shape(student)
     if not mixers or not use_fla(student.device, student.config.kernel):
@@ -48,9 +58,9 @@ def tune_kernels(student: Any, *, rows: int, packed: bool, precision: Precision,
     start = time.perf_counter()
     with side_by_side():
         for mixer in mixers:
-            run_once(mixer, rows=rows, packed=packed, precision=precision)
+            run_once(mixer, rows=rows, packed=packed, precision=precision, tokens=tokens)
             if packed:  # fla tunes anew for rows that are not, which measurements and generation have
-                run_once(mixer, rows=rows, packed=False, precision=precision, gradients=(False,))
+                run_once(mixer, rows=rows, packed=False, precision=precision, gradients=(False,), tokens=tokens)
     torch.cuda.synchronize(student.device)
     say(f"fla's kernels are ready after {time.perf_counter() - start:.0f} s")
     return True
@@ -67,20 +77,27 @@ def _mixers_by_shape(student: Any) -> list[Any]:
 
 
 def run_once(
-    mixer: Any, *, rows: int, packed: bool, precision: Precision, gradients: tuple[bool, ...] = (True, False)
+    mixer: Any,
+    *,
+    rows: int,
+    packed: bool,
+    precision: Precision,
+    gradients: tuple[bool, ...] = (True, False),
+    tokens: int = _TOKENS,
 ) -> None:
     """Calls the recurrence of `mixer` as a training step and as a measurement do, on tensors that mean nothing."""
+    tokens = max(tokens, _TOKENS)
     weight = next(parameter for name, parameter in mixer.named_parameters() if name not in mixer.decay_parameters)
     device, dtype = weight.device, precision.autocast or weight.dtype
     generator = torch.Generator(device).manual_seed(0)  # the global one decides what a run draws
 
     def new(*shape: int) -> torch.Tensor:
-        return torch.randn(rows, _TOKENS, *shape, device=device, dtype=dtype, generator=generator)
+        return torch.randn(rows, tokens, *shape, device=device, dtype=dtype, generator=generator)
 
     heads = mixer.num_heads
     tensors = [new(heads, mixer.head_dim), new(heads, mixer.head_dim), new(heads, mixer.value_dim)]
     hidden = new(mixer.hidden_size).to(weight.dtype)
-    documents = torch.arange(_TOKENS, device=device).expand(rows, -1) // 100 if packed else None
+    documents = torch.arange(tokens, device=device).expand(rows, -1) // 100 if packed else None
     for needed in gradients:
         leaves = [tensor.clone().requires_grad_(needed) for tensor in tensors]
         with torch.set_grad_enabled(needed), precision.running(device):

@@ -264,6 +264,7 @@ class Pipeline:
         """Does at once, and says, what the first step of a stage would wait for in silence."""
         args = training_arguments(self.recipe, name, self.folder)
         kernels: dict[str, Any] = {"rows": args.per_device_train_batch_size, "precision": Precision.of(args)}
+        kernels["tokens"] = self.recipe.stages()[name].block_size or self.recipe.data.block_size
         kernels["packed"] = self.recipe.data.respect_documents and self.recipe.data.source is None
 
         def say(text: str) -> None:
