@@ -203,6 +203,15 @@ def test_all_steps_with_a_static_cache_are_one_graph(mixer, layers, monkeypatch)
             given = {"attention_mask": mask[:, -length:], **options, **how}
             texts.append(model.generate(ids[:, -length:], **given))
         assert torch.equal(*texts), (length, how)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    for length in (11, 9):  # one cache for several prompts, where it is
+        given = {"attention_mask": mask[:, -length:], **GREEDY}
+        wanted = model.generate(ids[:, -length:], **given)
+        got = model.generate(ids[:, -length:], past_key_values=cache, compile_config=compiled, **given)
+        assert torch.equal(got, wanted)
+        addresses = [x.data_ptr() for x in tensors_of(cache)]
+        cache.reset()
+        assert [x.data_ptr() for x in tensors_of(cache)] == addresses and not any(tensors_of(cache)[-1].flatten())
     assert model._compiled_call is not None
     assert len(graphs) == 1
 
