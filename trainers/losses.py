@@ -184,8 +184,10 @@ class _KLSum(torch.autograd.Function):
         # In fp32, for a sum of many chunks.
         d_head = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         total = torch.zeros((), dtype=torch.promote_types(student_hidden.dtype, torch.float32), device=weights.device)
-        for place in torch.arange(len(weights)).split(chunk_tokens):
-            chunk = slice(int(place[0]), int(place[-1]) + 1)
+        count = -(-len(weights) // chunk_tokens)
+        size = -(-len(weights) // max(count, 1))  # of one size where that can be: it is compiled for that
+        for start in range(0, len(weights), max(size, 1)):
+            chunk = slice(start, start + size)
             reference = teacher_logits(teacher_hidden[chunk])
             with torch.set_grad_enabled(needs_grad):
                 hidden = student_hidden[chunk].detach().requires_grad_(needs_grad)
