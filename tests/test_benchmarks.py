@@ -9,6 +9,7 @@ import datasets
 import delta_rule
 import gpu
 import gpu_check
+import gpu_inference
 import gpu_table
 import gpu_training
 import pytest
@@ -300,3 +301,16 @@ def test_gpu_check_passes_what_is_right_and_no_more(tolerance, tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "sizes-gated_deltanet.jsonl").read_text().splitlines()]
     assert [row["passed"] for row in rows] == [tolerance > 0] * 3
     assert all(row["said"] for row in rows)
+
+
+def test_attention_as_sums_is_the_librarys():
+    """In a compiled step, of a cache that is not full, with grouped heads; otherwise it is the library's itself."""
+    query, key = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 40, 8)
+    value, mask = torch.randn(2, 2, 40, 8), (torch.arange(40) < torch.tensor([[23], [31]]))[:, None, None]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    torch.compiler.reset()
+    step = torch.compile(gpu_inference.summed_attention, backend="eager", fullgraph=True)
+    wanted, _ = gpu_inference.summed_attention(module, query, key, value, mask, scaling=0.3)
+    found, _ = step(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
