@@ -1,5 +1,6 @@
 """Text becomes packed rows: which tokens, in which sets, with which positions; and bad text is refused."""
 
+import copy
 import json
 import threading
 from itertools import islice
@@ -132,6 +133,20 @@ def test_several_threads_make_the_same_rows(
     assert seen[0] == "MainThread" and any(name.startswith("ThreadPoolExecutor") for name in seen)
     with pytest.raises(ValueError, match="workers=0 tokenise nothing"):
         Tokeniser(tokenizer, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"split_special_tokens": True}, {"padding_side": "left"}])
+def test_ids_are_those_of_the_tokenizer(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any]) -> None:
+    """Whatever an earlier call left in it, which no thread changes."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer(["one", "two or more"], padding=True, truncation=True, max_length=3)
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+    left = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    texts = [*LINES, "", f"{tokenizer.eos_token} amid {tokenizer.eos_token}"]
+    found = Tokeniser(tokenizer, 2)(texts)
+    assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == left != (None, None)
+    assert [ids.tolist() for ids in found] == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("streaming", [True, False])

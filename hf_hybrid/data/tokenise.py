@@ -2,7 +2,7 @@
 
 import copy
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,9 +17,10 @@ _SMALL = 2**16  # characters: less is not worth another thread
 
 class Tokeniser:
     """
-    A tokenizer in `workers` threads, each with a copy of its own: the library's fast tokenizers let go of Python while
-    they work, and those that share one wait for each other at its cache. Threads need no fork, which the tokenizers'
-    own parallelism does not bear, and in their copies that stays off.
+    A tokenizer in `workers` threads, each with a copy of its own: the fast tokenizers let go of Python while they
+    work, and those that share one wait for each other at its cache. Threads need no fork, which the tokenizers' own
+    parallelism does not bear, and in their copies that stays off. Of a fast tokenizer the encoder alone is called:
+    what the library's call adds to the ids is made by Python, one thread at a time, and takes as long as they do.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): it is not changed.
@@ -31,8 +32,7 @@ class Tokeniser:
         if self.workers < 1:
             raise ValueError(f"workers={workers} tokenise nothing; pass 1 or more.")
         self.tokenizer = tokenizer
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._idle.put(tokenizer)
+        self._idle: queue.SimpleQueue[Callable[[list[str]], list[list[int]]]] = queue.SimpleQueue()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32, without special tokens."""
@@ -44,14 +44,26 @@ class Tokeniser:
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
-            tokenizer = self._idle.get_nowait()
+            encode = self._idle.get_nowait()
         except queue.Empty:
-            tokenizer = copy.deepcopy(self.tokenizer)
+            encode = _encoder(self.tokenizer)
         try:
-            found = tokenizer(list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False)
-            return [np.asarray(ids, np.int32) for ids in found["input_ids"]]
+            return [np.asarray(ids, np.int32) for ids in encode(list(texts))]
         finally:
-            self._idle.put(tokenizer)
+            self._idle.put(encode)
+
+
+def _encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """A function of its own from texts to their ids, as `tokenizer` has them without special tokens."""
+    if not tokenizer.is_fast:
+        own = copy.deepcopy(tokenizer)
+        return lambda texts: own(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    # What a call of the tokenizer sets each time.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return lambda texts: [encoded.ids for encoded in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _shared_out(texts: Sequence[str], workers: int) -> list[Sequence[str]]:
