@@ -118,18 +118,25 @@ class Line:
 
 
 def issue_table(results: dict[str, Any]) -> str:
-    """The section; cells that were not measured are empty."""
+    """The section; what was not measured is named below the table."""
     card = results["environment"]["device"]
     tell = (
         "`python benchmarks/gpu.py --part issue-training inference`: the shapes of Qwen2.5-1.5B with random weights; "
         "training in the precision of a recipe (fp32 masters, bf16 autocast, gradient checkpointing), inference in "
         "bf16; both sides of each ratio one after the other in one process. The floor is the time for the operations "
-        "(ops) or bytes that cannot be left out at the card's peak, computed from the shapes. Empty: not measured."
+        "(ops) or bytes that cannot be left out at the card's peak, computed from the shapes."
     )
-    lines = [line.cells() for make in LINES for line in make(results, Shapes(SIZES), card)]
-    head = ["what", "to reach", "measured", "beside", "ratio", "reached", "floor"]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
-    parts = [f"## Issue table: {card}", textwrap.fill(tell, 119), table]
+    lines = [line for make in LINES for line in make(results, Shapes(SIZES), card)]
+    measured = [line.cells() for line in lines if line.measured]
+    parts = [f"## What is to be reached: {card}", textwrap.fill(tell, 119)]
+    if measured:
+        head = ["what", "to reach", "measured", "beside", "ratio", "reached", "floor"]
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *measured]))
+    if left := [line for line in lines if not line.measured]:
+        parts.append("Not measured yet, with what is to be reached and the floor:")
+        parts.append(
+            "\n".join(f"- {line.what}: {line.target}{f' ({line.floor})' if line.floor else ''}" for line in left)
+        )
     reasons = results.get("reasons", {})
     if reasons:
         parts.append(
