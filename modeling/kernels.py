@@ -195,8 +195,10 @@ def delta_rule_of_logits(
     if padding_mask is None and fuses(v, kernel, family, q.shape[-1]):
         inputs, state = to_one_dtype({"q": q, "k": k, "v": v, "beta": write}, initial_state)
         return _fla(family, inputs | {"g": decay}, state, seq_idx, {"A_log": A_log, "dt_bias": dt_bias})
-    step = torch.nn.functional.softplus(widen(decay) + widen(dt_bias).view(decay.shape[2:]))
-    g = -widen(A_log).exp().view(-1, *(1,) * by_channel) * step
+    bias, rate = widen(dt_bias), widen(A_log).exp()
+    if by_channel:
+        bias, rate = bias.unflatten(-1, decay.shape[-2:]), rate[..., None]
+    g = -rate * torch.nn.functional.softplus(widen(decay) + bias)
     beta = torch.sigmoid(widen(write))
     if padding_mask is not None:  # no decay and no write: the state passes over padding unchanged
         g = g * padding_mask.view(*padding_mask.shape, *(1,) * (g.ndim - 2))

@@ -119,7 +119,7 @@ def test_an_interrupted_call_goes_on(method, dead_layer, tmp_path):
 @pytest.mark.parametrize("method", ["shared", "gates", "distilled-greedy"])
 def test_a_killed_training_run_goes_on_from_its_last_checkpoint(method, dead_layer, tmp_path):
     """Stopped at step 3 of 4, called again: the same result as without, and steps 1 and 2 are not made again."""
-    given = {"tokens_per_layer": 4 * 4 * LENGTH, "output_dir": tmp_path / "kept"}
+    given = {"tokens_per_layer": 4 * 4 * LENGTH, "output_dir": tmp_path / "kept", "checkpoints": 4}
     seen = []
 
     def stop(done, total, text):

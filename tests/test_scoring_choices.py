@@ -38,7 +38,7 @@ class Table:
     def say(self, *_):
         pass
 
-    report = say
+    report = keep_states = say
 
     def finish(self, scores, **fields):
         return LayerScores(scores, **fields)

@@ -65,9 +65,12 @@ def _embedding(weight: Tensor, ids: Tensor) -> Tensor:
     return nn.functional.embedding(all_ids, weight.reshape(n * vocabulary, width))
 
 
-def _norm(part: Any, weight: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    part.weight = weight[:, None]
-    return forward(x.reshape(len(weight), -1, x.shape[-1])).view(x.shape)
+def _norm(part: Any, weight: Tensor, forward: Callable[..., Tensor], x: Tensor, *gate: Any) -> Tensor:
+    """`gate`, where there is one, is what a mixer's norm takes beside x: the gate, and how it is activated."""
+    part.weight, shape = weight[:, None], (len(weight), -1, x.shape[-1])
+    if gate and gate[0] is not None:
+        gate = gate[0].reshape(shape), *gate[1:]
+    return forward(x.reshape(shape), *gate).view(x.shape)
 
 
 def _spread(own: dict[str, Tensor], part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
