@@ -116,7 +116,7 @@ def setting(results: Results) -> str:
     rows = {name: len(domain["rows"]) for name, domain in results.named("teacher")[0]["kl"]["domains"].items()}
     lines = [
         "Written by `benchmarks/smollm2/report.py` from the JSON files in `benchmarks/results/smollm2`, which "
-        "`make smollm2` made: nothing here is typed in.",
+        "`make smollm2` made. No figure of a table or a plot is typed in; how it was run is told in `about.json`.",
         f"- Seeds: {', '.join(map(str, results.seeds))}. Device: {', '.join(devices)}.",
         f"- Each hybrid that is compared: {compared_tokens(results):,} tokens of distillation from one aligned "
         "student, on the same rows in the same order.",
