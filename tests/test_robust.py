@@ -199,7 +199,7 @@ def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path)
     """Nothing is lost between the two places, and no artefact is left without what it was made from."""
     before = contents(reference.folder, list(ARTEFACTS.values()))
     changed = reference.recipe | {"mixer_options": {"rope": False}}
-    for operation in range(1, 100):
+    for operation in range(1, 100, 2):  # every other one: each costs a process
         folder = tmp_path / str(operation)
         shutil.copytree(reference.folder, folder)
         _, process = start(changed, folder, "", operation, False, "align")
