@@ -211,7 +211,8 @@ def fuses(v: torch.Tensor, kernel: str, family: str = "gated_delta_rule", key_wi
     """Whether fla's kernels do the elementwise work around them too: wherever they run, outside of compiled graphs."""
     if torch.compiler.is_compiling():
         return False
-    return use_fla(v.device, kernel) and why_unfit(family, v.dtype, key_width, v.shape[-1]) is None
+    # Widths first: a CPU names those that kernel="fla" cannot do, as [`_runs_on_fla`] says.
+    return why_unfit(family, v.dtype, key_width, v.shape[-1]) is None and use_fla(v.device, kernel)
 
 
 def fused_gated_norm(

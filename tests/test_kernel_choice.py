@@ -27,6 +27,13 @@ class TestChoice:
         with pytest.raises(ValueError, match="tensors are on 'cpu'"):
             kernels.use_fla(torch.device("cpu"), "fla")
 
+    def test_widths_that_no_device_has_are_named_on_any(self):
+        """By what mixers call, as by the operators themselves."""
+        q = torch.randn(1, 3, 2, 8)
+        logits = {"decay": q[..., 0], "write": q[..., 1], "A_log": torch.zeros(2), "dt_bias": torch.zeros(2)}
+        with pytest.raises(ValueError, match="fla needs 16 channels or more, and heads have 8"):
+            kernels.delta_rule_of_logits("gated_delta_rule", q, q, q, **logits, kernel="fla")
+
     def test_reason(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert kernels.why_not_fla() == "torch sees no CUDA device"

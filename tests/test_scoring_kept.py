@@ -183,7 +183,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize(("apart", "steps"), [(60.0, []), (1e-6, [1, 2, 3])])
     def test_by_default_they_are_a_minute_apart(self, pair, tmp_path, monkeypatch, apart, steps):
         """A checkpoint of a small model costs more than the steps that it saves."""
-        monkeypatch.setattr("hf_hybrid.trainers.scoring.job.SECONDS_APART", apart)
+        monkeypatch.setattr("hf_hybrid.trainers.checkpoints.SECONDS_APART", apart)
         saved = []
         monkeypatch.setattr("hf_hybrid.trainers.checkpoints.seal", lambda path: saved.append(path.name))
         kept = tmp_path / "kept"

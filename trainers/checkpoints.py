@@ -29,12 +29,13 @@ class CheckedSteps(TrainerCallback):
     loss or norm of the gradients that is not finite goes to [`CheckedSteps.not_finite`].
 
     Args:
-        apart (`float`): seconds; a checkpoint that would follow the last one, or the start, sooner is left out. It can
-            cost more than the steps that it saves: of a small model on a GPU, as much as ten of them.
+        checkpoints (`int`, *optional*): how many were asked for. Where nobody said it, one that would follow the last,
+            or the start, by less than `SECONDS_APART` is left out: it can cost more than the steps that it saves, of a
+            small model on a GPU as much as ten of them.
     """
 
-    def __init__(self, apart: float = 0.0) -> None:
-        self.apart = apart
+    def __init__(self, checkpoints: int | None) -> None:
+        self.apart = SECONDS_APART if checkpoints is None else 0.0
         self.saved = time.monotonic()
 
     def not_finite(self, what: str, value: float, args: Any, state: Any) -> NoReturn:

@@ -144,17 +144,8 @@ class Work:
         for name, model in (("run", self.seeded / "run" / "model"), ("chat", self.seeded / "chat")):
             file = self.seeded / f"evaluation-{name}.json"
             if not file.is_file():
-                options = [
-                    "--teacher",
-                    self.teacher,
-                    "--tasks",
-                    "ruler,generation",
-                    "--form",
-                    "both",
-                    *sizes,
-                    "--output",
-                    file,
-                ]
+                options = ["--teacher", self.teacher, *sizes, "--tasks", "ruler,generation", "--form", "both"]
+                options += ["--output", file]
                 command("-m", "hf_hybrid", "evaluate", model, *options, "--data-files", *texts)
             self._keep(file, file.name)
 

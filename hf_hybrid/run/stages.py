@@ -27,7 +27,6 @@ from hf_hybrid.trainers import (
 )
 from hf_hybrid.trainers.checkpoints import (
     MOST_CHECKPOINTS,
-    SECONDS_APART,
     CheckedSteps,
     checkpoints_in,
     damage,
@@ -327,7 +326,7 @@ class _Steps(CheckedSteps):
     """Reports steps, stops at a loss that is not finite before it reaches a checkpoint, and seals checkpoints."""
 
     def __init__(self, recipe: Recipe, name: str, listener: Listener) -> None:
-        super().__init__(SECONDS_APART if recipe.stages()[name].checkpoints is None else 0.0)
+        super().__init__(recipe.stages()[name].checkpoints)
         self.name = name
         self.listener = listener
         self.loss = ""

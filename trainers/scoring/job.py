@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 
-from ..checkpoints import MOST_CHECKPOINTS, SECONDS_APART, CheckedSteps, newest_checkpoint
+from ..checkpoints import MOST_CHECKPOINTS, CheckedSteps, newest_checkpoint
 from ..distillation import DistillationConfig, DistillationTrainer
 from ..durable import PARTIAL, held, read_json, settle, write_json
 from ..held_out import HeldOut
@@ -458,7 +458,7 @@ class _Count(CheckedSteps):
     """Counts the tokens of every optimizer step, says how far a training run is, and looks after its checkpoints."""
 
     def __init__(self, job: Job) -> None:
-        super().__init__(SECONDS_APART if job.checkpoints is None else 0.0)
+        super().__init__(job.checkpoints)
         self.job = job
         self.loss = ""
 
