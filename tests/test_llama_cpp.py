@@ -52,6 +52,18 @@ def file(hybrid, tokenizer, tmp_path_factory):
     return folder / "out-f32.gguf"
 
 
+def test_silence_is_told_from_other_tokens(hybrid, tokenizer, tmp_path, monkeypatch):
+    """What is not trained may write bytes that are no text, after which llama.cpp tells of nothing."""
+
+    def cut(*args, **kwargs):
+        told, greedy = run_apart(*args, **kwargs)
+        return told, greedy[:5]
+
+    monkeypatch.setattr("hf_hybrid.exporting.export.run_apart", cut)
+    said = str(hh.export(hybrid, to="gguf", file_type="f32", output=tmp_path / "out", tokenizer=tokenizer))
+    assert "5 of the 48 greedy tokens that it tells of are equal; it falls silent after those" in said
+
+
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     """Two rows of source code, `[2, 200]`."""

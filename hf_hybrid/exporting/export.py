@@ -382,10 +382,13 @@ def _run_in_llama_cpp(
             f"llama.cpp ({release}) gives other log-probabilities, by {largest:.2e}; nothing is published. Please "
             "report it."
         )
-    return (
+    text = (
         f"in llama.cpp ({release}): log-probabilities differ by at most {largest:.2e} at {len(_PREFIXES)} lengths of "
         f"a prompt, {equal} of the {of} greedy tokens that it tells of are equal"
     )
+    if equal == len(greedy) < of:  # a model that was not trained yet may write bytes that are no character
+        text += "; it falls silent after those, for what is written then is no text"
+    return text
 
 
 def _card(config: HybridConfig, report: ExportReport) -> str:
