@@ -28,6 +28,7 @@ import hf_hybrid as hh
 from hf_hybrid.data.config import DataConfig
 from hf_hybrid.data.rows import CutRows, packed_rows
 from hf_hybrid.data.tokenise import Tokeniser
+from hf_hybrid.environment import available_cores
 from hf_hybrid.modeling import kernels, linear_attention
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.run.kernel_tuning import tune_kernels
@@ -416,7 +417,7 @@ def cold_start(args: argparse.Namespace, results: Results) -> None:
         cache = str(known) if fresh else folder  # what is compiled now serves the other parts
         found = worker(args, "cold_start", [], {"TRITON_CACHE_DIR": cache})
     if found:
-        results.add("cold_start", {"cache": "empty", "cores": os.cpu_count(), **found})
+        results.add("cold_start", {"cache": "empty", "cores": int(available_cores()), **found})
 
 
 def worker(
@@ -475,7 +476,7 @@ def scale(args: argparse.Namespace, results: Results) -> None:
     """Tokens per second of the distillation of recipes/smollm2-135m.yaml on 1, 2 and 4 GPUs, optimizer and all."""
     there = torch.cuda.device_count() if args.device == "cuda" else 2
     root = Path(__file__).parents[1]
-    for gpus in (1, 2, 4):
+    for gpus in args.gpus:
         if gpus > there:
             sys.stderr.write(f"scale on {gpus} GPUs is left out: there are {there}\n")
             continue
@@ -497,7 +498,7 @@ def scale(args: argparse.Namespace, results: Results) -> None:
 
 
 def measure_scale(args: argparse.Namespace) -> dict[str, float]:
-    """By the rows of an optimizer step, of all processes: the recipe's 16, and 16 for each process."""
+    """By the rows of an optimizer step, of all processes: the recipe's 8, and 8 for each process."""
     from transformers import TrainerCallback
 
     args.sizes = args.sizes if args.tiny else SCALE_SIZES
@@ -507,7 +508,7 @@ def measure_scale(args: argparse.Namespace) -> dict[str, float]:
     teacher = make_teacher(args).requires_grad_(False)
     layers = range(0, args.sizes["num_hidden_layers"], 4)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    tokens, batch = (64, 4) if args.tiny else (2048, 16)
+    tokens, batch = (64, 4) if args.tiny else (2048, 8)
     warmup, timed = (1, 2) if args.tiny else (4, 10)
     data = CutRows(dataset_of(batch_of(args, 256, tokens, packed=True)), tokens)
     found: dict[str, float] = {}

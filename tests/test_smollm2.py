@@ -58,7 +58,15 @@ class TestTrial:
         hybrids = [job for name, job in jobs.items() if name.startswith("k2-")]
         named = {selector for job in hybrids for selector in job["selectors"]}
         assert named - {"search"} == {"verified", "zero-shot", "uniform", "random-0", "random-1"}
-        assert {"teacher", "aligned", "score-verified-2", "score-zero-shot", "long", "mixer-kda", "rate-0"} < set(jobs)
+        assert {
+            "teacher",
+            "aligned",
+            "score-verified-2",
+            "score-zero-shot",
+            "long",
+            "mixer-kda",
+            "setting-batch-half",
+        } < set(jobs)
         assert {"mixer-window-sinks", "search", "speed"} < set(jobs)
         tried = jobs["search"]["evaluations"]
         assert len(tried) == 3 and jobs["search"]["layers"] == min(tried, key=lambda one: one["kl"])["layers"]
@@ -75,10 +83,10 @@ class TestTrial:
     def test_what_is_done_is_not_done_again(self, compared):
         folder = compared / "results" / "seed-3"
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        (folder / "rate-0.json").unlink()
+        (folder / "setting-rates-low.json").unlink()
         (printed,) = compare(compared)
         after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        assert {name for name in after if after[name] != before[name]} == {"rate-0.json"}
+        assert {name for name in after if after[name] != before[name]} == {"setting-rates-low.json"}
         assert printed.count(" ...\n") == 1 and "all jobs are done" in printed
 
     def test_two_processes_share_the_jobs(self, compared):

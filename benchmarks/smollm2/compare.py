@@ -51,21 +51,28 @@ from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
 DOMAINS = ("prose", "code", "textbook", "instructions")
 SCORES = ("verified", "zero-shot-linearise", "zero-shot", "ga-s1", "ga-s2")  # the dearest last
-# Learning rates of all but the mixers and of the mixers that are tried beside the recipe's.
-RATES = ((1e-4, 1e-3), (1e-3, 1e-3), (3e-4, 3e-3))
+# What is tried in the distillation of one hybrid in place of the recipe's learning rates and rows of a step.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rates-low": {"learning_rate": 1e-4},
+    "rates-high": {"learning_rate": 1e-3},
+    "mixer-rate-high": {"mixer_learning_rate": 3e-3},
+    "batch-half": {"batch": 0.5},
+    "batch-double": {"batch": 2.0},
+}
+# Of the tokens for each layer: what GA-S2 names with fewer, and with more.
+GA_S2_SHARES = (0.1, 0.3, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """How much is spent on everything; `--trial` does each step once on a CPU."""
 
-    score_tokens: int = 262_144  # of each short distillation that scores layers
+    score_tokens: int = 163_840  # of each short distillation that scores layers
     score_rows: int = 32
-    tokens: int = 3_145_728  # of each hybrid that is compared
-    long_tokens: int = 12_582_912
-    align_tokens: int = 4_194_304  # of other mixers
-    batch_size: int = 16  # rows of a step
-    micro_batch_size: int = 16
+    tokens: int = 1_966_080  # of each hybrid that is compared
+    long_tokens: int = 7_864_320
+    batch_size: int = 8  # rows of a step
+    micro_batch_size: int = 8
     held_out_rows: int = 32  # of each domain
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     cases: int = 32
@@ -85,7 +92,7 @@ class Size:
 
     def scaled(self, share: float) -> "Size":
         """With this share of all budgets of tokens."""
-        names = ("score_tokens", "tokens", "long_tokens", "align_tokens")
+        names = ("score_tokens", "tokens", "long_tokens")
         return dataclasses.replace(self, **{name: round(share * getattr(self, name)) for name in names})
 
 
@@ -94,7 +101,6 @@ TRIAL = Size(
     score_rows=2,
     tokens=512,
     long_tokens=1024,
-    align_tokens=512,
     batch_size=2,
     micro_batch_size=2,
     held_out_rows=1,
@@ -152,15 +158,17 @@ class Study:
         )
         self.num_layers = self.teacher.config.num_hidden_layers
 
-    def arguments(self, name: str, tokens: int, **changed: Any) -> DistillationConfig:
-        """The settings of one distillation, the same for all that are compared."""
+    def arguments(self, name: str, tokens: int, batch: float = 1.0, **changed: Any) -> DistillationConfig:
+        """The settings of one distillation, the same for all that are compared; `batch` times the rows of a step."""
         size, stage = self.size, self.recipe.distill
-        steps = max(1, round(tokens / (size.batch_size * size.block_size)))
+        rows = max(1, round(batch * size.batch_size))
+        micro = min(rows, size.micro_batch_size)
+        steps = max(1, round(tokens / (rows * size.block_size)))
         values: dict[str, Any] = {
             "output_dir": str(self.run / "compared" / name),
             "max_steps": steps,
-            "per_device_train_batch_size": size.micro_batch_size,
-            "gradient_accumulation_steps": size.batch_size // size.micro_batch_size,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": rows // micro,
             "per_device_eval_batch_size": size.micro_batch_size,
             "seed": self.seed,
             "learning_rate": stage.learning_rate,
@@ -199,6 +207,7 @@ class Study:
             "losses": losses,
             "curve": curve.points,
             "learning_rates": [args.learning_rate, args.mixer_learning_rate],
+            "rows": args.train_batch_size * args.gradient_accumulation_steps,
         }
 
     def kl(self, student: Any) -> dict[str, Any]:
@@ -226,6 +235,7 @@ class Study:
         }
         context = self.teacher.config.max_position_embeddings
         return {
+            "num_layers": self.num_layers,
             "kl": self.kl(model),
             "perplexity": perplexities,
             "ruler": self.tasks(model),
@@ -318,8 +328,6 @@ def jobs(study: Study) -> Iterable[Job]:
         yield from hybrids(k, "uniform", "verified", "ga-s2")
     yield None
     best = best_of(study, most)
-    yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
-    yield "search", "search", lambda study: search(study, size.searched)
     yield "speed", "measure", lambda study: speed(study, best)
     window = state_window(study)
     for name, mixer, options in (
@@ -329,8 +337,15 @@ def jobs(study: Study) -> Iterable[Job]:
     ):
         work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=best)
         yield f"mixer-{name}", "mixer", work
-    for i, rates in enumerate(RATES):
-        yield f"rate-{i}", "rate", lambda study, i=i, rates=rates: rate(study, f"rate-{i}", uniform, rates)
+    yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
+    yield "search", "search", lambda study: search(study, size.searched)
+    if "ga-s2" in size.selectors:
+        for share in GA_S2_SHARES:
+            work = functools.partial(scored, method="ga-s2", k=None, tokens=round(share * size.score_tokens))
+            yield f"score-ga-s2-{share}", f"ga-s2-{share}", functools.partial(work, name=f"score-ga-s2-{share}")
+    for name, changed in SETTINGS.items():
+        work = functools.partial(setting, name=f"setting-{name}", layers=uniform, changed=changed)
+        yield f"setting-{name}", "setting", work
     yield None
     found = read_json(study.folder / "search.json")
     if found is not None:
@@ -442,17 +457,17 @@ def state_window(study: Study) -> int:
     return state // (2 * 2 * config.num_key_value_heads * width)  # keys and values in bf16
 
 
-def rate(study: Study, name: str, layers: list[int], rates: tuple[float, float]) -> dict[str, Any]:
-    """The uniform hybrid, distilled with these learning rates in place of the recipe's."""
+def setting(study: Study, name: str, layers: list[int], changed: dict[str, Any]) -> dict[str, Any]:
+    """The uniform hybrid, distilled with these settings in place of the recipe's."""
     student = study.aligned()
     student.set_full_attention_layers(list(layers), study.teacher)
-    changed = {"learning_rate": rates[0], "mixer_learning_rate": rates[1]}
-    return study.distil(name, student, study.size.tokens, **changed) | {"kl": study.kl(student)}
+    trained = study.distil(name, student, study.size.tokens, **changed)
+    return {"changed": changed} | trained | {"kl": study.kl(student)}
 
 
-def scored(study: Study, method: str, k: int | None, tokens: int) -> dict[str, Any]:
+def scored(study: Study, method: str, k: int | None, tokens: int, name: str | None = None) -> dict[str, Any]:
     """Scores all layers with one method, and says what that cost."""
-    name = f"score-{method}" if k is None else f"score-{method}-{k}"
+    name = name or (f"score-{method}" if k is None else f"score-{method}-{k}")
     start = time.perf_counter()
     of_run, select = study.run / ARTEFACTS["score"], study.recipe.select
     if of_run.is_file() and study.recipe.score.method == method and select.k == k:
@@ -492,15 +507,17 @@ def hybrid(study: Study, layers: Iterable[int], names: list[str], tokens: int) -
 
 
 def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
-    """The hybrid of `layers` with another mixer, which is aligned first, with fewer tokens than the run's."""
+    """The hybrid of `layers` with another mixer, which is aligned first, as the run's was."""
     student = hh.convert(study.teacher, [], mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
     student.to(device=study.device, dtype=torch.float32).requires_grad_(True)
     tune(study, student)
-    size = study.size
+    size, stage = study.size, study.recipe.align
+    block = stage.block_size or size.block_size
+    train = CutRows(load_rows(study.run / ARTEFACTS["data"])["train"], block, study.prefix)
     if mixer != "sliding_window":  # which has nothing to calibrate; the run's students were calibrated too
-        rows = _first(study.train, max(1, min(16_384, size.align_tokens) // size.block_size))
-        hh.calibrate(student, study.teacher, rows, batch_size=size.micro_batch_size, precision=study.precision)
-    steps = max(1, round(size.align_tokens / (size.batch_size * size.block_size)))
+        rows = _first(train, max(1, 16_384 // block))
+        hh.calibrate(student, study.teacher, rows, batch_size=stage.batch_size, precision=study.precision)
+    steps = max(1, round(stage.tokens / (stage.batch_size * block)))
     values = {
         field.name: getattr(study.arguments(f"align-{name}", 1), field.name)
         for field in dataclasses.fields(AlignmentConfig)
@@ -509,20 +526,20 @@ def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], la
     args = AlignmentConfig(
         **values,
         max_steps=steps,
-        per_device_train_batch_size=size.micro_batch_size,
-        gradient_accumulation_steps=size.batch_size // size.micro_batch_size,
-        learning_rate=study.recipe.align.learning_rate,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
         disable_tqdm=True,
         logging_steps=max(1, steps // 20),
     )
     set_seed(study.seed)
-    trainer = AlignmentTrainer(model=student, teacher=study.teacher, args=args, train_dataset=study.train)
+    trainer = AlignmentTrainer(model=student, teacher=study.teacher, args=args, train_dataset=train)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     student.set_full_attention_layers(list(layers), study.teacher)
     trained = study.distil(f"mixer-{name}", student, size.tokens)
-    about = {"layers": list(layers), "mixer": mixer, "mixer_options": options, "align_tokens": size.align_tokens}
+    about = {"layers": list(layers), "mixer": mixer, "mixer_options": options}
+    about["align_tokens"] = steps * stage.batch_size * block
     return about | trained | study.measure(student)
 
 

@@ -90,10 +90,14 @@ def page(results: Results, plots: Path) -> str:
     for k in results.kept():
         parts += [f"## Softmax in {k} layers", hybrids(results, k), by_length(results, k)]
     parts += ["## What choosing the layers costs", costs(results)]
+    if (agreed := agreements(results)) is not None:
+        parts += ["## Whether the methods agree", agreed]
     if (others := other_mixers(results)) is not None:
         parts += ["## Other mixers in the same layers", others]
     if (found := searches(results)) is not None:
         parts += ["## How far from the best that can be found", found]
+    if (tried := settings(results)) is not None:
+        parts += ["## Other settings of the distillation", tried]
     if (timed := speeds(results)) is not None:
         parts += ["## Speed and cache", timed]
     if draw_curves(results, plots / "results_curves.png"):
@@ -326,6 +330,96 @@ def costs(results: Results) -> str:
     return markdown(head, rows)
 
 
+def agreements(results: Results) -> str | None:
+    """How many layers the sets of two methods share, and what GA-S2 names with fewer tokens and with more."""
+    most = results.named("teacher")[0]["size"]["kept"][0]
+    sets: dict[str, list[set[int]]] = {}
+    for jobs in results.seeds.values():
+        for name in (
+            f"score-verified-{most}",
+            "score-ga-s2",
+            "score-zero-shot-linearise",
+            "score-zero-shot",
+            "score-ga-s1",
+        ):
+            if name in jobs:
+                sets.setdefault(jobs[name]["method"], []).append(set(jobs[name]["ranking"][:most]))
+    sets = {name: found for name, found in sets.items() if len(found) == max(map(len, sets.values()))}
+    parts = []
+    if len(sets) > 1:
+        rows = [
+            [
+                one,
+                *(
+                    f"{statistics.fmean(len(a & b) for a, b in zip(sets[one], sets[other], strict=True)):.1f}"
+                    for other in sets
+                ),
+            ]
+            for one in sets
+        ]
+        by_chance = most**2 / results.named("teacher")[0]["num_layers"]
+        text = f"Of {most} layers, those that two methods both name, mean over seeds; by chance {by_chance:.1f}."
+        parts.append(f"{text}\n\n{markdown(['', *sets], rows)}")
+    if (stable := stability(results, most)) is not None:
+        parts.append(stable)
+    return "\n\n".join(parts) or None
+
+
+def stability(results: Results, most: int) -> str | None:
+    """The sets that GA-S2 names by its tokens for each layer, beside that with the most."""
+    rows = []
+    for seed, jobs in results.seeds.items():
+        found = [record for name, record in jobs.items() if name.startswith("score-ga-s2")]
+        found.sort(key=lambda record: record["tokens_forward_backward"])
+        for record in found if len(found) > 1 else ():
+            chosen, last = set(record["ranking"][:most]), set(found[-1]["ranking"][:most])
+            tokens = record["tokens_forward_backward"] / len(record["ranking"])
+            rows.append(
+                [
+                    str(seed),
+                    f"{tokens:,.0f}",
+                    str(sorted(chosen)),
+                    f"{len(chosen & last)} of {most}",
+                    f"{record['seconds']:.0f}",
+                ]
+            )
+    if not rows:
+        return None
+    head = ["seed", "tokens for each layer", f"best {most}", "shared with the most tokens", "seconds"]
+    return f"GA-S2 by its tokens for each layer:\n\n{markdown(head, rows)}"
+
+
+def settings(results: Results) -> str | None:
+    """The uniform hybrid with other learning rates and rows of a step, beside the recipe's."""
+    jobs = sorted({name for found in results.seeds.values() for name in found if name.startswith("setting-")})
+    if not jobs:
+        return None
+    most = results.named("teacher")[0]["size"]["kept"][0]
+    domains = list(results.named("teacher")[0]["kl"]["domains"])
+    kinds = [
+        ("the recipe's", results.of_selector(most, "uniform")),
+        *((job.removeprefix("setting-"), results.named(job)) for job in jobs),
+    ]
+    rows = []
+    for name, found in kinds:
+        record = found[0]
+        steps = record["tokens"] // (record["rows"] * record["size"]["block_size"])
+        rates = " and ".join(f"{rate:g}" for rate in record["learning_rates"])
+        rows.append(
+            [name, rates, str(record["rows"]), str(steps), *kls(found, domains), f"{record['train_seconds']:.0f}"]
+        )
+    head = [
+        "settings",
+        "learning rates (all else, mixers)",
+        "rows",
+        "steps",
+        "KL",
+        *(f"KL, {name}" for name in domains),
+        "seconds",
+    ]
+    return f"Of the hybrid with {most} uniform layers, at the same tokens.\n\n{markdown(head, rows)}"
+
+
 def other_mixers(results: Results) -> str | None:
     """The table of the other mixers, or None where none was tried."""
     jobs = sorted({name for found in results.seeds.values() for name in found if name.startswith("mixer-")})
@@ -411,11 +505,14 @@ def draw_curves(results: Results, path: Path) -> bool:
 def evaluations(results: Results) -> str | None:
     """What `hf-hybrid evaluate --tasks ruler,generation` found of the finished models and their teacher."""
     parts = []
+    if not results.named("evaluation-run"):
+        return None
     for job, name in (("evaluation-run", "The hybrid"), ("evaluation-chat", "The same, fine-tuned on instructions")):
         if not (found := results.named(job)):
             continue
         record, rows = found[0], []
-        theirs = {(s["task"], s["form"], s["length"]): s for s in record["teacher_tasks"]}
+        beside = results.named("evaluation-run")[0]["teacher_tasks"]
+        theirs = {(s["task"], s["form"], s["length"]): s for s in beside}
         for form in dict.fromkeys(score["form"] for score in record["tasks"]):
             for task in dict.fromkeys(score["task"] for score in record["tasks"] if score["form"] == form):
                 scores = [s for s in record["tasks"] if (s["task"], s["form"]) == (task, form)]
@@ -457,7 +554,11 @@ def undone(results: Results) -> str:
     wanted = [f"score-{name}-{most}" if name == "verified" else f"score-{name}" for name in size["selectors"]]
     wanted += [f"score-verified-{k}" for k in others]
     wanted += ["long", "search", "speed", "mixer-kda", "mixer-window-state", "mixer-window-sinks"]
-    wanted += [f"rate-{i}" for i in range(3)]
+    wanted += [
+        f"setting-{name}" for name in ("rates-low", "rates-high", "mixer-rate-high", "batch-half", "batch-double")
+    ]
+    if "ga-s2" in size["selectors"]:
+        wanted += [f"score-ga-s2-{share}" for share in (0.1, 0.3, 2.0)]
     wanted += ["run-report", "chat", "evaluation-run", "evaluation-chat"]
     missing = [name for name in wanted if not results.named(name)]
     partly = [name for name in wanted if 0 < len(results.named(name)) < len(results.seeds)]

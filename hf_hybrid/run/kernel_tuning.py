@@ -9,7 +9,6 @@ Triton's cache, where other processes and later runs find both.
 
 import contextlib
 import fcntl
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hf_hybrid.environment import available_cores
 from hf_hybrid.modeling.kernels import use_fla
 from hf_hybrid.modeling.linear_attention import LinearAttention
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
@@ -54,7 +54,7 @@ def tune_kernels(
     if not mixers or not use_fla(student.device, student.config.kernel):
         return False
     shapes = ", ".join(f"{mixer.num_heads} heads of {mixer.head_dim} x {mixer.value_dim}" for mixer in mixers)
-    say(f"compiling and tuning fla's kernels for {shapes} on {os.cpu_count()} cores; later runs find them")
+    say(f"compiling and tuning fla's kernels for {shapes} on {_cores()} cores; later runs find them")
     start = time.perf_counter()
     with side_by_side():
         for mixer in mixers:
@@ -107,6 +107,10 @@ def run_once(
             torch.autograd.grad(output.float().sum(), leaves)
 
 
+def _cores() -> int:
+    return max(1, int(available_cores()))
+
+
 @contextlib.contextmanager
 def side_by_side() -> Iterator[None]:
     """
@@ -124,7 +128,7 @@ def side_by_side() -> Iterator[None]:
         with alone_on_the_device():
             return do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
 
         def prune_and_compile(self: Any, kwargs: dict[str, Any]) -> list[Any]:
             configs = prune(self, kwargs)
