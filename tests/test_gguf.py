@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFReader
 from gguf_files import CHAT, VOCABULARY, tokenizer_fields, write_gguf
 from hub_server import LoopbackHub, Repo
 from runs import LINES, tiny_recipe, tiny_tokenizer
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_hybrid as hh
 from hf_hybrid import cli
-from hf_hybrid.teacher.gguf_file import gguf_origin
-from hf_hybrid.teacher.loading import load_model, load_pair, load_teacher, load_tokenizer
+from hf_hybrid.teacher.gguf_file import gguf_origin, parsed_once, read_gguf
+from hf_hybrid.teacher.loading import empty_teacher, load_model, load_pair, load_teacher, load_tokenizer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*its weights are those of the GGUF file")
@@ -58,6 +59,51 @@ def test_the_numbers_are_those_of_the_file(kind: Type, changes: dict[str, Any], 
     assert torch.equal(teacher(given).logits, source(given).logits)
     assert teacher.generation_config.eos_token_id == 0
     assert load_teacher("a.gguf", dtype=torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def parses(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose metadata gguf has gone through."""
+    went_through: list[Path] = []
+    build = GGUFReader._build_fields
+
+    def counted(self: GGUFReader, *args: Any) -> int:
+        went_through.append(Path(self.data.filename))
+        return build(self, *args)
+
+    monkeypatch.setattr(GGUFReader, "_build_fields", counted)
+    return went_through
+
+
+def test_a_load_parses_the_file_once(folder: Path, parses: list[Path]) -> None:
+    write_gguf(Path("a.gguf"), llama(), Type.Q8_0)
+    open_file = GGUFReader.__init__
+    for load in (load_pair, load_teacher, load_tokenizer, load_model, empty_teacher):
+        parses.clear()
+        load("a.gguf")
+        assert len(parses) == 1, load
+        assert GGUFReader.__init__ is open_file
+    with pytest.raises(ValueError, match="is damaged"), parsed_once():
+        Path("b.gguf").write_bytes(Path("a.gguf").read_bytes()[:1000])
+        read_gguf(Path("b.gguf"))
+    assert GGUFReader.__init__ is open_file
+
+
+def test_what_was_parsed_is_of_that_file_as_it_was(folder: Path, parses: list[Path]) -> None:
+    for name, layers in (("a.gguf", 2), ("b.gguf", 3), ("c.gguf", 3)):
+        write_gguf(Path(name), llama(num_hidden_layers=layers))
+
+    def layers_of(name: str) -> int:
+        return int(read_gguf(Path(name)).fields["llama.block_count"].contents())
+
+    with parsed_once(), parsed_once():
+        assert [layers_of(name) for name in ("a.gguf", "b.gguf", "a.gguf", "b.gguf")] == [2, 3, 2, 3]
+        assert len(parses) == 2
+        Path("c.gguf").replace("a.gguf")
+        assert layers_of("a.gguf") == 3 and len(parses) == 3
+        GGUFReader("a.gguf", "c").data[-1] += 1  # a copy to write on is nobody else's
+        assert len(parses) == 4 and not read_gguf(Path("a.gguf")).data.flags.writeable
+    assert layers_of("a.gguf") == 3 and len(parses) == 5
 
 
 def test_teacher_and_hybrid_are_plain_models(folder: Path) -> None:

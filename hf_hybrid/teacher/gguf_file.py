@@ -5,9 +5,12 @@ transformers reads the file and undoes what llama.cpp does to names and layouts.
 here that is a `ValueError`, for a model without a part of itself answers, and answers worse.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +47,7 @@ _FACTORS = (
     "embedding_scale",
     "residual_scale",
 )
+_LOADING = threading.RLock()
 
 
 def gguf_origin(config: Any) -> dict[str, str] | None:
@@ -106,6 +110,41 @@ def _checked(path: Path) -> Path:
         if not (start := stream.read(24)).startswith(b"GGUF") or len(start) < 24:
             raise ValueError(f"{path} is no GGUF file, or only the beginning of one; download it again.")
     return path
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """
+    Inside, a `gguf.GGUFReader` of a file that was read before and has not changed takes over what was parsed then.
+
+    Parsing takes seconds, most of them for the words of the vocabulary, and the library does it anew for the config,
+    the model and the tokenizer. Nothing is kept afterwards; threads that are inside take turns.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:  # which `read_gguf` explains
+        yield
+        return
+    reader_class: Any = GGUFReader
+    parsed: dict[tuple[Any, ...], dict[str, Any]] = {}
+    with _LOADING:
+        parse = reader_class.__init__
+
+        def parse_once(self: Any, path: str | os.PathLike, mode: str = "r") -> None:
+            found = os.stat(path)
+            key = (os.path.realpath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            if mode == "r" and key in parsed:
+                self.__dict__.update(parsed[key])
+                return
+            parse(self, path, mode)
+            if mode == "r":  # in other modes what one reader writes is not what another is to read
+                parsed[key] = dict(self.__dict__)
+
+        reader_class.__init__ = parse_once
+        try:
+            yield
+        finally:
+            reader_class.__init__ = parse
 
 
 def read_gguf(path: Path) -> "GGUFReader":

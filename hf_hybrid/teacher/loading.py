@@ -43,6 +43,7 @@ from .gguf_file import (
     gguf_origin,
     load_gguf,
     load_gguf_tokenizer,
+    parsed_once,
     read_gguf,
 )
 from .names import check_folder, check_name
@@ -75,11 +76,13 @@ def load_pair(
                 raise ValueError(f"{name}={value!r}, but the embedded teacher ships with the package; leave it out.")
         model = embedded_teacher()
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))), embedded_tokenizer()
-    model = load_teacher(
-        teacher, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file
-    )
-    commit = model.config._commit_hash or revision
-    return model, load_tokenizer(teacher, trust_remote_code=trust_remote_code, revision=commit, gguf_file=gguf_file)
+    check_name(teacher)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    gguf = _find_gguf(teacher, gguf_file, checked_revision(teacher, revision))
+    with contextlib.nullcontext() if gguf is None else parsed_once():
+        model = load_teacher(teacher, dtype=dtype, revision=revision, **options)
+        commit = model.config._commit_hash or revision
+        return model, load_tokenizer(teacher, revision=commit, **options)
 
 
 def load_teacher(
@@ -134,9 +137,10 @@ def empty_teacher(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     gguf = _find_gguf(name, gguf_file, revision)
     if gguf is not None:
-        read_gguf(gguf)
-        with _explained(gguf):
-            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=str(gguf.absolute()))
+        with parsed_once():
+            read_gguf(gguf)
+            with _explained(gguf):
+                config = AutoConfig.from_pretrained(gguf.parent, gguf_file=str(gguf.absolute()))
     else:
         check_folder(name)
         with _explained(name):
@@ -242,9 +246,10 @@ def _find_gguf(name: str | os.PathLike, gguf_file: str | None, revision: str) ->
 
 
 def _load_gguf(name: str | os.PathLike, path: Path, dtype: Any) -> tuple[Any, list[str]]:
-    reader = read_gguf(path)
-    with _explained(path), _without_report():
-        model, info = load_gguf(path, dtype)
+    with parsed_once():
+        reader = read_gguf(path)
+        with _explained(path), _without_report():
+            model, info = load_gguf(path, dtype)
     _check_filled(path, info, "the config that its metadata make")
     model = _dequantised(path, model, "gguf")
     finish_gguf(model, reader, path)
@@ -314,9 +319,10 @@ def load_tokenizer(
     revision = checked_revision(name, revision)
     gguf = _find_gguf(name, gguf_file, revision)
     if gguf is not None:
-        reader = read_gguf(gguf)
-        with _explained(gguf, "tokenizer"):
-            tokenizer = load_gguf_tokenizer(gguf)
+        with parsed_once():
+            reader = read_gguf(gguf)
+            with _explained(gguf, "tokenizer"):
+                tokenizer = load_gguf_tokenizer(gguf)
         finish_gguf_tokenizer(tokenizer, reader, gguf)
         return tokenizer
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
