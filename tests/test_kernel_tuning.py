@@ -1,5 +1,9 @@
 """What is run to make kernels ready; that they are is seen on a GPU, with `make gpu-check`."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from teachers import tiny_teacher
@@ -7,7 +11,7 @@ from teachers import tiny_teacher
 import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
-from hf_hybrid.run.kernel_tuning import run_once, tune_kernels
+from hf_hybrid.run.kernel_tuning import run_once, side_by_side, tune_kernels
 from hf_hybrid.trainers.precision import Precision
 
 
@@ -51,3 +55,81 @@ def test_the_recurrence_is_called_as_training_calls_it(
     seen.clear()
     run_once(module, rows=1, packed=packed, precision=precision, gradients=(False,), tokens=300)
     assert seen[0]["v"][1] == (1, 300, 4, 24)
+
+
+class TestCompilingAhead:
+    """Triton's autotuner and kernels, as far as tuning touches them, in the place of Triton itself."""
+
+    @pytest.fixture
+    def triton(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        compiled: list[tuple[str, int]] = []
+        launched: list[tuple[str, int]] = []
+
+        class JITFunction:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def run(self, *args: Any, grid: Any, warmup: bool, block: int = 0) -> None:
+                (compiled if warmup else launched).append((self.name, block))
+
+        class Config:
+            def __init__(self, block: int) -> None:
+                self.block = block
+
+            def all_kwargs(self) -> dict[str, int]:
+                return {"block": self.block}
+
+        class Autotuner:
+            arg_names, keys = ("x", "width"), ("width",)
+
+            def __init__(self, name: str, blocks: tuple[int, ...]) -> None:
+                self.fn, self.configs = JITFunction(name), [Config(block) for block in blocks]
+                self.nargs: dict[str, Any] | None = None
+
+            def prune_configs(self, kwargs: dict[str, Any]) -> list[Config]:
+                return self.configs
+
+            def run(self, *args: Any, **kwargs: Any) -> None:
+                self.nargs = dict(zip(self.arg_names, args, strict=True))
+                best = self.prune_configs(kwargs)[0]
+                self.fn.run(*args, **kwargs, **best.all_kwargs())
+
+        modules = {
+            "triton": ModuleType("triton"),
+            "triton.runtime": SimpleNamespace(driver=SimpleNamespace(active=type("Driver", (), {})())),
+            "triton.runtime.autotuner": SimpleNamespace(Autotuner=Autotuner),
+            "triton.runtime.jit": SimpleNamespace(JITFunction=JITFunction),
+            "triton.testing": SimpleNamespace(do_bench=None),
+        }
+        type(modules["triton.runtime"].driver.active).get_benchmarker = None
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return SimpleNamespace(Autotuner=Autotuner, JITFunction=JITFunction, compiled=compiled, launched=launched)
+
+    def test_every_configuration_is_compiled_and_nothing_is_launched(self, triton: SimpleNamespace) -> None:
+        tuned, plain = triton.Autotuner("tuned", (16, 32, 64)), triton.JITFunction("plain")
+        call = {"grid": (1,), "warmup": False}
+        methods = triton.Autotuner.run, triton.Autotuner.prune_configs, triton.JITFunction.run
+        with side_by_side() as compiling_only:
+            with compiling_only():
+                for _ in range(2):  # as of q and of k: once is enough
+                    tuned.run(torch.zeros(2), 128, **call)
+                tuned.run(torch.zeros(2).double(), 128, **call)
+                plain.run(torch.zeros(2), **call)
+            assert triton.launched == []
+            assert sorted(triton.compiled) == [("plain", 0), *sorted(2 * [("tuned", n) for n in (16, 32, 64)])]
+            tuned.run(torch.zeros(2), 128, **call)
+            assert triton.launched == [("tuned", 16)]
+        assert (triton.Autotuner.run, triton.Autotuner.prune_configs, triton.JITFunction.run) == methods
+
+    def test_what_does_not_compile_is_left_to_its_call(self, triton: SimpleNamespace) -> None:
+        def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("out of registers")
+
+        triton.JITFunction.run = refuse
+        with side_by_side() as compiling_only:
+            with compiling_only():
+                triton.Autotuner("tuned", (16, 32)).run(torch.zeros(2), 128, grid=(1,), warmup=False)
+            with pytest.raises(RuntimeError, match="out of registers"):
+                triton.JITFunction("plain").run(grid=(1,), warmup=False)
+        assert triton.JITFunction.run is refuse

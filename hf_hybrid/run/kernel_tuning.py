@@ -2,17 +2,19 @@
 fla's kernels made ready before the first step of a run.
 
 fla tries dozens of configurations of each of its kernels on the shapes that it meets first, and Triton compiles them
-one after the other: minutes in which a training seems to hang. Here they are compiled side by side and timed briefly,
-on random tensors of the run's shapes, by the main process alone. Triton keeps the kernels and fla the choices in
-Triton's cache, where other processes and later runs find both.
+one after the other: minutes in which a training seems to hang. Here the configurations of all kernels are compiled
+side by side, in a pass that launches nothing, and then timed briefly, on random tensors of the run's shapes, by the
+main process alone. Triton keeps the kernels and fla the choices in Triton's cache, where other processes and later
+runs find both.
 """
 
 import contextlib
 import fcntl
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,17 @@ def tune_kernels(
     shapes = ", ".join(f"{mixer.num_heads} heads of {mixer.head_dim} x {mixer.value_dim}" for mixer in mixers)
     say(f"compiling and tuning fla's kernels for {shapes} on {_cores()} cores; later runs find them")
     start = time.perf_counter()
-    with side_by_side():
+
+    def run_all() -> None:
         for mixer in mixers:
             run_once(mixer, rows=rows, packed=packed, precision=precision, tokens=tokens)
             if packed:  # fla tunes anew for rows that are not, which measurements and generation have
                 run_once(mixer, rows=rows, packed=False, precision=precision, gradients=(False,), tokens=tokens)
+
+    with side_by_side() as compiling_only:
+        with compiling_only():
+            run_all()
+        run_all()
     torch.cuda.synchronize(student.device)
     say(f"fla's kernels are ready after {time.perf_counter() - start:.0f} s")
     return True
@@ -112,10 +120,11 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def side_by_side() -> Iterator[None]:
+def side_by_side() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """
     Inside, Triton's autotuner compiles the configurations of a kernel side by side, times each for 25 ms in the place
-    of 125, and takes turns with other processes on this machine.
+    of 125, and takes turns with other processes on this machine. Gives a context inside which nothing is launched:
+    the kernels that are called there are compiled, all side by side, until it ends.
     """
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
@@ -142,9 +151,52 @@ def side_by_side() -> Iterator[None]:
         Autotuner.prune_configs = prune_and_compile
         active.get_benchmarker = lambda self: short_bench
         try:
-            yield
+            yield functools.partial(_compiling_only, pool, prune)
         finally:
             Autotuner.prune_configs, active.get_benchmarker = prune, get_benchmarker
+
+
+@contextlib.contextmanager
+def _compiling_only(pool: ThreadPoolExecutor, prune: Callable[[Any, dict[str, Any]], list[Any]]) -> Iterator[None]:
+    """
+    Inside, a call of a kernel compiles it, every configuration of it that `prune` leaves, in `pool`, and launches
+    nothing: what it would have written stays as it was allocated. At the end all of it is compiled.
+    """
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Future[Any]] = []
+    seen: set[tuple[Any, ...]] = set()
+    tune, launch = Autotuner.run, JITFunction.run
+
+    def compile_configs(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        given = {name: value for name, value in {**self.nargs, **kwargs}.items() if name in self.arg_names}
+        # What the autotuner tells calls apart by.
+        key = (*(given[name] for name in self.keys if name in given), *map(_dtype_of, given.values()))
+        if (id(self), key) not in seen:
+            seen.add((id(self), key))
+            for config in prune(self, kwargs):
+                options = {**kwargs, **config.all_kwargs(), "warmup": True}
+                compiled.append(pool.submit(self.fn.run, *args, **options))
+        self.nargs = None
+
+    def compile_one(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if warmup:
+            return launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(pool.submit(launch, self, *args, grid=grid, warmup=True, **kwargs))
+        return None
+
+    Autotuner.run, JITFunction.run = compile_configs, compile_one
+    try:
+        yield
+        wait(compiled)  # what does not compile fails again when it is called
+    finally:
+        Autotuner.run, JITFunction.run = tune, launch
+
+
+def _dtype_of(value: Any) -> Any:
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 @contextlib.contextmanager
