@@ -275,7 +275,7 @@ def time_steps(
     times = []
     for _ in range(3):
         begin()
-        with alone_on_the_device():
+        with alone_on_the_device(args.device):
             args.synchronize()
             start = time.perf_counter()
             for _ in range(args.steps):

@@ -94,7 +94,7 @@ def median_ms(
     times, result = [], None
     for i in range(warmup + repeats):
         result = None  # a cache that is made again is not held twice
-        with alone_on_the_device() if i >= warmup else contextlib.nullcontext():
+        with alone_on_the_device(args.device) if i >= warmup else contextlib.nullcontext():
             args.synchronize()
             start = time.perf_counter()
             result = function()

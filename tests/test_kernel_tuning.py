@@ -1,6 +1,9 @@
 """What is run to make kernels ready; that they are is seen on a GPU, with `make gpu-check`."""
 
+import fcntl
 import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,7 @@ from teachers import tiny_teacher
 import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
 from hf_hybrid.modeling.modeling_hybrid import decoder_layers
-from hf_hybrid.run.kernel_tuning import run_once, side_by_side, tune_kernels
+from hf_hybrid.run.kernel_tuning import alone_on_the_device, lock_file, run_once, side_by_side, tune_kernels
 from hf_hybrid.trainers.precision import Precision
 
 
@@ -133,3 +136,65 @@ class TestCompilingAhead:
             with pytest.raises(RuntimeError, match="out of registers"):
                 triton.JITFunction("plain").run(grid=(1,), warmup=False)
         assert triton.JITFunction.run is refuse
+
+
+UUIDS = ["c2f1d3aa-0000-4e5f-9d3b-1a2b3c4d5e6f", "0b7c9e11-2222-4a1b-8c7d-6f5e4d3c2b1a"]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[SimpleNamespace]:
+    """The properties of the GPUs that this process sees, the first of which it works on; locks go to `tmp_path`."""
+    seen = [SimpleNamespace(uuid=uuid) for uuid in UUIDS]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: seen[index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return seen
+
+
+def is_free(path: Path) -> bool:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_turns_are_taken_on_each_gpu_by_itself(gpus: list[SimpleNamespace]) -> None:
+    first, second, cpu = (lock_file(torch.device(name)) for name in ("cuda", "cuda:1", "cpu"))
+    with alone_on_the_device():
+        assert not is_free(first) and is_free(second) and is_free(cpu)
+        with alone_on_the_device("cuda:1"), alone_on_the_device("cpu"):
+            assert not is_free(second) and not is_free(cpu)
+    assert is_free(first) and is_free(second) and is_free(cpu)
+    gpus.reverse()  # as another process sees them
+    assert (lock_file(torch.device("cuda:1")), lock_file(torch.device("cuda"))) == (first, second)
+
+
+@pytest.mark.parametrize("without", ["", "00000000-0000-0000-0000-000000000000", None])
+def test_a_gpu_without_a_uuid_is_the_one_that_the_process_was_given(
+    without: str | None, gpus: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus[:] = [SimpleNamespace() if without is None else SimpleNamespace(uuid=without) for _ in gpus]
+    first, second = lock_file(torch.device("cuda")), lock_file(torch.device("cuda:1"))
+    assert first != second
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, MIG-7/3")
+    assert lock_file(torch.device("cuda")) == second
+    assert lock_file(torch.device("cuda:1")).name.endswith("cuda-MIG-7-3.lock")
+
+
+def test_a_lock_that_cannot_be_opened_breaks_nothing(
+    gpus: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lock_file(torch.device("cuda"))
+    path.mkdir()  # what not even root opens for writing, as a user does not open another's file
+    ran = False
+    with (
+        pytest.warns(UserWarning, match=r"cannot be locked \(.*disturb each other; set TMPDIR"),
+        alone_on_the_device(),
+    ):
+        ran = True
+    assert ran
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert lock_file(torch.device("cuda")) != path

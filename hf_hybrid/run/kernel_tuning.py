@@ -11,8 +11,11 @@ runs find both.
 import contextlib
 import fcntl
 import functools
+import os
+import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -123,7 +126,7 @@ def _cores() -> int:
 def side_by_side() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """
     Inside, Triton's autotuner compiles the configurations of a kernel side by side, times each for 25 ms in the place
-    of 125, and takes turns with other processes on this machine. Gives a context inside which nothing is launched:
+    of 125, and takes turns with other processes on this GPU. Gives a context inside which nothing is launched:
     the kernels that are called there are compiled, all side by side, until it ends.
     """
     from triton.runtime import driver
@@ -200,8 +203,42 @@ def _dtype_of(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def alone_on_the_device() -> Iterator[None]:
-    """Processes that measure at the same time (one compiles while another measures) take turns."""
-    with Path(tempfile.gettempdir(), "hf_hybrid_gpu.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def alone_on_the_device(device: str | torch.device = "cuda") -> Iterator[None]:
+    """
+    Processes of a user that measure on one device at the same time (one compiles while another measures) take turns.
+
+    Where the temporary folder takes no locks, a warning says that they do not.
+    """
+    path = lock_file(torch.device(device))
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            text = f"{path} cannot be locked ({error}), so processes that measure on this device at once disturb each"
+            warnings.warn(f"{text} other; set TMPDIR to a folder that you may write to.", UserWarning, stacklevel=3)
         yield
+
+
+def lock_file(device: torch.device) -> Path:
+    """
+    The file that stands for `device`, whatever number a process knows it by, and for this user: one may not open
+    another's.
+
+    A GPU is known by its UUID; parts of one (MIG) share it where the driver gives them none of their own. Where it has
+    none, `CUDA_VISIBLE_DEVICES` says which it is, and processes that name one GPU in two ways there do not find each
+    other.
+    """
+    name = device.type
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        properties: Any = torch.cuda.get_device_properties(index)
+        try:
+            uuid = str(properties.uuid)
+        except AttributeError:  # some builds of torch for AMD
+            uuid = ""
+        if not uuid.strip("0-"):  # zeros are none, too
+            visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+            uuid = visible[index] if index < len(visible) and visible[index] else str(index)
+        name += "-" + re.sub(r"[^\w-]", "-", uuid)
+    return Path(tempfile.gettempdir(), f"hf_hybrid-{os.getuid()}-{name}.lock")
