@@ -87,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --device cpu --tiny tries the program without one")
     with_sizes(args)
+    args.backend = args.backend or ("eager" if args.device == "cpu" else "inductor")
     args.until = time.monotonic() + args.seconds
     args.part = list(dict.fromkeys(part for name in args.part for part in GROUPS.get(name, (name,))))
     if args.tiny:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from decode import cache_bytes
-from gpu_shared import Results, make_teacher, median_ms, peak_mb
+from gpu_shared import Results, busy_ms, make_teacher, median_ms, peak_mb
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -106,19 +106,21 @@ def prefill_of(
     times: dict[str, list[float]] = {name: [] for name in models}
     sizes: dict[str, int] = {}
     peaks: dict[str, float | None] = {}
+    busy: dict[str, float | None] = {}
     for turn in range(1 + (args.repeats if context < 65_536 else 2)):
         for name, model in models.items():
             call = functools.partial(read_prompt, model, ids)
             if turn == 0:  # this one compiles and allocates
                 sizes[name] = cache_bytes(call())
                 peaks[name] = peak_mb(args, call)
+                busy[name] = busy_ms(args, call)
             else:
                 times[name].append(median_ms(call, args, 1, warmup=0)[0])
     medians = {name: statistics.median(found) for name, found in times.items()}
     attention, _ = median_ms(softmax_of_a_layer(args, context), args, 2)
     for name in models:
         row = {"model": name, "how": how, "context": context, "ms": medians[name], "attention_ms": attention}
-        row |= {"cache_bytes": sizes[name], "peak_mb": peaks[name]}
+        row |= {"cache_bytes": sizes[name], "peak_mb": peaks[name], "busy_ms": busy[name]}
         if name == "hybrid":  # the teacher's time without the softmax of the layers that are linear here
             linear: list[int] = models["hybrid"].linear_attention_layers
             row["floor_ms"] = medians["teacher"] - attention * len(linear)
@@ -487,8 +489,7 @@ def fla_layer(tokens: int, dtype: torch.dtype, *, hidden_size: int, heads: int, 
 
 def compiler(args: argparse.Namespace) -> dict[str, Any]:
     """What `torch.compile` is told: what the library tells it, where there is no other backend."""
-    backend = args.backend or ("eager" if args.device == "cpu" else "inductor")
-    return {"backend": backend, "mode": "reduce-overhead" if backend == "inductor" else None}
+    return {"backend": args.backend, "mode": "reduce-overhead" if args.backend == "inductor" else None}
 
 
 def free_memory(args: argparse.Namespace) -> None:

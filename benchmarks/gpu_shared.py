@@ -114,6 +114,16 @@ def peak_mb(args: argparse.Namespace, function: Callable[[], object], over: int 
     return (torch.cuda.max_memory_allocated() - over) / 1e6
 
 
+def busy_ms(args: argparse.Namespace, function: Callable[[], object]) -> float | None:
+    """Milliseconds in which the device works in one call: what is missing from the call's time, it waits for Python."""
+    if args.device != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1000
+
+
 def make_teacher(args: argparse.Namespace) -> PreTrainedModel:
     config = Qwen2Config(
         **args.sizes, tie_word_embeddings=True, max_position_embeddings=1 << 18, rope_parameters={"rope_theta": 1e6}

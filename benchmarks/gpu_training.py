@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 import torch
-from gpu_shared import Results, make_teacher, median_ms, peak_mb, with_sizes
+from gpu_shared import Results, busy_ms, make_teacher, median_ms, peak_mb, with_sizes
 from torch import Tensor
 
 import hf_hybrid as hh
@@ -98,7 +98,9 @@ def step_of(trainer: Any, student: Any, batch: dict[str, Tensor]) -> Callable[[]
     """Forward and backward of the trainer's loss."""
 
     def step() -> None:
-        trainer.compute_loss(student, batch).backward()
+        with BF16.running(student.device):  # as accelerate runs what it prepares
+            loss = trainer.compute_loss(student, batch)
+        loss.backward()
         student.zero_grad(set_to_none=True)
 
     return step
@@ -125,7 +127,7 @@ def measured(
         sys.stderr.write(f"{what} is left out: out of memory\n")
         torch.cuda.empty_cache()
         return None
-    return {"ms": ms, "tokens_per_second": 1000 * tokens / ms, "peak_mb": peak}
+    return {"ms": ms, "tokens_per_second": 1000 * tokens / ms, "peak_mb": peak, "busy_ms": busy_ms(args, call)}
 
 
 def allocated(args: argparse.Namespace) -> int:
@@ -361,6 +363,7 @@ def ga_s2(args: argparse.Namespace, results: Results) -> None:
 
 def text(args: argparse.Namespace, results: Results) -> None:
     """Rows from text: tokens per second on one worker and on all cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command has it: threads of ours alone
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
         size = 2**18 if args.tiny else 2**25

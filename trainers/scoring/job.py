@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import psutil
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -343,7 +344,7 @@ class Job:
     @contextlib.contextmanager
     def restored_afterwards(self) -> Iterator[dict[str, torch.Tensor]]:
         """Gives the aligned weights, a copy in host memory, and puts them and all linear layers back at the end."""
-        aligned = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.student.state_dict().items()}
+        aligned = _in_host_memory(self.student.state_dict())
         given = self.student
         self.mixers = [layer.self_attn for layer in decoder_layers(given)]
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -452,6 +453,18 @@ class Job:
         if self.folder is not None and PartialState().is_main_process:
             self.check_claim(name)
             write_json(self.folder / f"{name}.json", {**data, "origin": self.origin})
+
+
+def _in_host_memory(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    A copy of `state`. What lies on a GPU is copied into pinned memory, from where it comes back several times as fast,
+    unless it takes more than a quarter of what is free.
+    """
+    pin = sum(tensor.nbytes for tensor in state.values()) <= psutil.virtual_memory().available // 4
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin and tensor.is_cuda).copy_(tensor)
+        for name, tensor in state.items()
+    }
 
 
 class _Count(CheckedSteps):
