@@ -115,7 +115,7 @@ def peak_mb(args: argparse.Namespace, function: Callable[[], object], over: int 
 
 
 def busy_ms(args: argparse.Namespace, function: Callable[[], object]) -> float | None:
-    """Milliseconds in which the device works in one call: what is missing from the call's time, it waits for Python."""
+    """Milliseconds in which the device works in one call: what the call takes beyond, it waits for Python."""
     if args.device != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

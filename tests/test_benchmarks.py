@@ -292,6 +292,23 @@ def test_gpu_check_passes_what_is_right_and_no_more(tolerance, tmp_path, monkeyp
     assert all(row["said"] for row in rows)
 
 
+def test_gpu_check_refuses_a_wrong_token(monkeypatch):
+    """One of the 32 of a generation; what rounding takes for one another passes, however many tokens."""
+    assert "below the largest logit by" in gpu_check.generation("gated_linear_attention", "cpu")
+    student, teacher = gpu_check.hybrid_of("gated_linear_attention", "cpu")
+    generate = student.generate
+
+    def slipped(*args, **kwargs):
+        output = generate(*args, **kwargs)
+        output.sequences[1, -1] = output.logits[-1][1].topk(5).indices[-1]
+        return output
+
+    monkeypatch.setattr(student, "generate", slipped)
+    monkeypatch.setattr(gpu_check, "hybrid_of", lambda *_: (student, teacher))
+    with pytest.raises(ValueError, match=r"below the largest logit by \S+, allowed are 1\.\de-01"):
+        gpu_check.generation("gated_linear_attention", "cpu")
+
+
 def test_attention_as_sums_is_the_librarys():
     """In a compiled step, of a cache that is not full, with grouped heads; otherwise it is the library's itself."""
     query, key = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 40, 8)
