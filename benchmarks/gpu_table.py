@@ -197,7 +197,7 @@ def step_lines(results: dict[str, Any], shapes: Shapes, card: str) -> Iterator[L
         yield Line(
             f"the same beside a next-token step of the student{suffix}",
             "at most 2.2 times",
-            milliseconds(ours),
+            "" if theirs is None else milliseconds(ours),
             milliseconds(theirs),
             ratio_of(ours, theirs, "ms"),
             floor_text(plain, card),
@@ -458,8 +458,8 @@ def efficiency(results: dict[str, Any] | None) -> str:
     body = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 5, *lines])
     tell = (
         f"`python benchmarks/gpu.py --part scale` on {card}: the distillation of recipes/smollm2-135m.yaml, with "
-        "random weights of those shapes, rows of 2,048 tokens, optimizer and all; a step of the recipe's 16 rows in "
-        "all, and of 16 on each GPU. Efficiency: tokens per second over those of one GPU with the same engine times "
+        "random weights of those shapes, rows of 2,048 tokens, optimizer and all; a step of the recipe's 8 rows in "
+        "all, and of 8 on each GPU. Efficiency: tokens per second over those of one GPU with the same engine times "
         "the number of GPUs."
     )
     return f"{textwrap.fill(tell, 119)}\n\n{body}"

@@ -79,7 +79,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def gpu(results: dict[str, Any]) -> str:
+def gpu(results: dict[str, Any], *, earlier: bool = False) -> str:
     """The parts that were measured on a GPU, each as a table; cells that were not measured are empty."""
     found = dict(results["environment"])
     card = found.pop("device")
@@ -88,7 +88,7 @@ def gpu(results: dict[str, Any]) -> str:
         f"`python benchmarks/gpu.py`, {versions}; bf16, the shapes of Qwen2.5-1.5B with random weights. Hybrids keep "
         "softmax in 7 of 28 layers; sdpa is torch's own softmax attention. Empty: not measured."
     )
-    head = f"## On a GPU: {card}\n\n{textwrap.fill(text, 119)}"
+    head = f"## {'Earlier, on another' if earlier else 'On a'} GPU: {card}\n\n{textwrap.fill(text, 119)}"
     notes = [textwrap.fill(f"- {note}", 119, subsequent_indent="  ") for note in results.get("notes", [])]
     parts = ["\n\n".join([head, *(["\n".join(notes)] if notes else [])])]
     renderers = {
@@ -101,7 +101,7 @@ def gpu(results: dict[str, Any]) -> str:
     }
     parts += [render(results[part]) for part, render in renderers.items() if results.get(part)]
     parts += [text for text in [training_details(results)] if text]
-    return "\n\n".join([issue_table(results), *parts, EXACT])
+    return "\n\n".join([*([] if earlier else [issue_table(results)]), *parts])
 
 
 def pivot(rows: list[dict[str, Any]], down: list[str], across: str, show: Callable[[dict[str, Any]], str]) -> str:
@@ -215,7 +215,7 @@ def main() -> None:
         f"({platform.machine()}, torch {torch.__version__}).\nTimes on it vary by tens of percent: read the ratios."
     )
     parts = [head, delta_rule(load["delta_rule"]), decode(load["decode"])]
-    parts += [gpu(load["gpu"])] if "gpu" in load else []
+    parts += [gpu(load["gpu"]), gpu(load["gpu_h100"], earlier=True), EXACT]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n\n".join(parts) + "\n")
     before, rest = SCALING.read_text().split(BEGIN)
