@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard
@@ -20,8 +20,11 @@ from . import __version__
 if TYPE_CHECKING:
     from hf_hybrid.trainers import LayerScores
 
+    from .data.config import DataConfig, SourceConfig
     from .evaluation import Evaluation
     from .run.recipe import Recipe
+
+    Text = TypeVar("Text", DataConfig, SourceConfig)
 
 PLOT = "scores.png"
 # Where a card is to be read before the model has a name on the Hub.
@@ -38,6 +41,7 @@ class Provenance:
         scores ([`LayerScores`], *optional*): how the softmax layers were chosen.
         recipe ([`Recipe`], *optional*): what it was trained on.
         tokens (`dict[str, int]`): tokens trained on, by stage.
+        rows (`dict`): training rows `found` and `needed`, and what ended the text early, as in `report.json`.
         version (`str`, *optional*): of hf_hybrid, then.
         note (`str`): a paragraph that comes first.
     """
@@ -46,6 +50,7 @@ class Provenance:
     scores: "LayerScores | None" = None
     recipe: "Recipe | None" = None
     tokens: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
     version: str | None = __version__
     note: str = ""
 
@@ -96,8 +101,9 @@ def card_text(
     base, revision = (base_model, None) if base_model else plain.base_model_of(config, repo_id)
     licence = _licence(base or _teacher_folder(config, made.recipe), revision)
     data = plain.metadata(config, base, licence)
-    if made.recipe is not None and _looks_public(made.recipe.data.dataset):
-        data.datasets = [made.recipe.data.dataset]
+    public = [one.dataset for one in _sources(made.recipe) if _looks_public(one.dataset)]
+    if public:
+        data.datasets = list(dict.fromkeys(public))
     data.eval_results = _results(made) or None
     data.model_name = repo_id.split("/")[-1] if repo_id != HERE else _unnamed(config, base)
     sections = [
@@ -339,6 +345,28 @@ def _results(made: Provenance) -> list[EvalResult]:
     ]
 
 
+def _sources(recipe: "Recipe | None") -> list["SourceConfig"]:
+    return [] if recipe is None or recipe.data.source else recipe.data.all_sources()
+
+
+def _without_folders(text: "Text") -> "Text":
+    """A part of a recipe's data with the last parts of paths alone."""
+    files = [Path(name).name for name in text.text_files]
+    return dataclasses.replace(text, text_files=files, dataset=text.dataset and _public(text.dataset))
+
+
+def _rows(data: "DataConfig", rows: dict[str, Any]) -> str:
+    """A paragraph on a text that was too short for a stage to see each row once; nothing where it was not."""
+    if not rows or rows["found"] >= rows["needed"]:
+        return ""
+    said = f"The text made {rows['found']:,} of the {rows['needed']:,} training rows that a stage takes"
+    if end := rows.get("text_end"):
+        source = data.sources[end["source"]]
+        named = source.dataset or ", ".join(source.text_files)
+        said += f"; {named}, {100 * end['share']:.3g}% of it, was the first to end"
+    return f"\n\n{said}. Rows were used again."
+
+
 def _training(config: Any, made: Provenance) -> str:
     """What it was trained on: the source of text, tokens by stage, and the recipe without this machine's folders."""
     recipe = made.recipe
@@ -351,14 +379,10 @@ def _training(config: Any, made: Provenance) -> str:
         "finetune": "next-token training",
     }
     rows = [f"- {text}: {made.tokens[name]:,} tokens" for name, text in names.items() if name in made.tokens]
-    if recipe.data.source:
-        source = "the built-in demo data"
-    else:
-        source = _public(recipe.data.dataset) if _looks_public(recipe.data.dataset) else "local text files"
+    sources = [one.dataset if _looks_public(one.dataset) else "local text files" for one in _sources(recipe)]
+    source = " and ".join(dict.fromkeys(sources)) or "the built-in demo data"
     data = dataclasses.replace(
-        recipe.data,
-        text_files=[Path(name).name for name in recipe.data.text_files],
-        dataset=recipe.data.dataset and _public(recipe.data.dataset),
+        _without_folders(recipe.data), sources=[_without_folders(one) for one in recipe.data.sources]
     )
     training, execution = (
         {
@@ -376,6 +400,8 @@ def _training(config: Any, made: Provenance) -> str:
     if config.teacher_revision:
         versions += f", from the teacher's commit {config.teacher_revision}"
     return (
-        f"## Training\n\nOn {source}:\n\n" + "\n".join(rows) + f"\n\n<details><summary>{versions}</summary>\n\n"
+        f"## Training\n\nOn {source}:\n\n"
+        + "\n".join(rows)
+        + f"{_rows(data, made.rows)}\n\n<details><summary>{versions}</summary>\n\n"
         f"```yaml\n{shown}```\n\n</details>"
     )

@@ -246,6 +246,7 @@ def provenance_of(run: Path) -> Provenance:
         scores=LayerScores.load(scores) if scores.is_file() else None,
         recipe=Recipe.load(run / "recipe.yaml"),
         tokens=report.get("tokens", {}),
+        rows=report.get("rows", {}),
         version=report.get("hf_hybrid"),
     )
 

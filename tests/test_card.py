@@ -120,6 +120,20 @@ def test_its_metadata_is_what_the_hub_reads(hybrid: Any, run: Path) -> None:
     assert data["model-index"][0]["results"][0]["dataset"]["type"] == "somebody/texts"
 
 
+def test_each_source_of_text_is_named_without_its_folder(hybrid: Any) -> None:
+    recipe = tiny_recipe("teacher", "texts")
+    files = {"text_files": ["/home/somebody/notes.txt"]}
+    recipe["data"] = {"sources": [{"dataset": "somebody/texts"}, files, {"dataset": "other/texts"}], "block_size": 64}
+    made = Provenance(recipe=Recipe.from_dict(recipe), rows={"found": 20, "needed": 20})
+    card = card_of(hybrid, made)
+    assert metadata(card)["datasets"] == ["somebody/texts", "other/texts"]
+    assert "On somebody/texts and local text files and other/texts:" in card
+    assert "- notes.txt" in card and "/home" not in card and "The text made" not in card
+    made.rows = {"found": 1_202, "needed": 2_560, "text_end": {"source": 1, "share": 0.04}}
+    said = "made 1,202 of the 2,560 training rows that a stage takes; notes.txt, 4% of it, was the first to end."
+    assert said in card_of(hybrid, made)
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_without_a_measurement_there_is_no_number(name: str, hybrid: Any, run: Path) -> None:
     changes: dict[str, Any] = {name: None}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import threading
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_hybrid.data import rows as data_module
 from hf_hybrid.data import text as text_module
 from hf_hybrid.data import tokenise as tokenise_module
-from hf_hybrid.data.config import DataConfig
+from hf_hybrid.data.config import DataConfig, SourceConfig
 from hf_hybrid.data.rows import CutRows, PackedRows, build_rows, first_rows, load_rows, packed_rows
 from hf_hybrid.data.tokenise import Tokeniser
 from hf_hybrid.modeling.modeling_hybrid import packed_documents
@@ -170,6 +171,41 @@ def test_a_text_that_ends_early_gives_fewer_training_rows(tokenizer: PreTrainedT
     (tmp_path / "a.txt").write_text("".join(LINES[:20]))
     built = build_rows(config_of(tmp_path / "a.txt"), tokenizer, 10**6, 0, tmp_path / "rows")
     assert len(built["score"]) == 3 and 0 < len(built["train"]) < 100
+
+
+def mixture(folder: Path, counts: list[int], weights: list[float]) -> DataConfig:
+    """Sources of so many documents, lines of one text over and over."""
+    sources = []
+    for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        path = jsonl(folder / f"{number}.jsonl", [LINES[i % len(LINES)] for i in range(count)])
+        sources.append(SourceConfig(text_files=[str(path)], weight=weight))
+    return DataConfig(sources=sources, block_size=16, held_out_rows=3, report_rows=2)
+
+
+def test_the_source_that_ends_a_mixture_is_named_and_what_would_do(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = mixture(tmp_path, [3_000, 30], [4.8, 0.2])
+    built = build_rows(config, tokenizer, 2_000, 0, tmp_path / "rows")
+    end = built.text_end
+    assert end is not None and end == load_rows(tmp_path / "rows").text_end
+    assert (end.source, end.share, end.weight, end.needed) == (1, pytest.approx(0.04), 0.2, 2_000)
+    assert end.rows == len(built["train"]) < 2_000
+    said = (
+        rf"data.sources\[1\] \({tmp_path}/1.jsonl\), 4% of the text, ends after {end.rows:,} of 2,000 training rows,"
+    )
+    assert re.match(f"{said} and all text with it; give {end.times} times as much of it, or a wei", end.told(config))
+    lasting = end.lasting_weight
+    for count, weight, enough in ((round(30 * end.times), 0.2, True), (30, lasting, True), (30, 1.2 * lasting, False)):
+        changed = mixture(tmp_path, [3_000, count], [4.8, weight])
+        built = build_rows(changed, tokenizer, 2_000, 0, tmp_path / f"{count}-{weight}")
+        assert (built.text_end is None) == (len(built["train"]) == 2_000) == enough, (count, weight)
+
+
+def test_a_mixture_that_is_long_enough_names_no_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Not even where a source has ended among the texts that were read at once."""
+    built = build_rows(mixture(tmp_path, [60, 60], [1, 1]), tokenizer, 20, 0, tmp_path / "rows")
+    assert len(built["train"]) == 20 and built.text_end is None
 
 
 def test_cut_rows_cut_tokens_and_restart_positions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -42,6 +42,20 @@ def test_counts_are_those_of_the_recipe(sources: tuple[Path, Path], tmp_path: Pa
     assert totals["device_bytes"] == max(stage.device_bytes for stage in plan.stages)
 
 
+def test_a_source_too_short_for_its_weight_is_told_by_its_size(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(*sources)
+    line = json.dumps({"text": "x = [f(y) for y in z]"}) + "\n"
+    for name, count in (("long", 4_000), ("short", 8)):
+        (tmp_path / f"{name}.jsonl").write_text(line * count)
+    files = [[str(tmp_path / f"{name}.jsonl")] for name in ("long", "short")]
+    for weights, ends in (((9, 1), True), ((999, 1), False)):
+        weighted = [{"text_files": file, "weight": weight} for file, weight in zip(files, weights, strict=True)]
+        recipe["data"] = {"sources": weighted, "block_size": 64, "held_out_rows": 6, "report_rows": 6}
+        plan = plan_recipe(Recipe.from_dict(recipe), tmp_path / "run")
+        told = [note for note in plan.notes if note.startswith("by the sizes of files, data.sources[1] (")]
+        assert len(told) == ends and (plan.stages[0].rows < 6 + 6 + 32) == ends
+
+
 def test_disk_and_done_stages_are_those_of_a_run(sources: tuple[Path, Path], tmp_path: Path) -> None:
     unscored = {"score": None, "select": {"selector": "uniform", "k": 2}}
     recipe, folder = Recipe.from_dict(tiny_recipe(*sources, **unscored)), tmp_path / "run"

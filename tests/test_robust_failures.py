@@ -17,8 +17,10 @@ import yaml
 from cases import ALL, Case
 from runs import contents
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from hf_hybrid.card import card_text
+from hf_hybrid.hub import provenance_of
 from hf_hybrid.run import inputs, pipeline
 from hf_hybrid.run.folder import ARTEFACTS, has_work
 from hf_hybrid.run.recipe import Recipe
@@ -235,6 +237,36 @@ def test_texts_that_end_early_are_counted(case: Case) -> None:
     assert notes["distill"] == (
         f"the text has {rows['found']} rows, 32 are trained on: each is used {32 / rows['found']:.1f} times"
     )
+
+
+def test_the_source_that_ended_the_text_is_told_with_the_rows_in_the_report_and_in_the_card(case: Case) -> None:
+    text = "".join(path.read_text() for path in sorted(Path("texts").iterdir()))
+    for name, count in (("long", 2_000), ("short", 6)):
+        lines = [json.dumps({"text": text[80 * i : 80 * (i + 1)]}) for i in range(count)]
+        Path(f"texts/{name}.jsonl").write_text("\n".join(line for line in lines if len(line) > 20))
+    weighted = [
+        {"text_files": [f"texts/{name}.jsonl"], "weight": weight} for name, weight in (("long", 9), ("short", 1))
+    ]
+    case.recipe["data"] = {"sources": weighted, "block_size": 64, "held_out_rows": 6, "report_rows": 6}
+    del case.recipe["score"], case.recipe["finetune"]
+    case.recipe["select"] = {"selector": "uniform", "k": 2}
+    events: list[Event] = []
+    result = run_recipe(Recipe.from_dict(case.recipe), case.folder, progress=events.append)
+    rows = result.report["rows"]
+    assert rows["needed"] == 32 > rows["found"] > 0
+    assert (rows["text_end"]["source"], rows["text_end"]["share"]) == (1, 0.1)
+    [note] = [event.text for event in events if (event.kind, event.stage) == ("note", "data")]
+    begins = f"data.sources[1] (texts/short.jsonl), 10% of the text, ends after {rows['found']} of 32 training rows"
+    assert note.startswith(begins)
+    said = f"The text made {rows['found']} of the 32 training rows that a stage takes; short.jsonl, 10% of it, was the"
+    for card in ((case.folder / "model" / "README.md").read_text(), made_again(case.folder)):
+        assert said in card and "texts/" not in card.replace(said, "")
+
+
+def made_again(run: Path) -> str:
+    """The card that a push makes of the files of a run."""
+    config = AutoConfig.from_pretrained(run / "model", trust_remote_code=True)
+    return card_text(config, 1, provenance_of(run))
 
 
 # --- another recipe, and starting over

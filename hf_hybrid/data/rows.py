@@ -26,7 +26,7 @@ _SHARD_TOKENS = 2**22  # held in memory at once while rows are written to disk: 
 # For each thread that tokenises, read at once.
 _TEXTS_AT_ONCE = 128
 _CHARACTERS_AT_ONCE = 2**22
-_PACKING = "packing.json"
+_PACKING, _TEXT_END = "packing.json", "text_end.json"
 _PROBE = "text"
 
 
@@ -54,12 +54,57 @@ class Packing:
         return (config.held_out_rows, config.held_out_rows + config.report_rows) if self.documents_apart else ()
 
 
-class RowSets(dict[str, Dataset]):
-    """The rows of a run by the names of their sets, and how they were made."""
+@dataclass(frozen=True)
+class TextEnd:
+    """
+    Which of several sources of text had no more before there were the rows that were asked for, and so ended all text.
 
-    def __init__(self, sets: dict[str, Dataset], packing: Packing) -> None:
+    Args:
+        source (`int`): its place in `data.sources`.
+        share (`float`): of the characters, that it was to give.
+        weight (`float`): by which it had that share.
+        rows, needed (`int`): training rows that there are, and that were asked for.
+        times (`float`): how many times as much text of it would give these.
+        lasting_weight (`float`): the largest with which what there is of it gives these, where the others have more.
+    """
+
+    source: int
+    share: float
+    weight: float
+    rows: int
+    needed: int
+    times: float
+    lasting_weight: float
+
+    @classmethod
+    def of(cls, config: DataConfig, source: int, train: int, needed: int) -> "TextEnd":
+        """That of the mixture `config`, whose `source` ended after `train` training rows of `needed`."""
+        held_out = config.held_out_rows + config.report_rows
+        weights = [one.weight for one in config.sources]
+        share, part = weights[source] / sum(weights), (train + held_out) / (needed + held_out)
+        weight = share * part * (sum(weights) - weights[source]) / (1 - share * part)
+        step = 10.0 ** (math.floor(math.log10(weight)) - 1)  # rounded to where it does
+        lasting = round(math.floor(weight / step) * step, 12)
+        return cls(source, share, weights[source], train, needed, math.ceil(10 / part) / 10, lasting)
+
+    def told(self, config: DataConfig, about: str = "") -> str:
+        """The sentence for who runs the recipe of `config`; `about` is put before numbers that are estimated."""
+        named = (
+            f"data.sources[{self.source}] ({_source_name(config, self.source)}), {100 * self.share:.3g}% of the text,"
+        )
+        return (
+            f"{named} ends after {about}{self.rows:,} of {self.needed:,} training rows, and all text with it; give "
+            f"{about}{self.times:g} times as much of it, or a weight of at most {about}{self.lasting_weight:g} in the "
+            f"place of {self.weight:g}"
+        )
+
+
+class RowSets(dict[str, Dataset]):
+    """The rows of a run by the names of their sets, how they were made, and what ended the text early, if known."""
+
+    def __init__(self, sets: dict[str, Dataset], packing: Packing, text_end: TextEnd | None = None) -> None:
         super().__init__(sets)
-        self.packing = packing
+        self.packing, self.text_end = packing, text_end
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
@@ -85,7 +130,7 @@ def build_rows(
     The first documents of the text are held out (for `score`, then for `report`), training rows follow, and no
     document is in two sets: what is left of one when a set is full is in none. A text of too few documents for that is
     shared out by rows, which the sets' `packing` says. Only as much text is read as is needed. Where it ends early,
-    `train` has fewer rows than asked for.
+    `train` has fewer rows than asked for; of several sources, the sets' `text_end` says which one ended it.
 
     Args:
         config ([`DataConfig`]): the text.
@@ -103,16 +148,19 @@ def build_rows(
         made = {name: iter(demo_rows(tokenizer, config.block_size, n, seed, name)) for name, n in wanted.items()}
         told = _told(chain(*(islice(rows, wanted[name]) for name, rows in made.items())), wanted, progress)
         counts = {name: _write(islice(told, wanted[name]), folder / name, vocab_size) for name in wanted}
-        packing = Packing([], documents_apart=True)
+        packing, ended = Packing([], documents_apart=True), None
     else:
         packing = Packing(text_prefix(tokenizer), documents_apart=True)
-        counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
+        counts, ended = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
         if counts["train"] == 0:
             packing = dataclasses.replace(packing, documents_apart=False)
             shutil.rmtree(folder, ignore_errors=True)
-            counts = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
+            counts, ended = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
     write_json(folder / _PACKING, dataclasses.asdict(packing))
     _check_counts(counts, wanted, config)
+    if ended is not None and len(config.sources) > 1 and counts["train"] < num_train_rows:
+        text_end = TextEnd.of(config, ended, counts["train"], num_train_rows)
+        write_json(folder / _TEXT_END, dataclasses.asdict(text_end))
     return load_rows(folder)
 
 
@@ -130,7 +178,8 @@ def load_rows(folder: str | Path) -> RowSets:
         name: concatenate_datasets([load_from_disk(str(shard)) for shard in sorted(Path(folder, name).iterdir())])
         for name in SETS
     }
-    return RowSets(sets, Packing.load(folder))
+    text_end = Path(folder, _TEXT_END)
+    return RowSets(sets, Packing.load(folder), read_record(TextEnd, text_end) if text_end.is_file() else None)
 
 
 class CutRows:
@@ -338,10 +387,15 @@ def _write_sets(
     vocab_size: int | None,
     packing: Packing,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, int]:
-    """Writes the sets one after the other, in the order of `wanted`; returns how many rows each has."""
-    rows = _told(packed_rows(config, tokenizer, seed, packing), wanted, progress)
-    return {name: _write(islice(rows, n), folder / name, vocab_size) for name, n in wanted.items()}
+) -> tuple[dict[str, int], int | None]:
+    """
+    Writes the sets one after the other, in the order of `wanted`; returns how many rows each has, and which source of
+    the text had no more, if one did.
+    """
+    reader = PackedRows(config, tokenizer, seed, packing=packing)
+    rows = _told(reader, wanted, progress)
+    counts = {name: _write(islice(rows, n), folder / name, vocab_size) for name, n in wanted.items()}
+    return counts, reader.text.ended
 
 
 def _told(
@@ -399,10 +453,15 @@ def _no_rows(config: DataConfig) -> ValueError:
     )
 
 
+def _source_name(config: DataConfig, number: int) -> str:
+    source = config.sources[number]
+    return source.dataset or ", ".join(source.text_files)
+
+
 def _name(config: DataConfig) -> str:
     if config.dataset:
         return f"dataset {config.dataset!r} (split {config.split!r})"
     if config.sources:
-        names = [source.dataset or ", ".join(source.text_files) for source in config.sources]
+        names = [_source_name(config, number) for number in range(len(config.sources))]
         return f"the mixture of {' and '.join(names)}, which ends with the first of them,"
     return f"text_files {config.text_files}" if config.text_files else f"data source {config.source!r}"

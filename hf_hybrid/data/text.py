@@ -82,6 +82,7 @@ class Mixture:
         self.weights = [weight for _, weight in sources]
         self.characters = [0] * len(sources)
         self.current: int | None = None  # amid a document of this source
+        self.ended: int | None = None  # the source that had no more
 
     def __iter__(self) -> "Mixture":
         return self
@@ -91,7 +92,11 @@ class Mixture:
             behind = [count / weight for count, weight in zip(self.characters, self.weights, strict=True)]
             self.current = behind.index(min(behind))
         index = self.current
-        text, is_end = next(self.sources[index])
+        try:
+            text, is_end = next(self.sources[index])
+        except StopIteration:
+            self.ended = index
+            raise
         self.characters[index] += len(text)
         if is_end:
             self.current = None

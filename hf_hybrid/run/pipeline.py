@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,8 @@ class Pipeline:
                 )
                 text += "into those that are trained on; give more files, or a .jsonl file with a document a line"
                 self.listener(Event("data", "note", text=text))
+            if rows.text_end is not None:
+                self.listener(Event("data", "note", text=rows.text_end.told(self.recipe.data)))
             stored = {name: s for name, s in self.recipe.stages().items() if not streams(self.recipe, name)}
             for name, stage in stored.items():
                 available = len(cut_for(self.recipe, name, rows["train"]))
@@ -377,10 +380,17 @@ class Pipeline:
         evaluation = read_record(Evaluation, self.folder / ARTEFACTS["evaluate"])
         with publish(self.folder / ARTEFACTS["model"]) as partial:
             card = {"evaluation": evaluation, "scores": self.scores, "recipe": self.recipe, "tokens": self._tokens()}
+            card["rows"] = self._rows_found()
             # Which kernels ran here is no matter of the model's.
             save_model(self._finished_student("auto"), self.tokenizer, partial, **card)
             self._sign("model", partial)
         return f"in {self.folder / ARTEFACTS['model']}"
+
+    def _rows_found(self) -> dict[str, Any]:
+        """The training rows that there are, how many the stages need, and which source of the text ended it early."""
+        found = {"found": len(self.rows["train"]), "needed": rows_needed(self.recipe)}
+        end = self.rows.text_end
+        return found if end is None else found | {"text_end": asdict(end)}
 
     def _tokens(self) -> dict[str, int]:
         """The tokens that each stage trained on."""
@@ -411,7 +421,7 @@ class Pipeline:
             "evaluation": read_artefact(self.folder, "evaluate"),
             "tokens": self._tokens(),
             "hf_hybrid": __version__,
-            "rows": {"found": len(self.rows["train"]), "needed": rows_needed(r)},
+            "rows": self._rows_found(),
             "seconds": read_json(self.folder / "seconds.json"),
             "model": ARTEFACTS["model"],
         }

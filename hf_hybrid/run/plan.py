@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
 from ..conversion import check_teacher, convert
+from ..data.rows import TextEnd
 from ..data.text import check_sources, open_text
 from ..demo_data import demo_rows
 from ..places import check_place, find_files
@@ -201,12 +202,13 @@ class _Planner:
             self.args = {name: cast(Any, training_arguments(recipe, name, Path(place))) for name in recipe.stages()}
         self.device: torch.device = self.args["align"].device
         self.block = {name: stage.block_size or recipe.data.block_size for name, stage in recipe.stages().items()}
+        self.notes: list[str] = []
         self.per_token: dict[str, float] = {}
         self.how: dict[str, str] = {}
 
     def plan(self, stages: list[str], done: set[str]) -> Plan:
         sizes, recipe = self.sizes, self.recipe
-        notes: list[str] = []
+        notes = self.notes
         self._measure([name for name in stages if name not in done])
         planned = [
             self._stage(name) if name not in done else StagePlan(name, ARTEFACTS[name], True) for name in stages
@@ -381,8 +383,15 @@ class _Planner:
             length += len(text.encode())
             if length > _SAMPLE_BYTES:
                 break
-        files = {file for source in data.all_sources() for file in find_files(source.text_files)}
-        there = sum(file.stat().st_size for file in files) * found // max(1, length)
+        sources = data.all_sources()
+        # The text ends with the source whose files are shortest for its weight.
+        sizes = [sum(file.stat().st_size for file in find_files(one.text_files)) / one.weight for one in sources]
+        there = int(min(sizes) * sum(one.weight for one in sources)) * found // max(1, length)
+        if there < tokens and len(sources) > 1:
+            held_out = data.held_out_rows + data.report_rows
+            rows, needed = (max(1, number // data.block_size - held_out) for number in (there, tokens))
+            end = TextEnd.of(data, sizes.index(min(sizes)), rows, needed)
+            self.notes.append(f"by the sizes of files, {end.told(data, 'about ')}")
         seconds = (time.perf_counter() - start) / max(1, found)
         return min(tokens, there) * seconds, "a sample of the text, tokenised here", there
 
