@@ -121,16 +121,22 @@ def test_the_first_screen_has_the_committed_figures():
     """The table of the README, from the records that docs/results.md is written of."""
     results = Results(ROOT / "benchmarks" / "results" / "smollm2")
     text = (ROOT / "README.md").read_text("utf-8")
-    for selector, name in (("verified", "`verified`"), ("zero-shot-linearise", "`zero-shot-linearise`")):
+    names = {"verified": "`verified`", "zero-shot-linearise": "`zero-shot-linearise`"}
+    for selector, name in (names | {"ga-s2": "`ga-s2`, the paper's", "ga-s1": "alignment loss"}).items():
         scored = results.named("score-verified-8" if selector == "verified" else f"score-{selector}")
         seconds = sum(record["seconds"] for record in scored) / len(scored)
         assert f"| {name} | {kl_and_retrieval(results, selector)} | {seconds:.0f} |" in text
-    assert f"| uniform | {kl_and_retrieval(results, 'uniform')} | |" in text
     teacher = results.named("teacher")
     assert f"| teacher, all softmax | 0 | {retrieval_at(teacher[0], 2048):.3f} | |" in text
     runs = [jobs["run-report"]["evaluation"] for jobs in results.seeds.values()]
     assert f"KL {sum(run['kl'] for run in runs) / len(runs):.3f} nats per token" in text
     assert f"perplexity {sum(run['perplexity'] for run in runs) / len(runs):.2f} (teacher" in text
+    earlier = Results(ROOT / "benchmarks" / "results" / "smollm2_large_steps")
+    kl = [
+        sum(record["kl"]["mean"] for record in earlier.of_selector(8, selector))
+        for selector in ("uniform", "verified")
+    ]
+    assert f"uniform layers had {kl[0] / kl[1]:.2f} times the KL of `verified`'s" in text.replace("\n", " ")
 
 
 def kl_and_retrieval(results: Results, selector: str) -> str:

@@ -174,7 +174,8 @@ class Work:
         """The page, of everything that was kept."""
         for file in (self.text / "sources.json", self.written / "written.json"):
             shutil.copyfile(file, self.results / file.name)
-        command(HERE / "report.py", "--results", self.results, "--output", self.page)
+        earlier = [] if self.trial else ["--earlier", HERE.parent / "results/smollm2_large_steps"]
+        command(HERE / "report.py", "--results", self.results, "--output", self.page, *earlier)
 
     def _keep(self, file: Path, name: str) -> None:
         """Lays what a step measured beside the results of the comparison."""
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="start no job of the comparison that would end later than this")
     parser.add_argument("--gpus", type=int, default=1, help="that share the comparison (default: %(default)s)")
     parser.add_argument("--without-written", action="store_true", help="use no text that the teacher wrote")
-    parser.add_argument("--written-tokens", type=int, default=700_000, help="that the teacher writes")
+    parser.add_argument("--written-tokens", type=int, default=350_000, help="that the teacher writes")
     args = parser.parse_args()
     work = Work(args)
     work.folder.mkdir(parents=True, exist_ok=True)

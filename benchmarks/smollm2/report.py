@@ -80,8 +80,8 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
-def page(results: Results, plots: Path) -> str:
-    """The whole page as Markdown; plots are written to `plots`."""
+def page(results: Results, plots: Path, earlier: Results | None = None) -> str:
+    """The whole page as Markdown, that of `earlier` runs at its end; plots are written to `plots`."""
     parts = ["# A real model: SmolLM2-135M-Instruct", setting(results)]
     if (runs := finished(results)) is not None:
         parts += ["## The finished hybrid", runs]
@@ -108,8 +108,20 @@ def page(results: Results, plots: Path) -> str:
     if (answers := chats(results)) is not None:
         parts += ["## Chat", answers]
     parts += ["## Left undone", undone(results)]
+    if earlier is not None:
+        parts += ["## Earlier: with large steps", of_earlier(earlier)]
     parts += ["## Text", text_of(results)]
     return "\n\n".join(parts) + "\n"
+
+
+def of_earlier(results: Results) -> str:
+    """What earlier runs, of other settings, came to."""
+    parts = ["\n".join(f"- {note}" for note in results.about["notes"])]
+    parts += [text for text in (finished(results), aims(results)) if text is not None]
+    for k in results.kept():
+        parts += [f"Softmax in {k} layers, {compared_tokens(results):,} tokens of distillation:", hybrids(results, k)]
+        parts.append(by_length(results, k))
+    return "\n\n".join([*parts, costs(results)])
 
 
 def setting(results: Results) -> str:
@@ -181,7 +193,7 @@ def aims(results: Results) -> str | None:
     """How far the hybrids with 8 softmax layers are from what was aimed at."""
     found = {name: results.of_selector(8, name) for name in SELECTORS}
     found = {name: records for name, records in found.items() if records}
-    if "uniform" not in found or len(found) < 2:
+    if len(found) < 2:
         return None
 
     def kl(name: str) -> float:
@@ -191,22 +203,31 @@ def aims(results: Results) -> str | None:
         return statistics.fmean(retrieval_at(record, length) for record in records)
 
     best = min((name for name in found if name != "uniform"), key=kl)
-    lines = [
-        f"- A KL of at most half of uniform's at equal budget: {kl(best) / kl('uniform'):.2f} of it, with the layers "
-        f"of `{best}` ({kl(best):.4f} against {kl('uniform'):.4f}, {compared_tokens(results):,} tokens)."
-    ]
+    told = f"`{best}` ({kl(best):.4f}"
+    told = (
+        f"{kl(best) / kl('uniform'):.2f} of it, with the layers of {told} against {kl('uniform'):.4f}, "
+        f"{compared_tokens(results):,} tokens)"
+        if "uniform" in found
+        else f"not measured, the uniform hybrid was not run; lowest with the layers of {told})"
+    )
+    lines = [f"- A KL of at most half of uniform's at equal budget: {told}."]
     teacher = results.named("teacher")
     if 2048 in teacher[0]["size"]["lengths"]:
         kept = {name: retrieval(found[name], 2048) / retrieval(teacher, 2048) for name in found}
         most = max(kept, key=lambda name: kept[name])
         lines.append(
             f"- Nine tenths of the teacher's retrieval at 2,048 tokens: {kept[most]:.2f} of it with the layers of "
-            f"`{most}`, {kept[best]:.2f} with those of `{best}`, {kept['uniform']:.2f} with uniform ones."
+            f"`{most}`, {kept[best]:.2f} with those of `{best}`"
+            + (f", {kept['uniform']:.2f} with uniform ones." if "uniform" in kept else ".")
         )
-    ours, theirs = results.named("score-verified-8"), results.named("score-ga-s2")
-    if ours and theirs:
-        share = statistics.fmean(r["seconds"] for r in ours) / statistics.fmean(r["seconds"] for r in theirs)
-        lines.append(f"- At most a tenth of GA-S2's cost: `verified` took {share:.2f} of its seconds.")
+    if theirs := results.named("score-ga-s2"):
+        costs = []
+        for name, job in (("verified", "score-verified-8"), ("zero-shot-linearise", "score-zero-shot-linearise")):
+            ours = results.named(job)
+            seconds = statistics.fmean(r["seconds"] for r in ours) / statistics.fmean(r["seconds"] for r in theirs)
+            trained = ours[0]["tokens_forward_backward"] / theirs[0]["tokens_forward_backward"]
+            costs.append(f"`{name}` took {seconds:.2f} of its seconds and {trained:.2f} of its tokens of training")
+        lines.append(f"- At most a tenth of GA-S2's cost: {', '.join(costs)}.")
     else:
         lines.append("- At most a tenth of GA-S2's cost: not measured, GA-S2 was not run to its end.")
     return "\n".join(lines)
@@ -333,33 +354,21 @@ def costs(results: Results) -> str:
 def agreements(results: Results) -> str | None:
     """How many layers the sets of two methods share, and what GA-S2 names with fewer tokens and with more."""
     most = results.named("teacher")[0]["size"]["kept"][0]
-    sets: dict[str, list[set[int]]] = {}
-    for jobs in results.seeds.values():
-        for name in (
-            f"score-verified-{most}",
-            "score-ga-s2",
-            "score-zero-shot-linearise",
-            "score-zero-shot",
-            "score-ga-s1",
-        ):
-            if name in jobs:
-                sets.setdefault(jobs[name]["method"], []).append(set(jobs[name]["ranking"][:most]))
-    sets = {name: found for name, found in sets.items() if len(found) == max(map(len, sets.values()))}
+    methods = {"verified": f"score-verified-{most}"}
+    methods |= {name: f"score-{name}" for name in ("ga-s2", "zero-shot-linearise", "zero-shot", "ga-s1")}
+    methods = {name: job for name, job in methods.items() if results.named(job)}
+
+    def shared(one: str, other: str) -> str:
+        pairs = [(jobs[one], jobs[other]) for jobs in results.seeds.values() if {one, other} <= set(jobs)]
+        counts = [len(set(a["ranking"][:most]) & set(b["ranking"][:most])) for a, b in pairs]
+        return f"{statistics.fmean(counts):.1f}" if counts else ""
+
     parts = []
-    if len(sets) > 1:
-        rows = [
-            [
-                one,
-                *(
-                    f"{statistics.fmean(len(a & b) for a, b in zip(sets[one], sets[other], strict=True)):.1f}"
-                    for other in sets
-                ),
-            ]
-            for one in sets
-        ]
+    if len(methods) > 1:
+        rows = [[name, *(shared(job, other) for other in methods.values())] for name, job in methods.items()]
         by_chance = most**2 / results.named("teacher")[0]["num_layers"]
         text = f"Of {most} layers, those that two methods both name, mean over seeds; by chance {by_chance:.1f}."
-        parts.append(f"{text}\n\n{markdown(['', *sets], rows)}")
+        parts.append(f"{text}\n\n{markdown(['', *methods], rows)}")
     if (stable := stability(results, most)) is not None:
         parts.append(stable)
     return "\n\n".join(parts) or None
@@ -592,8 +601,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="folder with a folder for each seed")
     parser.add_argument("--output", type=Path, required=True, help="the page; plots go to images/ beside it")
+    parser.add_argument("--earlier", type=Path, help="such a folder of earlier runs, for the end of the page")
     args = parser.parse_args()
-    text = page(Results(args.results), args.output.parent / "images")
+    earlier = None if args.earlier is None else Results(args.earlier)
+    text = page(Results(args.results), args.output.parent / "images", earlier)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text, "utf-8")
 

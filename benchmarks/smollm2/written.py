@@ -591,7 +591,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=20_000_000, help="of training text; held-out text comes on top")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--batch-size", type=int, default=1024, help="documents at once: 24 KB of cache per token each"
+        "--batch-size", type=int, default=2048, help="documents at once: 24 KB of cache per token each"
     )
     parser.add_argument("--new-tokens", type=int, default=1024, help="of an answer, at most")
     parser.add_argument("--temperature", type=float, default=1.0)
