@@ -139,6 +139,22 @@ def test_small_device_gets_small_batches(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "more than there is here" in path.read_text()
 
 
+def test_small_budgets_get_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small steps reach more than few large ones at equal tokens, and large budgets have many steps anyway."""
+    monkeypatch.setattr(starter, "device_memory", lambda device: 2**40)
+    sizes = footprint(empty_teacher("embedded"), torch.float32)
+
+    def batches(tokens: int) -> dict[str, int]:
+        made = starter._Starter("x", sizes, torch.device("cuda"), torch.bfloat16, {"block_size": 2048}, 2, tokens)
+        blocks = {"align": 512, "score": 2048, "distill": 2048}
+        for name, batch in made.batches.items():
+            assert batch == 8 or made.tokens[name] >= 500 * batch * blocks[name]
+        return made.batches
+
+    assert batches(2_000_000) == {"align": 8, "score": 8, "distill": 8}
+    assert batches(100_000_000) == {"align": 64, "score": 8, "distill": 16}
+
+
 def test_refusals(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("mine")

@@ -23,6 +23,9 @@ from .stages import check_arguments
 _SHARE_OF_MEMORY = 0.8
 # Characters of a token of plain text, roughly, for vocabularies of tens of thousands.
 _BYTES_PER_TOKEN = 4
+# At equal tokens many small steps reach far more than few large ones (docs/results.md): batches are halved, down to
+# the smaller number, until there are as many steps.
+_STEPS, _SMALL_BATCH = 500, 8
 # Where a student of that many parameters begins, the papers' rates for the distillation; below, those that
 # recipes/smollm2-135m.yaml was run with, which suit budgets of minutes.
 _LARGE = 1_000_000_000
@@ -131,6 +134,10 @@ class _Starter:
         self.tokens = {"align": max(1, budget // 5), "score": max(1, budget // 20), "distill": budget}
         if self.embedded:  # it is so small that its mixers need most of the tokens
             self.tokens |= {"align": budget * 5 // 6, "score": budget // 5}
+        for name, tokens in self.tokens.items():
+            block = self.align_block if name == "align" else self.block
+            while self.batches[name] > _SMALL_BATCH and tokens < _STEPS * self.batches[name] * block:
+                self.batches[name] //= 2
         self._fit()
 
     def _tokens_there(self) -> int:
