@@ -130,8 +130,9 @@ class Rows:
         if args.text:
             held_out = {"held_out_rows": 1, "report_rows": args.held_out_rows}
             config = DataConfig(text_files=args.text, block_size=args.block, **held_out)
-            folder, needed = Path(tempfile.mkdtemp()) / "rows", args.seeds * self.of_seed
-            self._text = build_rows(config, tokenizer, needed, args.first_seed, folder, vocab_size)
+            folder, needed = Path(tempfile.mkdtemp()) / "rows", (args.first_seed + args.seeds) * self.of_seed
+            # In one order whatever the seeds are, so that seeds of different calls are measured on the same rows.
+            self._text = build_rows(config, tokenizer, needed, 0, folder, vocab_size)
             if len(self._text["train"]) < needed:
                 raise ValueError(
                     f"the text has {len(self._text['train'])} rows of {needed}; give more, or fewer seeds."
@@ -149,7 +150,7 @@ class Rows:
                 return self._text["report"]
             # One packing for all seeds, or the held-out documents of one would be trained on by another: a seed has
             # its own part of the rows, first those of the alignment.
-            place = (seed - args.first_seed) * self.of_seed + (0 if split == "align" else self.of_alignment)
+            place = seed * self.of_seed + (0 if split == "align" else self.of_alignment)
             return self._text["train"].select(range(place, place + count))
         if args.teacher in TEACHERS:
             return task_rows(TEACHERS[args.teacher].mix, split, seed, count, None, length).dataset()

@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes that say nothing, and their report holds what they measured."""
 
+import argparse
 import ast
 import json
 import re
@@ -320,3 +321,21 @@ def test_attention_as_sums_is_the_librarys():
     wanted, _ = gpu_inference.summed_attention(module, query, key, value, mask, scaling=0.3)
     found, _ = step(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_seeds_of_two_calls_are_measured_on_the_same_rows(tmp_path: Path) -> None:
+    """`--seeds 2` and `--first-seed 1` have the same rows for seed 1, and others for seed 0."""
+    for i, path in enumerate(sorted((ROOT / "hf_hybrid" / "trainers").glob("*.py"))):
+        (tmp_path / f"{i}.txt").write_text(path.read_text())
+    texts = [str(path) for path in sorted(tmp_path.iterdir())]
+    sizes = {"budgets": [4], "batch": 4, "calibration_rows": 4, "distill_steps": 2, "held_out_rows": 4, "block": 128}
+    tokenizer = hh.embedded_tokenizer()
+
+    def rows(first_seed: int, seeds: int) -> starts.Rows:
+        given = argparse.Namespace(**sizes, text=texts, teacher="", first_seed=first_seed, seeds=seeds)
+        return starts.Rows(given, tokenizer, len(tokenizer))
+
+    both, second = rows(0, 2), rows(1, 1)
+    assert both.held_out["input_ids"] == second.held_out["input_ids"]
+    ids = [rows.train(seed, "align", 4)["input_ids"] for rows, seed in ((both, 0), (both, 1), (second, 1))]
+    assert ids[0] != ids[1] == ids[2]
