@@ -23,6 +23,7 @@ from hf_hybrid.data.stream import PackedStream
 from hf_hybrid.data.text import open_text
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
+from hf_hybrid.run.stages import Event
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,14 @@ def test_rows_go_on_from_any_position(tokenizer: PreTrainedTokenizerFast, source
         assert all(same(a, b) for a, b in zip(rest, whole[stop:], strict=True))
 
 
+def first_to_end(config: DataConfig) -> int | None:
+    """Of several sources the one that is furthest behind its share where the text ends, for it had no more."""
+    text = open_text(config, 0)
+    list(text)
+    behind = [count / weight for count, weight in zip(text.characters, text.weights, strict=True)]
+    return behind.index(min(behind)) if config.sources else None
+
+
 @pytest.mark.parametrize("kind", ["files", "mixture"])
 def test_a_stream_is_the_rows_after_the_held_out_ones_over_and_over(
     tokenizer: PreTrainedTokenizerFast, sources: dict, kind: str
@@ -83,9 +92,14 @@ def test_a_stream_is_the_rows_after_the_held_out_ones_over_and_over(
     config = config_of(sources[kind])
     ids = [row["input_ids"] for row in packed_rows(config, tokenizer)][5:]
     halves = np.concatenate(ids).reshape(-1, 8)
-    stream = PackedStream(config, tokenizer, seed=0, block_size=8, labels=True)
+    ends: list[tuple[int, int | None]] = []
+    stream = PackedStream(config, tokenizer, seed=0, block_size=8, labels=True, at_end=lambda *end: ends.append(end))
     count = 2 * len(halves) + 5
-    given = list(islice(stream, count))
+    read = iter(stream)
+    given = list(islice(read, len(halves)))
+    assert ends == []
+    given += islice(read, count - len(halves))
+    assert ends == [(len(halves), first_to_end(config))]  # once, though the text was read twice
     assert np.array_equal(np.stack([row["input_ids"] for row in given]), np.concatenate([halves] * 3)[:count])
     for row in given:
         starts = row["position_ids"] == 0
@@ -149,7 +163,10 @@ def test_a_killed_run_goes_on_in_the_stream(tmp_path: Path) -> None:
     recipe = tiny_recipe(teacher, texts)
     recipe["data"] |= {"on_the_fly": True, "report_rows": 140}
     recipe["training"]["logging_steps"] = 1
-    whole = run_recipe(Recipe.from_dict(recipe), tmp_path / "whole")
+    events: list[Event] = []
+    whole = run_recipe(Recipe.from_dict(recipe), tmp_path / "whole", progress=events.append)
+    said = {event.stage for event in events if event.kind == "note" and " are trained on: each is used " in event.text}
+    assert said == {"distill"}  # the others take no more rows than there are
     for where, name in (("step", "align"), ("checkpoint", "align"), ("checkpoint", "distill"), ("step", "finetune")):
         process = FORKS.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
         process.start()

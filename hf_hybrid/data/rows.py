@@ -89,13 +89,10 @@ class TextEnd:
 
     def told(self, config: DataConfig, about: str = "") -> str:
         """The sentence for who runs the recipe of `config`; `about` is put before numbers that are estimated."""
-        named = (
-            f"data.sources[{self.source}] ({_source_name(config, self.source)}), {100 * self.share:.3g}% of the text,"
-        )
         return (
-            f"{named} ends after {about}{self.rows:,} of {self.needed:,} training rows, and all text with it; give "
-            f"{about}{self.times:g} times as much of it, or a weight of at most {about}{self.lasting_weight:g} in the "
-            f"place of {self.weight:g}"
+            f"{named_source(config, self.source)}, ends after {about}{self.rows:,} of {self.needed:,} training rows, "
+            f"and all text with it; give {about}{self.times:g} times as much of it, or a weight of at most "
+            f"{about}{self.lasting_weight:g} in the place of {self.weight:g}"
         )
 
 
@@ -451,6 +448,12 @@ def _no_rows(config: DataConfig) -> ValueError:
         f"{_name(config)} is shorter than one block of {config.block_size} tokens; give more text or a smaller "
         "block_size."
     )
+
+
+def named_source(config: DataConfig, number: int) -> str:
+    """One of several sources, by its place in the recipe, with what it reads and its share of the text."""
+    share = config.sources[number].weight / sum(source.weight for source in config.sources)
+    return f"data.sources[{number}] ({_source_name(config, number)}), {100 * share:.3g}% of the text"
 
 
 def _source_name(config: DataConfig, number: int) -> str:

@@ -1,6 +1,6 @@
 """Training rows made as they are needed: a stream that checkpoints and goes on from the row where training was."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class PackedStream(IterableDataset):
         block_size (`int`): tokens of a row, a divisor of `config.block_size`.
         labels (`bool`): give `labels` too: the tokens, but for each document's first, which nothing predicts.
         packing ([`Packing`], *optional*): that of the held-out rows; by default the tokenizer's prefix.
+        at_end (`Callable`, *optional*): called where the text ends for the first time, with the rows that it has and,
+            of several sources, the number of the one that ended it.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class PackedStream(IterableDataset):
         *,
         labels: bool = False,
         packing: Packing | None = None,
+        at_end: Callable[[int, int | None], None] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.at_end = at_end
         self.block_size, self.labels = block_size, labels
         self.packing = packing or Packing(text_prefix(tokenizer))
         self.parts = config.block_size // block_size
@@ -68,7 +72,10 @@ class PackedStream(IterableDataset):
                     f"the text has no row beyond the {self.held_out} that are held out; give more text, or fewer "
                     "held_out_rows and report_rows."
                 )
-            before += (rows.rows - self.held_out) * self.parts
+            there = (rows.rows - self.held_out) * self.parts
+            if self.at_end is not None and before == 0:
+                self.at_end(there, rows.text.ended if len(self.config.sources) > 1 else None)
+            before += there
             start = None
 
     def _cut(self, row: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from hf_hybrid.trainers.sharding import is_sharded, keep_class_name
 from .. import __version__
 from ..card import save_model
 from ..conversion import check_teacher, convert
-from ..data.rows import CutRows, RowSets, build_rows, load_rows
+from ..data.rows import CutRows, RowSets, build_rows, load_rows, named_source
 from ..environment import describe_kernels
 from ..evaluation import Evaluation, evaluate_model
 from ..selection import select_layers
@@ -232,15 +232,20 @@ class Pipeline:
         return self.folder / f"{name}_checkpoints"
 
     def _train(self, name: str, student: Any) -> str:
-        rows: Any = None
-        if streams(self.recipe, name):
-            rows = stream_for(self.recipe, name, self.tokenizer, self.rows.packing)
-        else:
-            rows = self._cut(name, "train")
-            needed, there = steps_of(self.recipe, name) * self.recipe.stages()[name].batch_size, len(rows)
+        needed = steps_of(self.recipe, name) * self.recipe.stages()[name].batch_size
+
+        def has(there: int, ended: int | None = None) -> None:
             if needed > there:
                 text = f"the text has {there} rows, {needed} are trained on: each is used {needed / there:.1f} times"
+                text += "" if ended is None else f"; {named_source(self.recipe.data, ended)}, was the first to end"
                 self.listener(Event(name, "note", text=text))
+
+        rows: Any = None
+        if streams(self.recipe, name):
+            rows = stream_for(self.recipe, name, self.tokenizer, self.rows.packing, at_end=has)
+        else:
+            rows = self._cut(name, "train")
+            has(len(rows))
         topk = keep_topk(self.recipe, name, self.teacher, rows, self._checkpoints(name), self.listener)
         teacher = self.teacher if topk is None else None
         if teacher is None:

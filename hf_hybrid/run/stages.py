@@ -113,10 +113,17 @@ def streams(recipe: Recipe, name: str) -> bool:
     return recipe.data.on_the_fly and name != "score"
 
 
-def stream_for(recipe: Recipe, name: str, tokenizer: Any, packing: Packing) -> PackedStream:
-    """The rows of a stage that [`streams`], made as the held-out ones were."""
-    block = recipe.stages()[name].block_size or recipe.data.block_size
-    return PackedStream(recipe.data, tokenizer, recipe.seed, block, labels=name == "finetune", packing=packing)
+def stream_for(
+    recipe: Recipe,
+    name: str,
+    tokenizer: Any,
+    packing: Packing,
+    at_end: Callable[[int, int | None], None] | None = None,
+) -> PackedStream:
+    """The rows of a stage that [`streams`], made as the held-out ones were; `at_end` as in [`PackedStream`]."""
+    block, labels = recipe.stages()[name].block_size or recipe.data.block_size, name == "finetune"
+    options: dict[str, Any] = {"labels": labels, "packing": packing, "at_end": at_end}
+    return PackedStream(recipe.data, tokenizer, recipe.seed, block, **options)
 
 
 def cut_for(recipe: Recipe, name: str, rows: Any, prefix: Sequence[int] = ()) -> CutRows:
