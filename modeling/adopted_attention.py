@@ -278,6 +278,9 @@ class AdoptedAttention(nn.Module):
             kwargs["attention_mask"] = row["attention_mask"]
             padding_mask = row.get("padding_mask") if padding_mask is None else padding_mask
             seq_idx = row.get("seq_idx") if seq_idx is None else seq_idx
+        if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled(hidden_states.device.type):
+            # Once: autocast would do it for each of the projections, and once more for each in the backward pass.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         if padding_mask is not None:
             padding_mask = padding_mask.to(hidden_states.dtype)
         call = AttentionCall(hidden_states, take_cache(kwargs), padding_mask, seq_idx)

@@ -282,3 +282,23 @@ def test_a_run_from_a_bf16_teacher(training, sources, tmp_path):
     assert (stored["aligned"] != stored["distilled"]).float().mean() > 0.9
     assert (stored["distilled"] != stored["finetuned"]).float().mean() > 0.9
     assert (stored["aligned"].bfloat16() == stored["distilled"].bfloat16()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("mixer", [mixer for mixer in MIXERS if mixer != "sliding_window"])
+def test_a_mixer_casts_what_it_is_given_once(mixer):
+    """All its projections of the hidden states share one tensor, which autocast would make anew for each."""
+    module = decoder_layers(hh.convert(tiny_teacher(), [], mixer=mixer))[0].self_attn
+    hidden = torch.randn(2, 5, module.hidden_size, requires_grad=True)
+    rotary = torch.ones(1, 5, module.head_dim), torch.zeros(1, 5, module.head_dim)
+    given = []
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda layer, args: given.append(args[0]))
+    with BF16.running(hidden.device):
+        module(hidden, position_embeddings=rotary, attention_mask=None)[0].sum().backward()
+    shared = [x for x in given if x is given[0]]
+    assert given[0].dtype == torch.bfloat16 and len(shared) >= 5
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+    given.clear()
+    wide = module.double()(hidden.detach().double(), position_embeddings=rotary, attention_mask=None)[0]
+    assert wide.dtype == given[0].dtype == torch.float64
