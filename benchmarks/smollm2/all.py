@@ -57,6 +57,7 @@ class Work:
         self.without_written: bool = args.without_written
         self.minutes: float | None = args.minutes
         self.gpus: int = args.gpus
+        self.per_gpu: int = args.per_gpu
         self.written_tokens: int = 4_000 if args.trial else args.written_tokens
         self.results: Path = args.results or (
             self.folder / "results" if args.trial else HERE.parent / "results/smollm2"
@@ -168,7 +169,7 @@ class Work:
         options += ["--output", self.results / f"seed-{self.seed}", "--scale", self.scale]
         if self.minutes is not None:
             options += ["--minutes", self.minutes]
-        command(HERE / "compare.py", *options, *self._trial(), gpus=self.gpus)
+        command(HERE / "compare.py", *options, *self._trial(), gpus=self.gpus, per_gpu=self.per_gpu)
 
     def report(self) -> None:
         """The page, of everything that was kept."""
@@ -187,15 +188,17 @@ class Work:
         return ["--trial"] if self.trial else []
 
 
-def command(*words: Any, gpus: int = 1) -> None:
-    """Runs this Python with `words`, which are printed first; with several GPUs once for each, all at once."""
+def command(*words: Any, gpus: int = 1, per_gpu: int = 1) -> None:
+    """Runs this Python with `words`, which are printed first; several times, all at once, on each of several GPUs."""
     line = [sys.executable, *map(str, words)]
-    sys.stdout.write(f"$ python {' '.join(line[1:])}{f'  # on each of {gpus} GPUs' if gpus > 1 else ''}\n")
+    shared = f"  # {per_gpu} on each of {gpus} GPUs" if gpus * per_gpu > 1 else ""
+    sys.stdout.write(f"$ python {' '.join(line[1:])}{shared}\n")
     sys.stdout.flush()
-    if gpus == 1:
+    if gpus * per_gpu == 1:
         subprocess.run(line, check=True)
         return
-    started = [subprocess.Popen(line, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(i)}) for i in range(gpus)]
+    places = [{"CUDA_VISIBLE_DEVICES": str(i)} if gpus > 1 else {} for i in range(gpus)]
+    started = [subprocess.Popen(line, env=os.environ | place) for place in places for _ in range(per_gpu)]
     codes = [process.wait() for process in started]
     if any(codes):
         raise subprocess.CalledProcessError(max(codes, key=abs), line)
@@ -216,6 +219,9 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job of the comparison that would end later than this")
     parser.add_argument("--gpus", type=int, default=1, help="that share the comparison (default: %(default)s)")
+    parser.add_argument(
+        "--per-gpu", type=int, default=1, help="processes of it on each: a step of 135M waits for Python"
+    )
     parser.add_argument("--without-written", action="store_true", help="use no text that the teacher wrote")
     parser.add_argument("--written-tokens", type=int, default=350_000, help="that the teacher writes")
     args = parser.parse_args()
