@@ -141,13 +141,14 @@ class Work:
         sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 24, "--batch-size", 48]
         sizes += ["--block-size", 2048, "--rows", 32]
         if self.trial:
-            sizes = ["--lengths", 1024, "--cases", 1, "--block-size", 128, "--rows", 1]
+            sizes = ["--lengths", 512, "--cases", 1, "--block-size", 128, "--rows", 1]
+        tasks = "single_prose" if self.trial else "ruler"
         for name, model in (("run", self.seeded / "run" / "model"), ("chat", self.seeded / "chat")):
             file = self.seeded / f"evaluation-{name}.json"
             if not file.is_file():
                 # Fine-tuned it is not to write what the teacher writes, whose tasks are measured beside the run's.
-                beside = ["--teacher", self.teacher, "--tasks", "ruler,generation"]
-                options = [*(beside if name == "run" else ["--tasks", "ruler"]), *sizes, "--form", "both"]
+                beside = ["--teacher", self.teacher, "--tasks", f"{tasks},generation"]
+                options = [*(beside if name == "run" else ["--tasks", tasks]), *sizes, "--form", "both"]
                 options += ["--output", file]
                 command("-m", "hf_hybrid", "evaluate", model, *options, "--data-files", *texts)
             self._keep(file, file.name)
