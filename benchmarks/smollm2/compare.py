@@ -485,7 +485,8 @@ def scored(study: Study, method: str, k: int | None, tokens: int, name: str | No
         method=method,
         k=k,
         output_dir=study.run / "compared" / name,
-        steps=lambda done, total, text: say(f"{name}: {done} of {total}, {text}"),
+        # Not the hundreds of steps in between.
+        steps=lambda done, total, text: say(f"{name}: {done:.0f} of {total}, {text}") if done == int(done) else None,
     )
     scores.save(study.folder / f"{name}.scores.json")
     return costs(scores, k, time.perf_counter() - start)
