@@ -224,15 +224,21 @@ def test_another_version_is_said_and_kept(case: Case, monkeypatch: pytest.Monkey
     assert [version["hf_hybrid"] == "99.0" for version in versions] == [False, True]
 
 
-def test_texts_that_end_early_are_counted(case: Case) -> None:
-    for text in sorted(Path("texts").iterdir())[2:]:
-        text.unlink()
+def run_of_too_few_rows(case: Case) -> tuple[dict[str, Any], list[Event]]:
+    """Runs the recipe without scores or fine-tuning: the report's rows, fewer than needed, and what was said."""
     del case.recipe["score"], case.recipe["finetune"]
     case.recipe["select"] = {"selector": "uniform", "k": 2}
     events: list[Event] = []
     result = run_recipe(Recipe.from_dict(case.recipe), case.folder, progress=events.append)
     rows = result.report["rows"]
     assert rows["needed"] == 32 > rows["found"] > 0
+    return rows, events
+
+
+def test_texts_that_end_early_are_counted(case: Case) -> None:
+    for text in sorted(Path("texts").iterdir())[2:]:
+        text.unlink()
+    rows, events = run_of_too_few_rows(case)
     notes = {event.stage: event.text for event in events if event.kind == "note"}
     assert notes["distill"] == (
         f"the text has {rows['found']} rows, 32 are trained on: each is used {32 / rows['found']:.1f} times"
@@ -248,12 +254,7 @@ def test_the_source_that_ended_the_text_is_told_with_the_rows_in_the_report_and_
         {"text_files": [f"texts/{name}.jsonl"], "weight": weight} for name, weight in (("long", 9), ("short", 1))
     ]
     case.recipe["data"] = {"sources": weighted, "block_size": 64, "held_out_rows": 6, "report_rows": 6}
-    del case.recipe["score"], case.recipe["finetune"]
-    case.recipe["select"] = {"selector": "uniform", "k": 2}
-    events: list[Event] = []
-    result = run_recipe(Recipe.from_dict(case.recipe), case.folder, progress=events.append)
-    rows = result.report["rows"]
-    assert rows["needed"] == 32 > rows["found"] > 0
+    rows, events = run_of_too_few_rows(case)
     assert (rows["text_end"]["source"], rows["text_end"]["share"]) == (1, 0.1)
     [note] = [event.text for event in events if (event.kind, event.stage) == ("note", "data")]
     begins = f"data.sources[1] (texts/short.jsonl), 10% of the text, ends after {rows['found']} of 32 training rows"

@@ -513,15 +513,13 @@ def draw_curves(results: Results, path: Path) -> bool:
 
 def evaluations(results: Results) -> str | None:
     """What `hf-hybrid evaluate --tasks ruler,generation` found of the finished models and their teacher."""
-    parts = []
-    if not results.named("evaluation-run"):
+    if not (runs := results.named("evaluation-run")):
         return None
+    parts, theirs = [], {(s["task"], s["form"], s["length"]): s for s in runs[0]["teacher_tasks"]}
     for job, name in (("evaluation-run", "The hybrid"), ("evaluation-chat", "The same, fine-tuned on instructions")):
         if not (found := results.named(job)):
             continue
         record, rows = found[0], []
-        beside = results.named("evaluation-run")[0]["teacher_tasks"]
-        theirs = {(s["task"], s["form"], s["length"]): s for s in beside}
         for form in dict.fromkeys(score["form"] for score in record["tasks"]):
             for task in dict.fromkeys(score["task"] for score in record["tasks"] if score["form"] == form):
                 scores = [s for s in record["tasks"] if (s["task"], s["form"]) == (task, form)]
