@@ -23,6 +23,7 @@ from hf_hybrid.tasks import (
     RULER_TASKS,
     Case,
     TaskScore,
+    cases,
     free_generation,
     harness,
     ruler,
@@ -198,6 +199,27 @@ def test_rows_that_begin_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> 
         ruler(model, TOKENIZER, tasks=["copying"], lengths=[1200], cases=1)
 
 
+def test_prompts_that_may_get_more_or_less_share_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_teacher("qwen3", vocab_size=300)
+    lm = ModelLM(model, TOKENIZER, batch_size=4, precision=AS_LOADED)
+    limits = [3, 9, 5, 9, 2, 40]
+    prompts = [[10 + i % 200 for i in range(n)] for n in (30, 4, 30, 7, 1022, 984)]
+    alone = [lm.write([prompt], limit)[0] for prompt, limit in zip(prompts, limits, strict=True)]
+    assert [len(tokens) for tokens in alone] == limits  # none ends by itself
+    batches, write = [], lm.write
+
+    def counted(some: list[list[int]], most: int, **options: object) -> list[list[int]]:
+        batches.append((len(some), max(map(len, some)) + most))
+        return write(some, most, **options)
+
+    monkeypatch.setattr(lm, "write", counted)
+    assert lm.write_all(prompts, limits) == alone
+    # The longest has room for two, and 40 do not fit behind it: the others wait, and no batch leaves the positions.
+    assert batches == [(1, 1024), (4, 1024), (1, 13)] and lm.max_length == 1024
+    with pytest.raises(ValueError, match="a request has 1025 tokens, the model 1024 positions"):
+        lm.write_all(prompts, [3, 9, 5, 9, 3, 40])
+
+
 def test_precision_and_random_state() -> None:
     model = tiny_teacher("llama", vocab_size=300)
     state, drawn = torch.get_rng_state(), random.getstate()
@@ -220,15 +242,19 @@ def test_a_case_is_plain_data() -> None:
 
 
 def test_evaluate_with_tasks_and_several_texts(
-    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fitted = cases._fitted
     teacher, texts = (str(path) for path in sources)
     halves = sorted(sources[1].glob("*.py"))
     command = ["evaluate", teacher, "--teacher", teacher, "--block-size", "32", "--rows", "4"]
     command += ["--data-files", f"first={halves[0]}", *map(str, halves[1:2]), f"all={texts}/*.py"]
     command += ["--tasks", "multikey_prose,single_prose", "--lengths", "700,800"]
     output = str(tmp_path / "evaluation.json")
+    drawn = []
+    monkeypatch.setattr(cases, "_fitted", lambda *args, **kw: drawn.append(args[0].name) or fitted(*args, **kw))
     assert main([*command, "--cases", "2", "--form", "both", "--json", "--output", output]) == 0
+    assert len(drawn) == 2 * 2 * 2  # once for both models and forms
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(Path(output).read_text())
     asked = [

@@ -91,7 +91,8 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
     from ..teacher.loading import load_model, load_pair, load_tokenizer
 
     if names:
-        from ..tasks import free_generation, run_tasks  # before a model is loaded: lm-eval may be missing
+        from ..tasks import free_generation, ruler_cases, run_tasks  # before a model is loaded: lm-eval may be missing
+        from ..tasks.harness import check_names
     remote = options.trust_remote_code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     named: dict[str, Any] = {"revision": options.revision, "gguf_file": options.gguf_file}
@@ -128,10 +129,14 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
     if names:
         forms = ("likelihood", "generation") if options.form == "both" else (options.form,)
         asked: dict[str, Any] = {"lengths": lengths, "cases": options.cases, "seed": options.seed, "forms": forms}
-        asked["texts"] = haystack_of(options.haystack_files)
         if "generation" in names:
             names = [name for name in names if name != "generation"]
             result.generation = free_generation(model, tokenizer, teacher, **of("free generation"))
+        ours, _ = check_names(names)
+        if ours:  # drawn once, for the model and its teacher
+            drawn = {key: asked[key] for key in ("lengths", "cases", "seed")}
+            drawn["texts"] = haystack_of(options.haystack_files)
+            asked["drawn"] = ruler_cases(tokenizer, tasks=ours, **drawn)
         result.tasks = run_tasks(model, tokenizer, names, **asked, **of("tasks"))
         if teacher is not None:
             result.teacher_tasks = run_tasks(teacher, tokenizer, names, **asked, **of("the teacher's tasks"))

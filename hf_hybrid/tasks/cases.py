@@ -10,11 +10,13 @@ so that one forward pass can tell whether greedy decoding would give it.
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from typing import Any
 
 from ..data.rows import text_prefix
+from ..data.tokenise import Tokeniser
 from .words import ADJECTIVES, NOISE, NOUNS, essay, sentences
 
 
@@ -122,19 +124,20 @@ def ruler_cases(
         pool = sentences(texts)
         if not pool:
             raise ValueError(f"the {len(texts)} texts for the haystack are empty; pass some prose, or leave them out.")
-    before = len(text_prefix(tokenizer))
+    before, tokeniser = len(text_prefix(tokenizer)), Tokeniser(tokenizer)
 
     def count(text: str) -> int:
-        return before + len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return before + len(tokeniser([text])[0])
 
-    found = []
-    for task in chosen:
-        for length in lengths:
-            for index in range(cases):
-                rng = random.Random(f"{seed} {task.name} {length} {index}")
-                prose = essay(rng) if pool is None else _from_anywhere(pool, rng)
-                found.append(_fitted(task, task.draft(rng, prose), length, index, count))
-    return found
+    def drawn(which: tuple[RulerTask, int, int]) -> Case:
+        task, length, index = which
+        rng = random.Random(f"{seed} {task.name} {length} {index}")
+        prose = essay(rng) if pool is None else _from_anywhere(pool, rng)
+        return _fitted(task, task.draft(rng, prose), length, index, count)
+
+    # In threads: nearly all of the time is the tokenizer's, which lets go of Python.
+    with ThreadPoolExecutor(tokeniser.workers) as threads:
+        return list(threads.map(drawn, product(chosen, lengths, range(cases))))
 
 
 def check_tasks(names: Sequence[str] | None) -> list[RulerTask]:

@@ -191,6 +191,7 @@ def run_tasks(
     seed: int = 0,
     forms: Sequence[str] = FORMS[:1],
     texts: Sequence[str] | None = None,
+    drawn: Sequence[Case] | None = None,
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
     progress: Callable[[int, int], None] | None = None,
@@ -204,12 +205,14 @@ def run_tasks(
         names (`Sequence[str]`): the tasks.
         cases (`int`): how many for each task and length; of a task of lm-eval, the first.
         forms (`Sequence[str]`): in which of [`FORMS`] ours are asked; lm-eval's have their own.
+        drawn (`list[Case]`, *optional*): the cases of ours, which [`ruler_cases`] drew before: for a second model.
     """
     ours, theirs = check_names(names)
     found: list[TaskScore] = []
     common: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
     if ours:
-        drawn = ruler_cases(tokenizer, tasks=ours, lengths=lengths, cases=cases, seed=seed, texts=texts)
+        if drawn is None:
+            drawn = ruler_cases(tokenizer, tasks=ours, lengths=lengths, cases=cases, seed=seed, texts=texts)
         for form in forms:
             found += ruler(model, tokenizer, cases=drawn, form=form, **common)
     if theirs:

@@ -175,33 +175,48 @@ class ModelLM(TemplateLM):
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, greedily unless the request says otherwise."""
-        prompts = [(self.tok_encode(request.args[0]), dict(request.args[1])) for request in requests]
-        found = [""] * len(requests)
-        # One batch has one set of options.
+        prompts, asked = [], []
+        # One batch has one set of options, whatever number of tokens each of its requests may have.
         sets: dict[str, list[int]] = {}
-        for i, (_, options) in enumerate(prompts):
+        for i, request in enumerate(requests):
+            options = dict(request.args[1])
+            most = options.pop("max_gen_toks", None) or options.pop("max_new_tokens", None) or _NEW_TOKENS
+            prompts.append(self.tok_encode(request.args[0]))
+            asked.append((int(most), options))
             sets.setdefault(repr(sorted(options.items())), []).append(i)
+        found = [""] * len(requests)
         for numbers in sets.values():
-            options = prompts[numbers[0]][1]
+            options = asked[numbers[0]][1]
             stops = _stop_texts(options)
-            new_tokens = int(options.pop("max_gen_toks", None) or options.pop("max_new_tokens", None) or _NEW_TOKENS)
-            written = self.write_all([prompts[i][0] for i in numbers], new_tokens, stops=stops, options=options)
+            given: dict[str, Any] = {"stops": stops, "options": options}
+            written = self.write_all([prompts[i] for i in numbers], [asked[i][0] for i in numbers], **given)
             for i, tokens in zip(numbers, written, strict=True):
                 found[i] = _until(self.tokenizer.decode(tokens, skip_special_tokens=True), stops)
         return found
 
-    def write_all(self, prompts: Sequence[list[int]], new_tokens: int, **options: Any) -> list[list[int]]:
-        """[`write`] in batches, for prompts of any lengths."""
-        rows = [(tokens + [0] * new_tokens, i) for i, tokens in enumerate(prompts)]
+    def write_all(
+        self, prompts: Sequence[list[int]], new_tokens: int | Sequence[int], **options: Any
+    ) -> list[list[int]]:
+        """[`write`] in batches, for prompts of any lengths, with a limit for all or one for each."""
+        limits = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
+        for tokens, limit in zip(prompts, limits, strict=True):
+            self._check_length(len(tokens) + limit)
         found: list[list[int]] = [[]] * len(prompts)
-        done = 0
-        for batch in _batches(sorted(rows, key=lambda row: -len(row[0])), self.batch_size):
-            self._check_length(len(batch[0][0]))
-            written = self.write([prompts[i] for _, i in batch], new_tokens, **options)
-            for (_, i), tokens in zip(batch, written, strict=True):
-                found[i] = tokens
-            done += len(batch)
-            self.progress(done, len(prompts))
+        left = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
+        while left:
+            width = len(prompts[left[0]])
+            size = self.batch_size or max(1, _BATCH_TOKENS // (width + limits[left[0]]))
+            # All of a batch write as many as the one that may write most: the longest prompt must have room for them.
+            room = None if self.max_length is None else self.max_length - width
+            batch = [i for i in left[:size] if room is None or limits[i] <= room]
+            for i, tokens in zip(
+                batch,
+                self.write([prompts[i] for i in batch], max(limits[i] for i in batch), **options),
+                strict=True,
+            ):
+                found[i] = tokens[: limits[i]]
+            left = [i for i in left[:size] if i not in set(batch)] + left[size:]
+            self.progress(len(prompts) - len(left), len(prompts))
         return found
 
     @torch.no_grad()
