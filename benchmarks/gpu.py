@@ -78,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096 * n for n in (1, 4, 8, 16, 32)])
     gpu_inference.add_arguments(parser)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4], help="scale")
+    parser.add_argument("--engines", nargs="+", choices=("ddp", "fsdp2"), default=["ddp", "fsdp2"], help="scale")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each cell")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens of each cell")
     parser.add_argument("--device", default="cuda")

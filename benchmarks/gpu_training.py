@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -483,11 +484,11 @@ def scale(args: argparse.Namespace, results: Results) -> None:
         if gpus > there:
             sys.stderr.write(f"scale on {gpus} GPUs is left out: there are {there}\n")
             continue
-        for engine in ("ddp", "fsdp2"):
+        for engine in args.engines:
             if args.device == "cpu" and engine == "fsdp2":
                 sys.stderr.write("scale with FSDP2 is left out: accelerate shards on accelerators alone\n")
                 continue
-            launcher = ["-m", "torch.distributed.run", "--master_addr", "127.0.0.1", "--master_port", "29517"]
+            launcher = ["-m", "torch.distributed.run", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
             launcher += ["--nproc_per_node", str(gpus)]
             if engine == "fsdp2":
                 config = root / "recipes" / "accelerate" / "fsdp2.yaml"
@@ -498,6 +499,14 @@ def scale(args: argparse.Namespace, results: Results) -> None:
                 results.add(
                     "scale", {"engine": engine, "gpus": gpus, "rows_per_step": int(rows), "tokens_per_second": rate}
                 )
+
+
+def free_port() -> int:
+    """A port that nobody listens on now; two launches on one machine must not take the same."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def measure_scale(args: argparse.Namespace) -> dict[str, float]:
