@@ -161,6 +161,11 @@ def step(args: argparse.Namespace, results: Results) -> None:
     with by_documents(steps.teacher, steps.student):
         for packed in (True, False):
             steps.add("distillation", packed, "document_attention")
+    steps.student.gradient_checkpointing_disable()
+    for loss in ("distillation", "next token"):
+        steps.add(loss, True, "no checkpointing")
+    with by_documents(steps.teacher, steps.student):
+        steps.add("distillation", True, "no checkpointing, document_attention")
 
 
 def step_compiled(args: argparse.Namespace, results: Results) -> None:

@@ -11,7 +11,9 @@ from teachers import tiny_teacher, tokens
 from transformers import TrainerCallback
 
 import hf_hybrid as hh
+from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.losses import kl_per_token
+from hf_hybrid.trainers.precision import AS_LOADED
 from hf_hybrid.trainers.scoring.methods import steps_for
 
 
@@ -131,6 +133,14 @@ class TestAlignment:
             if gradient is None or ".self_attn." not in name or ".layers.2." in name:
                 continue
             torch.testing.assert_close(found[True][2][name], gradient, rtol=1e-5, atol=1e-8)
+
+    def test_what_the_teacher_said_of_a_layer_is_let_go_of_when_the_next_one_is_asked_for(self):
+        teacher, seen = tiny_teacher("qwen2"), []
+        student = hh.convert(teacher, [2])
+        for _, wanted, _, _ in mixer_outputs(student, teacher, {"input_ids": tokens(3, 24)}, AS_LOADED):
+            assert all(ref() is None for ref in seen)
+            seen.append(weakref.ref(wanted))
+        assert len(seen) == 3
 
     def test_one_backbone_serves_both_while_it_trains(self, tmp_path):
         """Frozen weights are the teacher's own tensors, whatever the student's dtype, and the student's afterwards."""

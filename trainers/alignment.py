@@ -34,7 +34,7 @@ class AlignmentConfig(TeacherTrainingArguments):
     Args:
         layerwise_backward (`bool`):
             Whether a layer's gradients are computed as soon as its loss is there, so that the activations of one mixer
-            are held and not of all: about a fifth of the memory. Losses and gradients are the same. With FSDP2 and
+            are held and not of all: less than a fifth of the memory. Losses and gradients are the same. With FSDP2 and
             fp16 it is refused.
     """
 
@@ -153,7 +153,8 @@ def teacher_attention(
         padding_mask = None
     seq_idx = packed_documents(inputs.get("position_ids"), padding_mask)
     seen = _attention_of(teacher, student.linear_attention_layers, without_mask(inputs), precision)
-    for i, (given, wanted) in seen.items():
+    for i in list(seen):
+        given, wanted = seen.pop(i)  # not held here any longer than whoever is asking holds it
         yield i, given, wanted, padding_mask, seq_idx
 
 
