@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=int, default=1_000_000, help="after which no cell of inference or training begins"
     )
+    parser.add_argument(
+        "--alone", action=argparse.BooleanOptionalAction, default=True, help="decoding, of one sequence too"
+    )
     parser.add_argument("--memory-share", type=float, default=0.8, help="of free memory, for caches of many sequences")
     parser.add_argument("--backend", help="of torch.compile; on a CPU eager, otherwise inductor")
     parser.add_argument("--dynamic", action=argparse.BooleanOptionalAction, default=True, help="of torch.compile")
@@ -206,12 +209,14 @@ def decoding(args: argparse.Namespace, results: Results) -> None:
     # From the longest on: how sums are split is chosen for the length that is compiled.
     few = [longest, *[n for n in contexts[1:-1] if n == 32_768 or args.tiny], contexts[0]]
     for name in models:
-        for context in dict.fromkeys(few):
+        for context in dict.fromkeys(few) if args.alone else ():
             cell(name, "compiled", context, 1)
     many = fitting(args, teacher, longest)
     many = cell("teacher", "compiled", longest, many) or many
     cell("hybrid", "compiled", longest, many)
     cell("hybrid", "compiled", longest, max(many, fitting(args, models["hybrid"], longest)))
+    if not args.alone:
+        return
     for name in models:
         cell(name, "eager", contexts[0], 1)
     if args.device == "cuda":  # the operations of the eager step, fla's kernel among them, launched by the GPU
