@@ -46,6 +46,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import hf_hybrid as hh
 from hf_hybrid.modeling import kernels
+from hf_hybrid.modeling.modeling_hybrid import decoder_layers
 from hf_hybrid.places import find_recipe
 from hf_hybrid.run.folder import ARTEFACTS
 from hf_hybrid.run.kernel_tuning import side_by_side
@@ -66,7 +67,8 @@ RECURRENCES = {
     "gated_linear_attention": kernels.gated_linear_attention,
     "kimi_delta_attention": kernels.kimi_delta_attention,
 }
-MIXERS = [*RECURRENCES, "sliding_window"]
+CONVOLVED = "gated_deltanet, convolved"
+MIXERS = [*RECURRENCES, CONVOLVED, "sliding_window"]
 STEPS = 6  # of each stage of a recipe
 RECIPES = ["README", "qwen2.5-3b", "radlads-qwen2.5-7b", "demo"]
 ENGINES = ["ddp", "fsdp2", "zero2"]
@@ -148,7 +150,7 @@ def launch_all(names: list[str], folder: Path, args: argparse.Namespace) -> list
 
     def one(name: str) -> list[dict[str, Any]]:
         part, _, what = name.partition(":")
-        compiles = f"kernels:{what if part == 'mixers' else 'gated_deltanet'}"
+        compiles = f"kernels:{what.split(',')[0] if part == 'mixers' else 'gated_deltanet'}"
         if part != "kernels" and compiles in ended:
             ended[compiles].wait()
         if part == "processes" and "recipes:qwen2.5-3b" in ended:  # with which it is compared
@@ -355,8 +357,12 @@ def inference_dtype(mixer: str) -> torch.dtype:
 def hybrid_of(mixer: str, device: str) -> tuple[Any, Any]:
     teacher = tiny_teacher().to(device)
     set_seed(0)
-    options = {"window": 32} if mixer == "sliding_window" else None
-    return hh.convert(teacher, [1], mixer=mixer, mixer_options=options), teacher
+    options = {"sliding_window": {"window": 32}, CONVOLVED: {"short_convolution": 4}}.get(mixer)
+    student = hh.convert(teacher, [1], mixer=mixer.removesuffix(", convolved"), mixer_options=options)
+    if mixer == CONVOLVED:  # which starts as the identity
+        for layer in student.linear_attention_layers:
+            torch.nn.init.normal_(decoder_layers(student)[layer].self_attn.conv.weight, std=0.5)
+    return student, teacher
 
 
 def check_mixers(mixer: str, device: str, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:

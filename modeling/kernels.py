@@ -224,6 +224,17 @@ def fused_gated_norm(
     return normed
 
 
+def fused_convolution(x: torch.Tensor, weight: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Tensor:
+    """The causal convolution of `x` `[B, T, C]` with `weight` `[C, K]`, each document by itself, by fla."""
+    operators = importlib.import_module("fla.modules.causal_conv1d")
+    if seq_idx is None:
+        convolved: torch.Tensor = operators.causal_conv1d(x, weight)[0]
+        return convolved
+    row = x.reshape(1, -1, x.shape[-1])
+    convolved = operators.causal_conv1d(row, weight, cu_seqlens=documents_of(seq_idx).offsets)[0]
+    return convolved.view(x.shape)
+
+
 def to_one_dtype(
     inputs: dict[str, torch.Tensor], initial_state: torch.Tensor | None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

@@ -212,7 +212,7 @@ class LinearAttention(Mixer):
         mixed = torch.cat([x.flatten(2) for x in parts], dim=-1)
         if call.padding_mask is not None:  # with a bias, padding does not project to zero
             mixed = mixed * call.padding_mask[..., None]
-        mixed = self.conv(mixed, call.cache, self.layer_idx, call.seq_idx)  # type: ignore[misc]
+        mixed = self.conv(mixed, call.cache, self.layer_idx, call.seq_idx, self.kernel)  # type: ignore[misc]
         pieces = mixed.split([x.shape[2] * x.shape[3] for x in parts], dim=-1)
         query, key, value = (piece.view(x.shape) for piece, x in zip(pieces, parts, strict=True))
         return query, key, value

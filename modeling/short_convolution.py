@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .kernels import fused_convolution, fuses
+
 
 class ShortConvolution(nn.Module):
     """
@@ -34,25 +36,42 @@ class ShortConvolution(nn.Module):
         cache: Any = None,
         layer_idx: int = 0,
         seq_idx: torch.Tensor | None = None,
+        kernel: str = "auto",
     ) -> torch.Tensor:
-        """Returns `[B, T, channels]` from `x` of that shape; the library's `cache` carries the last tokens on."""
+        """
+        Args:
+            x: `[B, T, channels]`.
+            cache: the library's, which carries the last tokens on, with the layer's number in it.
+            seq_idx: `[B, T]`, the document of each token.
+            kernel: as in `config.kernel`; fla's runs wherever no tokens were carried on.
+
+        Returns:
+            `[B, T, channels]` in x's dtype, under autocast in that of autocast.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         length, before = x.shape[1], self.kernel_size - 1
         if before == 0:
-            return x * self.weight[:, 0, 0]
-        padded = nn.functional.pad(x, (0, 0, before, 0))
+            return (x * self.weight[:, 0, 0]).to(x.dtype)
         if cache is not None and cache.layers[layer_idx].has_previous_state[0]:
             padded = cache.update_conv_state(x.mT, layer_idx).mT[:, -(length + before) :]
-        elif cache is not None:
-            # The library's layers size their buffer by what they are given first, and need one token at least.
-            cache.update_conv_state(
-                nn.functional.pad(x.mT, (self.kernel_size, 0))[..., -self.kernel_size :], layer_idx
-            )
+        else:
+            if cache is not None:
+                # The library's layers size their buffer by what they are given first, and need one token at least.
+                cache.update_conv_state(
+                    nn.functional.pad(x.mT, (self.kernel_size, 0))[..., -self.kernel_size :], layer_idx
+                )
+            if fuses(x, kernel):
+                return fused_convolution(x, self.weight[:, 0], seq_idx)
+            padded = nn.functional.pad(x, (0, 0, before, 0))
         if seq_idx is not None:
-            return self._within_documents(padded, seq_idx, length)
+            return self._within_documents(padded, seq_idx, length).to(x.dtype)
         return nn.functional.conv1d(padded.transpose(1, 2), self.weight, groups=x.shape[-1]).transpose(1, 2)
 
     def _within_documents(self, padded: torch.Tensor, seq_idx: torch.Tensor, length: int) -> torch.Tensor:
         history = self.kernel_size - 1
+        # A number that reappears later in the row is another document.
+        seq_idx = nn.functional.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
         # Tokens before the row belong to its first document, so that a carried state is still seen.
         documents = torch.cat([seq_idx[:, :1].expand(-1, history), seq_idx], dim=1)
         output = padded.new_zeros(padded.shape[0], length, padded.shape[2])

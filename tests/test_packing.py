@@ -7,6 +7,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 import hf_hybrid as hh
 from hf_hybrid.modeling import MIXERS
+from hf_hybrid.modeling.short_convolution import ShortConvolution
 from hf_hybrid.trainers.alignment import mixer_outputs
 from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.precision import AS_LOADED
@@ -202,3 +203,16 @@ def test_trainers_keep_padded_documents_apart_in_teacher_and_student(trained):
     assert len(packed) == len(alone) > 0
     for x, expected in zip(packed, alone, strict=True):
         torch.testing.assert_close(x, expected, **CLOSE)
+
+
+def test_a_convolution_gives_what_autocast_computes_in() -> None:
+    """In packed rows too: values in fp32 would have the whole recurrence computed in fp32."""
+    conv, x = ShortConvolution(8, 4), torch.randn(2, 9, 8)
+    torch.nn.init.normal_(conv.weight)
+    seq_idx = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2]).expand(2, -1)
+    for documents in (None, seq_idx):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = conv(x, seq_idx=documents)
+        whole = conv(x, seq_idx=documents)
+        assert half.dtype == torch.bfloat16 and whole.dtype == torch.float32
+        torch.testing.assert_close(half.float(), whole, rtol=0.03, atol=0.03)

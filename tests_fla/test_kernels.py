@@ -18,12 +18,15 @@ from fla.ops.kda import chunk_kda as fla_chunk_kda
 from recurrences import assert_close, run, seq_idx_of
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
 
 from hf_hybrid.modeling import kernels
 from hf_hybrid.modeling.linear_attention import HeadRMSNorm
 from hf_hybrid.modeling.ops_delta_rule import recurrent_gated_delta_rule
 from hf_hybrid.modeling.ops_gla import recurrent_gla
 from hf_hybrid.modeling.ops_kda import recurrent_kda
+from hf_hybrid.modeling.short_convolution import ShortConvolution
 
 
 # Our entry, its reference, and fla's chunked operator.
@@ -235,3 +238,35 @@ def test_norm_and_gate_in_one(called: list[str], activation: str) -> None:
     assert called == ["rms_norm_gated"]
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("tokens", "taps"), [(1, 4), (3, 4), (63, 2), (64, 3), (65, 4), (130, 6)])
+def test_convolution(called: list[str], tokens: int, taps: int, packed: bool) -> None:
+    torch.manual_seed(0)
+    conv = ShortConvolution(20, taps)
+    torch.nn.init.normal_(conv.weight)
+    x, slope = torch.randn(2, 2, tokens, 20)
+    seq_idx = None
+    if packed:  # a document of one token between two of the same number
+        seq_idx = torch.stack([seq_idx_of([tokens]), seq_idx_of([tokens // 3, 1, tokens - tokens // 3 - 1])])
+    found = []
+    for kernel, dtype in (("torch", torch.float64), ("fla", torch.float32)):
+        leaf, weights = x.to(dtype).requires_grad_(), conv.to(dtype)
+        output = weights(leaf, seq_idx=seq_idx, kernel=kernel)
+        gradients = torch.autograd.grad(output, [leaf, weights.weight], slope.to(dtype))
+        found.append(dict(enumerate([output.detach(), *gradients])))
+    assert called == ["causal_conv1d"]
+    assert_close(found[1], found[0], TOLERANCE)
+
+
+def test_what_a_convolution_carries_on(called: list[str]) -> None:
+    """A prompt by fla, and what follows on it by torch, is the whole text by torch."""
+    torch.manual_seed(0)
+    conv, x = ShortConvolution(20, 4), torch.randn(2, 9, 20)
+    torch.nn.init.normal_(conv.weight)
+    cache = Cache(layers=[LinearAttentionLayer()])
+    parts = [conv(x[:, :6], cache, 0, kernel="fla")]
+    parts += [conv(x[:, i : i + 1], cache, 0, kernel="fla") for i in range(6, 9)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), conv(x, kernel="torch"), rtol=1e-5, atol=1e-5)
+    assert called == ["causal_conv1d"]
