@@ -103,6 +103,7 @@ def page(results: Results, plots: Path, earlier: Results | None = None) -> str:
     if draw_curves(results, plots / "results_curves.png"):
         text = "KL and single needles over the tokens of distillation, along one schedule (a cosine) for each hybrid."
         parts += ["## Over tokens", f"{text}\n\n![curves]({plots.name}/results_curves.png)"]
+        parts += filter(None, [longer(results)])
     if (evaluated := evaluations(results)) is not None:
         parts += ["## Tasks of lm-eval, and free generation", evaluated]
     if (answers := chats(results)) is not None:
@@ -338,7 +339,8 @@ def costs(results: Results) -> str:
             for name in ("tokens_forward_backward", "tokens_forward", "seconds")
         )
         cells = [str(sorted(chosen[0])), f"{trained / 1e6:.2f}M", f"{measured / 1e6:.2f}M", f"{seconds:.0f}", shared]
-        rows.append([found[0]["method"], str(k), *cells])
+        share = job.removeprefix("score-ga-s2-") if job.startswith("score-ga-s2-") else ""
+        rows.append([found[0]["method"] + (f", {share} times the tokens" if share else ""), str(k), *cells])
     head = [
         "method",
         "k",
@@ -430,16 +432,55 @@ def settings(results: Results) -> str | None:
 
 
 def other_mixers(results: Results) -> str | None:
-    """The table of the other mixers, or None where none was tried."""
+    """The table of the other mixers beside the recipe's in the same layers, or None where none was tried."""
     jobs = sorted({name for found in results.seeds.values() for name in found if name.startswith("mixer-")})
     if not jobs:
         return None
-    domains = list(results.named(jobs[0])[0]["kl"]["domains"])
-    rows = [
-        [job.removeprefix("mixer-"), *kls(results.named(job), domains), *measures(results.named(job))] for job in jobs
-    ]
-    head = ["mixer", "KL", *(f"KL, {name}" for name in domains), "perplexity", "retrieval", "copying"]
-    return markdown(head, rows)
+    of_mixer = results.named(jobs[0])
+    layers, seeds = of_mixer[0]["layers"], {record["seed"] for record in of_mixer}
+    domains, lengths = list(of_mixer[0]["kl"]["domains"]), of_mixer[0]["size"]["lengths"]
+    rows, kl, windows = [], dict[str, float](), []
+    for job in (f"k{len(layers)}-{'-'.join(map(str, layers))}", *jobs):
+        found = [record for record in results.named(job) if record["seed"] in seeds]
+        if not found:
+            continue
+        options = [f"{name} {value}" for name, value in found[0].get("mixer_options", {}).items()]
+        name = ", ".join([found[0]["mixer"], *options])
+        by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
+        rows.append([name, *kls(found, domains), *measures(found)[:1], *by])
+        kl[name] = statistics.fmean(record["kl"]["mean"] for record in found)
+        windows += [name] if found[0]["mixer"] == "sliding_window" else []
+    head = ["mixer", "KL", *(f"KL, {name}" for name in domains), "perplexity", *(f"{n:,}" for n in lengths)]
+    text = (
+        f"Softmax in {layers}; each mixer aligned and distilled on the same tokens, on the same seeds. The last "
+        f"columns are retrieval by length.\n\n{markdown(head, rows)}"
+    )
+    best = min(windows, key=lambda name: kl[name], default=None)
+    if best is None or "gated_deltanet" not in kl or kl[best] >= kl["gated_deltanet"]:
+        return text
+    return text + (
+        f"\n\n**Layers that attend to a window lose less than linear ones here**: a KL of "
+        f"{kl[best] / kl['gated_deltanet']:.2f} of gated_deltanet's, and more retrieval. A window is the teacher's own "
+        "softmax over the last tokens and needs no training; most of what a KL measures is local, and the layers that "
+        "keep softmax see the rest. A recurrent state has to be learned, and these budgets are a few million tokens."
+    )
+
+
+def longer(results: Results) -> str | None:
+    """The hybrid that was distilled for longer, beside the same layers at the budget of the comparison."""
+    rows, lengths = [], results.named("teacher")[0]["size"]["lengths"]
+    for record in results.named("long"):
+        same = f"k{len(record['layers'])}-{'-'.join(map(str, record['layers']))}"
+        for one in (results.seeds[record["seed"]].get(same), record):
+            if one is not None:
+                kl = f"{one['kl']['mean']:.4f} ± {one['kl']['sem']:.4f}"
+                by = [f"{retrieval_at(one, n):.3f}" for n in lengths]
+                rows.append([str(record["seed"]), f"{one['tokens']:,}", kl, *by])
+    if not rows:
+        return None
+    head = ["seed", "tokens", "KL", *(f"retrieval, {n:,}" for n in lengths)]
+    text = f"Softmax in {results.named('long')[0]['layers']}, with the budget of the comparison and with more:"
+    return f"{text}\n\n{markdown(head, rows)}"
 
 
 def searches(results: Results) -> str | None:
