@@ -121,22 +121,29 @@ def test_the_first_screen_has_the_committed_figures():
     """The table of the README, from the records that docs/results.md is written of."""
     results = Results(ROOT / "benchmarks" / "results" / "smollm2")
     text = (ROOT / "README.md").read_text("utf-8")
-    names = {"verified": "`verified`", "zero-shot-linearise": "`zero-shot-linearise`"}
+    names = {name: f"`{name}`" for name in ("zero-shot", "verified", "zero-shot-linearise")}
     for selector, name in (names | {"ga-s2": "`ga-s2`, the paper's", "ga-s1": "alignment loss"}).items():
         scored = results.named("score-verified-8" if selector == "verified" else f"score-{selector}")
         seconds = sum(record["seconds"] for record in scored) / len(scored)
         assert f"| {name} | {kl_and_retrieval(results, selector)} | {seconds:.0f} |" in text
+    assert f"| uniform | {kl_and_retrieval(results, 'uniform')} | 0 |" in text
     teacher = results.named("teacher")
     assert f"| teacher, all softmax | 0 | {retrieval_at(teacher[0], 2048):.3f} | |" in text
     runs = [jobs["run-report"]["evaluation"] for jobs in results.seeds.values()]
     assert f"KL {sum(run['kl'] for run in runs) / len(runs):.3f} nats per token" in text
     assert f"perplexity {sum(run['perplexity'] for run in runs) / len(runs):.2f} (teacher" in text
-    earlier = Results(ROOT / "benchmarks" / "results" / "smollm2_large_steps")
-    kl = [
-        sum(record["kl"]["mean"] for record in earlier.of_selector(8, selector))
-        for selector in ("uniform", "verified")
-    ]
-    assert f"uniform layers had {kl[0] / kl[1]:.2f} times the KL of `verified`'s" in text.replace("\n", " ")
+    told = text.replace("\n", " ")
+    four = [over_seeds(results.of_selector(4, name), at_2048, ".2f") for name in ("uniform", "verified")]
+    assert four == ["0.00 ± 0.00", "0.34 ± 0.02"] and "uniform hybrid finds nothing, and `verified`'s 0.34" in told
+    (long,), (window,) = results.named("long"), results.named("mixer-window-sinks")
+    short = results.seeds[0][f"k8-{'-'.join(map(str, long['layers']))}"]
+    assert f"take the KL from {short['kl']['mean']:.3f} to {long['kl']['mean']:.3f}, and bring no retrieval" in told
+    assert retrieval_at(long, 2048) < retrieval_at(short, 2048) and long["tokens"] == 4 * short["tokens"]
+    assert f"end at {window['kl']['mean']:.3f} nats, and retrieve {retrieval_at(window, 2048):.2f}" in told
+
+
+def at_2048(record: dict) -> tuple[float, None]:
+    return retrieval_at(record, 2048), None
 
 
 def kl_and_retrieval(results: Results, selector: str) -> str:

@@ -458,11 +458,12 @@ def other_mixers(results: Results) -> str | None:
     best = min(windows, key=lambda name: kl[name], default=None)
     if best is None or "gated_deltanet" not in kl or kl[best] >= kl["gated_deltanet"]:
         return text
+    share = kl[best] / kl["gated_deltanet"]
     return text + (
-        f"\n\n**Layers that attend to a window lose less than linear ones here**: a KL of "
-        f"{kl[best] / kl['gated_deltanet']:.2f} of gated_deltanet's, and more retrieval. A window is the teacher's own "
-        "softmax over the last tokens and needs no training; most of what a KL measures is local, and the layers that "
-        "keep softmax see the rest. A recurrent state has to be learned, and these budgets are a few million tokens."
+        f"\n\n**Layers that attend to a window lose less than linear ones here**: a KL of {share:.2f} of "
+        "gated_deltanet's. A window is the teacher's own softmax over the last tokens and needs no training; most of "
+        "what a KL measures is local, and the layers that keep softmax see the rest. A recurrent state has to be "
+        "learned, and these budgets are a few million tokens."
     )
 
 
