@@ -161,12 +161,12 @@ def find(results: dict[str, Any], part: str, **fields: Any) -> dict[str, Any] | 
     return next((row for row in rows if all(row.get(name) == value for name, value in fields.items())), None)
 
 
-def rate(row: dict[str, Any] | None) -> str:
+def rate(row: dict[str, Any] | None, *, busy: bool = True) -> str:
     if row is None:
         return ""
-    peak, busy = row.get("peak_mb"), row.get("busy_ms")
+    peak, working = row.get("peak_mb"), row.get("busy_ms") if busy else None
     said = f"{row['tokens_per_second']:,.0f} tokens/s" + (f", {peak / 1e3:.1f} GB" if peak else "")
-    return said + (f", GPU busy for {busy:,.0f} of {row['ms']:,.0f} ms" if busy else "")
+    return said + (f", GPU busy for {working:,.0f} of {row['ms']:,.0f} ms" if working else "")
 
 
 def milliseconds(row: dict[str, Any] | None) -> str:
@@ -434,11 +434,17 @@ def training_details(results: dict[str, Any]) -> str:
     """What a distillation's step is made of, and what each choice costs."""
     parts = []
     steps = [
-        [row["loss"], "packed" if row["packed"] else "one document", row["variant"], milliseconds(row), rate(row)]
+        [
+            row["loss"],
+            "packed" if row["packed"] else "one document",
+            row["variant"],
+            milliseconds(row),
+            rate(row, busy=False),
+        ]
         for row in results.get("step", [])
     ]
     pieces = [
-        [row["piece"], "packed" if row["packed"] else "one document", "", milliseconds(row), rate(row)]
+        [row["piece"], "packed" if row["packed"] else "one document", "", milliseconds(row), rate(row, busy=False)]
         for row in results.get("pieces", [])
     ]
     if steps or pieces:

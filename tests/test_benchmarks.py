@@ -75,7 +75,7 @@ def test_gpu_benchmark_measures_training_beside_what_it_is_compared_with(tmp_pat
     gpu.main()
     results = json.loads(file.read_text())
     counted = {part: len(results[part]) for part in ("step", "pieces", "held_out", "ga_s2")}
-    assert counted == {"step": 7, "pieces": 9, "held_out": 4, "ga_s2": 2}
+    assert counted == {"step": 10, "pieces": 9, "held_out": 4, "ga_s2": 3}
     assert set(gpu.GROUPS["issue-training"]) <= {*gpu_training.PARTS, "kl"}
     page = report.gpu(results)
     assert "## What is to be reached" in page
