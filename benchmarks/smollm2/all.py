@@ -136,21 +136,25 @@ class Work:
         self._keep(self.seeded / "chat" / "chat.json", "chat.json")
 
     def evaluate(self) -> None:
-        """The finished models beside the teacher, with all tasks, free generation included."""
+        """
+        The finished models and their teacher, with all tasks, free generation included. Each is a command of its own,
+        with a file of its own: what ended is kept where a later one is stopped.
+        """
         texts = [f"{path.stem}={path}" for path in self.held_out()]
-        sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 24, "--batch-size", 48]
-        sizes += ["--block-size", 2048, "--rows", 32]
-        if self.trial:
-            sizes = ["--lengths", 512, "--cases", 1, "--block-size", 128, "--rows", 1]
-        tasks = "single_prose" if self.trial else "ruler"
-        for name, model in (("run", self.seeded / "run" / "model"), ("chat", self.seeded / "chat")):
+        rows = ["--block-size", 128, "--rows", 1] if self.trial else ["--block-size", 2048, "--rows", 32]
+        sizes = ["--lengths", 512, "--cases", 1, "--tasks", "single_prose"]
+        if not self.trial:
+            sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 24, "--batch-size", 48, "--tasks", "ruler"]
+        model = self.seeded / "run" / "model"
+        beside = [model, "--teacher", self.teacher, "--tasks", "generation", *rows, "--data-files", *texts]
+        asked = {"text": beside} | {
+            name: [of, *sizes, "--form", "both"]
+            for name, of in (("run", model), ("teacher", self.teacher), ("chat", self.seeded / "chat"))
+        }
+        for name, options in asked.items():
             file = self.seeded / f"evaluation-{name}.json"
             if not file.is_file():
-                # Fine-tuned it is not to write what the teacher writes, whose tasks are measured beside the run's.
-                beside = ["--teacher", self.teacher, "--tasks", f"{tasks},generation"]
-                options = [*(beside if name == "run" else ["--tasks", tasks]), *sizes, "--form", "both"]
-                options += ["--output", file]
-                command("-m", "hf_hybrid", "evaluate", model, *options, "--data-files", *texts)
+                command("-m", "hf_hybrid", "evaluate", *options, "--output", file)
             self._keep(file, file.name)
 
     def held_out(self) -> list[Path]:

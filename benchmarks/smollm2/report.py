@@ -554,29 +554,29 @@ def draw_curves(results: Results, path: Path) -> bool:
 
 
 def evaluations(results: Results) -> str | None:
-    """What `hf-hybrid evaluate --tasks ruler,generation` found of the finished models and their teacher."""
-    if not (runs := results.named("evaluation-run")):
-        return None
-    parts, theirs = [], {(s["task"], s["form"], s["length"]): s for s in runs[0]["teacher_tasks"]}
+    """What `hf-hybrid evaluate` found of the finished models and their teacher, of the first seed that has it."""
+    parts: list[str] = []
+    theirs = {}
+    for record in results.named("evaluation-teacher")[:1]:
+        theirs = {(s["task"], s["form"], s["length"]): f" ({s['mean']:.2f})" for s in record["tasks"]}
     for job, name in (("evaluation-run", "The hybrid"), ("evaluation-chat", "The same, fine-tuned on instructions")):
-        if not (found := results.named(job)):
-            continue
-        record, rows = found[0], []
-        for form in dict.fromkeys(score["form"] for score in record["tasks"]):
-            for task in dict.fromkeys(score["task"] for score in record["tasks"] if score["form"] == form):
+        for record in results.named(job)[:1]:
+            rows = []
+            for task, form in dict.fromkeys((score["task"], score["form"]) for score in record["tasks"]):
                 scores = [s for s in record["tasks"] if (s["task"], s["form"]) == (task, form)]
-                cells = [f"{s['mean']:.2f} ({theirs[task, form, s['length']]['mean']:.2f})" for s in scores]
+                cells = [f"{s['mean']:.2f}{theirs.get((task, form, s['length']), '')}" for s in scores]
                 rows.append([task, form, *cells])
-        lengths = dict.fromkeys(score["length"] for score in record["tasks"])
-        head = ["task", "form", *(f"{length:,}" if length else "" for length in lengths)]
-        parts.append(f"{name}; in brackets its teacher:\n\n{markdown(head, rows)}")
-        if (written := record["generation"]) is not None:
-            parts.append(
-                f"Free generation, {written['prompts']} prompts of {written['new_tokens']} tokens: "
-                f"{written['agreement']['mean']:.3f} of the tokens are the teacher's, "
-                f"{written['common_prefix']['mean']:.1f} tokens until the first that is not; repetition "
-                f"{written['repetition']['mean']:.3f} (teacher {written['teacher_repetition']['mean']:.3f})."
-            )
+            lengths = dict.fromkeys(score["length"] for score in record["tasks"])
+            head = ["task", "form", *(f"{length:,}" if length else "" for length in lengths)]
+            parts.append(f"{name}{'; in brackets its teacher' if theirs else ''}:\n\n{markdown(head, rows)}")
+    for record in results.named("evaluation-text")[:1]:
+        written = record["generation"]
+        parts.append(
+            f"Free generation, {written['prompts']} prompts of {written['new_tokens']} tokens: "
+            f"{written['agreement']['mean']:.3f} of the tokens are the teacher's, "
+            f"{written['common_prefix']['mean']:.1f} tokens until the first that is not; repetition "
+            f"{written['repetition']['mean']:.3f} (teacher {written['teacher_repetition']['mean']:.3f})."
+        )
     return "\n\n".join(parts) or None
 
 
@@ -608,7 +608,7 @@ def undone(results: Results) -> str:
     ]
     if "ga-s2" in size["selectors"]:
         wanted += [f"score-ga-s2-{share}" for share in (0.1, 0.3, 2.0)]
-    wanted += ["run-report", "chat", "evaluation-run", "evaluation-chat"]
+    wanted += ["run-report", "chat", *(f"evaluation-{name}" for name in ("text", "run", "teacher", "chat"))]
     missing = [name for name in wanted if not results.named(name)]
     partly = [name for name in wanted if 0 < len(results.named(name)) < len(results.seeds)]
     missing += [f"hybrids with {k} softmax layers" for k in size["kept"] if k not in results.kept()]
