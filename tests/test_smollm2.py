@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import save_texts
-from smollm2.report import Results, over_seeds, retrieval_at
+from smollm2.report import Results, evaluations, over_seeds, retrieval_at
 
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
@@ -115,6 +115,23 @@ def test_a_page_of_nothing_is_refused(tmp_path):
     command = [sys.executable, SCRIPTS / "report.py", "--results", tmp_path, "--output", tmp_path / "page.md"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode == 1 and "has no folder seed-N with figures" in found.stderr
+
+
+def test_evaluations_stand_beside_the_teachers_where_they_are_there(tmp_path):
+    def score(mean: float) -> dict:
+        return {"task": "single_prose", "form": "generation", "length": 512, "mean": mean}
+
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    (folder / "evaluation-run.json").write_text(json.dumps({"tasks": [score(0.25)]}))
+    assert "| single_prose | generation | 0.25 |" in evaluations(Results(tmp_path))
+    (folder / "evaluation-teacher.json").write_text(json.dumps({"tasks": [score(0.75)]}))
+    figures = {name: {"mean": 0.5} for name in ("agreement", "common_prefix", "repetition", "teacher_repetition")}
+    written = {"prompts": 32, "new_tokens": 128, **figures}
+    (folder / "evaluation-text.json").write_text(json.dumps({"generation": written}))
+    text = evaluations(Results(tmp_path))
+    assert "in brackets its teacher" in text and "| single_prose | generation | 0.25 (0.75) |" in text
+    assert "0.500 of the tokens are the teacher's" in text
 
 
 def test_the_first_screen_has_the_committed_figures():
