@@ -48,7 +48,7 @@ class ShortConvolution(nn.Module):
         Returns:
             `[B, T, channels]` in x's dtype, under autocast in that of autocast.
         """
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
             x = x.to(torch.get_autocast_dtype(x.device.type))
         length, before = x.shape[1], self.kernel_size - 1
         if before == 0:

@@ -34,7 +34,7 @@ class AlignmentConfig(TeacherTrainingArguments):
     Args:
         layerwise_backward (`bool`):
             Whether a layer's gradients are computed as soon as its loss is there, so that the activations of one mixer
-            are held and not of all: less than a fifth of the memory. Losses and gradients are the same. With FSDP2 and
+            are held and not of all: about a quarter of the memory. Losses and gradients are the same. With FSDP2 and
             fp16 it is refused.
     """
 

@@ -209,13 +209,11 @@ class ModelLM(TemplateLM):
             # All of a batch write as many as the one that may write most: the longest prompt must have room for them.
             room = None if self.max_length is None else self.max_length - width
             batch = [i for i in left[:size] if room is None or limits[i] <= room]
-            for i, tokens in zip(
-                batch,
-                self.write([prompts[i] for i in batch], max(limits[i] for i in batch), **options),
-                strict=True,
-            ):
+            most = max(limits[i] for i in batch)
+            for i, tokens in zip(batch, self.write([prompts[i] for i in batch], most, **options), strict=True):
                 found[i] = tokens[: limits[i]]
-            left = [i for i in left[:size] if i not in set(batch)] + left[size:]
+            written = set(batch)
+            left = [i for i in left if i not in written]
             self.progress(len(prompts) - len(left), len(prompts))
         return found
 
