@@ -90,8 +90,8 @@ def forbidden(source: str, file_name: str) -> list[str]:
     return found
 
 
-# As the source has them: nothing but fla's operators, and its norm with a gate.
-_OF_FLA = ("'fla.ops.", "f'fla.ops.", "'fla.modules.norm.")
+# As the source has them: nothing but fla's operators, its norm with a gate, and its convolution.
+_OF_FLA = ("'fla.ops.", "f'fla.ops.", "'fla.modules.norm.", "'fla.modules.causal_conv1d'")
 _FINDERS = ("import importlib.metadata", "import importlib.util")
 _HARMLESS = ("importlib.util.find_spec", "importlib.metadata.version")
 
