@@ -358,7 +358,7 @@ def hybrid_of(mixer: str, device: str) -> tuple[Any, Any]:
     teacher = tiny_teacher().to(device)
     set_seed(0)
     options = {"sliding_window": {"window": 32}, CONVOLVED: {"short_convolution": 4}}.get(mixer)
-    student = hh.convert(teacher, [1], mixer=mixer.removesuffix(", convolved"), mixer_options=options)
+    student = hh.convert(teacher, [1], mixer=mixer.split(",")[0], mixer_options=options)
     if mixer == CONVOLVED:  # which starts as the identity
         for layer in student.linear_attention_layers:
             torch.nn.init.normal_(decoder_layers(student)[layer].self_attn.conv.weight, std=0.5)

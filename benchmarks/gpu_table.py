@@ -17,8 +17,6 @@ PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 ROWS, TOKENS = 2, 4096
 # Of an alignment step of 16 x 512 before there was a choice, on an H100: 13.4 GiB.
 BEFORE_MB = 13.4 * 2**30 / 1e6
-
-
 # Of a distillation step; all but the last two with gradient checkpointing.
 VARIANTS = ("as it comes", "document_attention", "torch_compile", "torch_compile, document_attention")
 VARIANTS += ("no checkpointing", "no checkpointing, document_attention")

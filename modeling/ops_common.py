@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -83,6 +84,11 @@ def fit_chunk_size(chunk_size: int | None, q: Tensor) -> int:
     while chunk_size > _MINIMUM_CHUNK and chunk_size // 2 >= q.shape[1]:
         chunk_size //= 2
     return chunk_size
+
+
+def running_documents(seq_idx: Tensor) -> Tensor:
+    """The documents of `seq_idx` `[B, T]` counted from 0 in each row: a number that reappears is another document."""
+    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

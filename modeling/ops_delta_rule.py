@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast, one_token
+from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast, one_token, running_documents
 from .ops_delta_rule_chunk import ChunkGatedDeltaRule
 
 
@@ -128,7 +128,7 @@ def _documents(seq_idx: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
 
     Counting the changes makes an index that reappears later in the row another document, as the contract says.
     """
-    running = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).to(torch.int32).cumsum(1), (1, 0))
+    running = running_documents(seq_idx)
     missing = -running.shape[1] % chunk_size
     # Padding belongs to the last document, whose state is the one returned.
     running = torch.cat([running, running[:, -1:].expand(-1, missing)], dim=1)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernels import fused_convolution, fuses
+from .ops_common import running_documents
 
 
 class ShortConvolution(nn.Module):
@@ -70,8 +71,7 @@ class ShortConvolution(nn.Module):
 
     def _within_documents(self, padded: torch.Tensor, seq_idx: torch.Tensor, length: int) -> torch.Tensor:
         history = self.kernel_size - 1
-        # A number that reappears later in the row is another document.
-        seq_idx = nn.functional.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
+        seq_idx = running_documents(seq_idx)
         # Tokens before the row belong to its first document, so that a carried state is still seen.
         documents = torch.cat([seq_idx[:, :1].expand(-1, history), seq_idx], dim=1)
         output = padded.new_zeros(padded.shape[0], length, padded.shape[2])

@@ -16,6 +16,7 @@ from .adopted_attention import AttentionCall
 from .kernels import documents_of
 from .linear_attention import widen
 from .mixer import Mixer, MixerOptions
+from .ops_common import running_documents
 
 
 @dataclass
@@ -77,7 +78,7 @@ class SlidingWindowAttention(Mixer):
         slots = torch.cat([key.flatten(2), value.flatten(2), valid], dim=-1)
         seq_idx = call.seq_idx
         if seq_idx is not None:
-            seq_idx = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
+            seq_idx = running_documents(seq_idx)
         sinks = None
         if self.options.sinks:
             documents = 1 if call.seq_idx is None else documents_of(call.seq_idx).most

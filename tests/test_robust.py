@@ -140,7 +140,7 @@ def test_killed_at_random_a_dozen_times_and_more(reference: Reference, tmp_path:
 def test_killed_while_it_claims_a_new_folder(reference: Reference, tmp_path: Path, tear: bool) -> None:
     for operation in range(1, 7):
         folder = tmp_path / str(operation)
-        for _ in range(2 if tear else 1):  # torn, once more over what the first left
+        for _ in range(2):
             _, process = start(reference.recipe, folder, "", operation, tear)
             process.join(PATIENCE)
             assert process.exitcode == -signal.SIGKILL
@@ -199,7 +199,7 @@ def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path)
     """Nothing is lost between the two places, and no artefact is left without what it was made from."""
     before = contents(reference.folder, list(ARTEFACTS.values()))
     changed = reference.recipe | {"mixer_options": {"rope": False}}
-    for operation in range(1, 100, 3):  # every third: each costs a process
+    for operation in range(1, 100, 2):  # every other one: each costs a process
         folder = tmp_path / str(operation)
         shutil.copytree(reference.folder, folder)
         _, process = start(changed, folder, "", operation, False, "align")
@@ -286,12 +286,12 @@ def run_with_pairs_that_die(recipe: dict[str, Any], folder: Path, rng: random.Ra
 
 @pytest.mark.slow
 def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rng: random.Random) -> None:
-    """One of two dies four times and more, and what they make is what two make that nobody kills."""
+    """One of two dies six times and more, and what they make is what two make that nobody kills."""
     recipe = reference.recipe
     costs = {entry[0]: entry[1:] for entry in run_pair(recipe, tmp_path / "whole", "report", None) if len(entry) == 3}
     expected = results(tmp_path / "whole")
     deaths = rounds = 0
-    while deaths < 4:
+    while deaths < 6:
         rounds += 1
         # A kill may come late; of three runs with 13 kills each, few do.
         assert rounds <= 3, f"{deaths} deaths in {rounds - 1} runs; the seed is printed above"

@@ -431,6 +431,11 @@ def settings(results: Results) -> str | None:
     return f"Of the hybrid with {most} uniform layers, at the same tokens.\n\n{markdown(head, rows)}"
 
 
+def hybrid_name(layers: list[int]) -> str:
+    """The record of the comparison's hybrid with softmax in `layers`."""
+    return f"k{len(layers)}-{'-'.join(map(str, layers))}"
+
+
 def other_mixers(results: Results) -> str | None:
     """The table of the other mixers beside the recipe's in the same layers, or None where none was tried."""
     jobs = sorted({name for found in results.seeds.values() for name in found if name.startswith("mixer-")})
@@ -440,7 +445,7 @@ def other_mixers(results: Results) -> str | None:
     layers, seeds = of_mixer[0]["layers"], {record["seed"] for record in of_mixer}
     domains, lengths = list(of_mixer[0]["kl"]["domains"]), of_mixer[0]["size"]["lengths"]
     rows, kl, windows = [], dict[str, float](), []
-    for job in (f"k{len(layers)}-{'-'.join(map(str, layers))}", *jobs):
+    for job in (hybrid_name(layers), *jobs):
         found = [record for record in results.named(job) if record["seed"] in seeds]
         if not found:
             continue
@@ -471,8 +476,7 @@ def longer(results: Results) -> str | None:
     """The hybrid that was distilled for longer, beside the same layers at the budget of the comparison."""
     rows, lengths = [], results.named("teacher")[0]["size"]["lengths"]
     for record in results.named("long"):
-        same = f"k{len(record['layers'])}-{'-'.join(map(str, record['layers']))}"
-        for one in (results.seeds[record["seed"]].get(same), record):
+        for one in (results.seeds[record["seed"]].get(hybrid_name(record["layers"])), record):
             if one is not None:
                 kl = f"{one['kl']['mean']:.4f} ± {one['kl']['sem']:.4f}"
                 by = [f"{retrieval_at(one, n):.3f}" for n in lengths]
