@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops_common import check_inputs, compute_dtype, first_state, fit_chunk_size, no_autocast, one_token, running_documents
+from .ops_common import (
+    check_inputs,
+    compute_dtype,
+    first_state,
+    fit_chunk_size,
+    no_autocast,
+    one_token,
+    running_documents,
+)
 from .ops_delta_rule_chunk import ChunkGatedDeltaRule
 
 
