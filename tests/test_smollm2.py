@@ -67,10 +67,13 @@ class TestTrial:
             "mixer-kda",
             "setting-batch-half",
         } < set(jobs)
-        assert {"mixer-window-sinks", "search", "speed"} < set(jobs)
+        assert {"mixer-window-sinks", "mixer-window-sinks-uniform", "search", "speed"} < set(jobs)
+        uniform = next(job for job in hybrids if "uniform" in job["selectors"])
+        assert jobs["mixer-window-sinks-uniform"]["layers"] == uniform["layers"]
         tried = jobs["search"]["evaluations"]
         assert len(tried) == 3 and jobs["search"]["layers"] == min(tried, key=lambda one: one["kl"])["layers"]
-        assert [row["model"] for row in jobs["speed"]["rows"]] == ["teacher"] * 2 + ["hybrid"] * 2
+        for job in ("speed", "speed-compiled"):
+            assert [row["model"] for row in jobs[job]["rows"]] == ["teacher"] * 2 + ["hybrid"] * 2
         assert jobs["teacher"]["kl"]["mean"] == 0
         for job in hybrids:
             assert job["seed"] == 3 and job["trial"] and len(job["layers"]) == 2

@@ -329,13 +329,15 @@ def jobs(study: Study) -> Iterable[Job]:
     yield None
     best = best_of(study, most)
     yield "speed", "measure", lambda study: speed(study, best)
-    window = state_window(study)
-    for name, mixer, options in (
-        ("kda", "kimi_delta_attention", {}),
-        ("window-state", "sliding_window", {"window": window}),
-        ("window-sinks", "sliding_window", {"window": 128, "sinks": 4}),
+    yield "speed-compiled", "compiled", lambda study: compiled_speed(study, best)
+    window, sinks = {"window": state_window(study)}, {"window": 128, "sinks": 4}
+    for name, mixer, options, layers in (
+        ("kda", "kimi_delta_attention", {}, best),
+        ("window-state", "sliding_window", window, best),
+        ("window-sinks", "sliding_window", sinks, best),
+        ("window-sinks-uniform", "sliding_window", sinks, uniform),  # does the choice of layers matter then?
     ):
-        work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=best)
+        work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=layers)
         yield f"mixer-{name}", "mixer", work
     yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
     yield "search", "search", lambda study: search(study, size.searched)
@@ -429,6 +431,55 @@ def speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
             )
             say(f"speed: {rows[-1]}")
     return {"layers": list(layers), "rows": rows, "dtype": "bfloat16" if half else "float32"}
+
+
+def compiled_speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
+    """
+    Decoding of both as `generate(cache_implementation="static")` does it, which compiles the step on a GPU: tokens per
+    second after the first, the median of three, and the seconds of the call that compiled.
+    """
+    size, half = study.size, study.device.type == "cuda"
+    student = study.aligned()
+    student.set_full_attention_layers(list(layers), study.teacher)
+    rows = []
+    for name, source in (("teacher", study.teacher), ("hybrid", student)):
+        model = copy.deepcopy(source).to(torch.bfloat16 if half else torch.float32).eval()
+        # From the longest on: lengths after the first share what is compiled for them.
+        for batch, context in itertools.product(
+            size.batches, sorted({size.contexts[-1], size.contexts[0]}, reverse=True)
+        ):
+            prompt = min(context, model.config.max_position_embeddings) - size.decoded
+            ids = torch.randint(model.config.vocab_size, (batch, prompt), device=study.device)
+            start = time.perf_counter()
+            rates = [_generated(model, ids, size.decoded)]
+            first = time.perf_counter() - start
+            rates = [_generated(model, ids, size.decoded) for _ in range(3)]
+            row = {"model": name, "context": prompt + size.decoded, "batch": batch}
+            rows.append(row | {"decode_tokens_per_second": statistics.median(rates), "first_call_seconds": first})
+            say(f"speed-compiled: {rows[-1]}")
+    return {"layers": list(layers), "rows": rows, "dtype": "bfloat16" if half else "float32"}
+
+
+def _generated(model: Any, ids: torch.Tensor, count: int) -> float:
+    """Tokens per second of the `count` tokens that follow `ids` `[B, T]`, but for the first."""
+    times: list[float] = []
+
+    def clock(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        cache_implementation="static",
+        stopping_criteria=[clock],
+    )
+    return len(ids) * (len(times) - 1) / (times[-1] - times[0])
 
 
 @torch.no_grad()

@@ -441,35 +441,48 @@ def other_mixers(results: Results) -> str | None:
     jobs = sorted({name for found in results.seeds.values() for name in found if name.startswith("mixer-")})
     if not jobs:
         return None
-    of_mixer = results.named(jobs[0])
-    layers, seeds = of_mixer[0]["layers"], {record["seed"] for record in of_mixer}
-    domains, lengths = list(of_mixer[0]["kl"]["domains"]), of_mixer[0]["size"]["lengths"]
-    rows, kl, windows = [], dict[str, float](), []
-    for job in (hybrid_name(layers), *jobs):
-        found = [record for record in results.named(job) if record["seed"] in seeds]
-        if not found:
-            continue
-        options = [f"{name} {value}" for name, value in found[0].get("mixer_options", {}).items()]
-        name = ", ".join([found[0]["mixer"], *options])
-        by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
-        rows.append([name, *kls(found, domains), *measures(found)[:1], *by])
-        kl[name] = statistics.fmean(record["kl"]["mean"] for record in found)
-        windows += [name] if found[0]["mixer"] == "sliding_window" else []
-    head = ["mixer", "KL", *(f"KL, {name}" for name in domains), "perplexity", *(f"{n:,}" for n in lengths)]
+    of_mixers = [record for job in jobs for record in results.named(job)]
+    domains, lengths = list(of_mixers[0]["kl"]["domains"]), of_mixers[0]["size"]["lengths"]
+    in_layers: dict[str, list[str]] = {}
+    for job in sorted(jobs, key=lambda job: job.endswith("-uniform")):
+        in_layers.setdefault(hybrid_name(results.named(job)[0]["layers"]), []).append(job)
+    rows, kl = [], dict[tuple[str, str], float]()
+    for hybrid, others in in_layers.items():
+        seeds = {record["seed"] for job in others for record in results.named(job)}
+        for job in (hybrid, *others):
+            found = [record for record in results.named(job) if record["seed"] in seeds]
+            if not found:
+                continue
+            options = [f"{name} {value}" for name, value in found[0].get("mixer_options", {}).items()]
+            name = ", ".join([found[0]["mixer"], *options])
+            by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
+            rows.append([name, str(found[0]["layers"]), *kls(found, domains), *measures(found)[:1], *by])
+            kl[hybrid, name] = statistics.fmean(record["kl"]["mean"] for record in found)
+    head = ["mixer", "softmax in", "KL", *(f"KL, {name}" for name in domains), "perplexity"]
     text = (
-        f"Softmax in {layers}; each mixer aligned and distilled on the same tokens, on the same seeds. The last "
-        f"columns are retrieval by length.\n\n{markdown(head, rows)}"
+        "Each mixer aligned and distilled on the same tokens, on the same seeds. The last columns are retrieval by "
+        f"length.\n\n{markdown([*head, *(f'{n:,}' for n in lengths)], rows)}"
     )
-    best = min(windows, key=lambda name: kl[name], default=None)
-    if best is None or "gated_deltanet" not in kl or kl[best] >= kl["gated_deltanet"]:
+    ours, *uniform = in_layers
+    linear = kl.get((ours, "gated_deltanet"))
+    windows = [name for hybrid, name in kl if hybrid == ours and name.startswith("sliding_window")]
+    best = min(windows, key=lambda name: kl[ours, name], default=None)
+    if best is None or linear is None or kl[ours, best] >= linear:
         return text
-    share = kl[best] / kl["gated_deltanet"]
-    return text + (
-        f"\n\n**Layers that attend to a window lose less than linear ones here**: a KL of {share:.2f} of "
-        "gated_deltanet's. A window is the teacher's own softmax over the last tokens and needs no training; most of "
-        "what a KL measures is local, and the layers that keep softmax see the rest. A recurrent state has to be "
-        "learned, and these budgets are a few million tokens."
+    text += (
+        "\n\n**Layers that attend to a window lose less than linear ones here**: a KL of "
+        f"{kl[ours, best] / linear:.2f} of gated_deltanet's. A window is the teacher's own softmax over the last "
+        "tokens and needs no training; most of what a KL measures is local, and the layers that keep softmax see the "
+        "rest. A recurrent state has to be learned, and these budgets are a few million tokens."
     )
+    for layers in uniform:
+        if (layers, best) in kl and (layers, "gated_deltanet") in kl:
+            shares = [kl[ours, name] / kl[layers, name] for name in (best, "gated_deltanet")]
+            text += (
+                f" With windows, the KL with the chosen layers is {shares[0]:.2f} of that with uniform ones; with "
+                f"gated_deltanet, {shares[1]:.2f}."
+            )
+    return text
 
 
 def longer(results: Results) -> str | None:
@@ -524,7 +537,25 @@ def speeds(results: Results) -> str | None:
         f"Tokens per second in {record['dtype']}, eager, with the library's dynamic cache, on {record['device']}; "
         f"softmax in layers {record['layers']}."
     )
-    return f"{about}\n\n{markdown(head, rows)}"
+    parts = [about, markdown(head, rows)]
+    for compiled in results.named("speed-compiled")[:1]:
+        of = {name: [row for row in compiled["rows"] if row["model"] == name] for name in ("teacher", "hybrid")}
+        rows = [
+            [
+                f"{ours['context']:,}",
+                str(ours["batch"]),
+                *(f"{row['decode_tokens_per_second']:,.0f}" for row in (teacher, ours)),
+                f"{ours['decode_tokens_per_second'] / teacher['decode_tokens_per_second']:.2f}",
+                *(f"{row['first_call_seconds']:.0f}" for row in (teacher, ours)),
+            ]
+            for teacher, ours in zip(of["teacher"], of["hybrid"], strict=True)
+        ]
+        head = ["context", "rows", "decoding, teacher", "hybrid", "ratio", "first call, teacher (s)", "hybrid (s)"]
+        parts += [
+            'Decoding by `generate(cache_implementation="static")`, which compiles the step in its first call:',
+            markdown(head, rows),
+        ]
+    return "\n\n".join(parts)
 
 
 def draw_curves(results: Results, path: Path) -> bool:
@@ -606,7 +637,8 @@ def undone(results: Results) -> str:
     most, *others = size["kept"]
     wanted = [f"score-{name}-{most}" if name == "verified" else f"score-{name}" for name in size["selectors"]]
     wanted += [f"score-verified-{k}" for k in others]
-    wanted += ["long", "search", "speed", "mixer-kda", "mixer-window-state", "mixer-window-sinks"]
+    wanted += ["long", "search", "speed", "speed-compiled", "mixer-kda"]
+    wanted += ["mixer-window-state", "mixer-window-sinks", "mixer-window-sinks-uniform"]
     wanted += [
         f"setting-{name}" for name in ("rates-low", "rates-high", "mixer-rate-high", "batch-half", "batch-double")
     ]
