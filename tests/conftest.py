@@ -4,8 +4,10 @@ import atexit
 import contextlib
 import gc
 import os
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,14 @@ from transformers import set_seed  # noqa: E402
 
 if IS_XDIST_WORKER:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """For kills; seeded from the clock. The seed is printed, and `--kill-seed` gives it back."""
+    number = request.config.getoption("--kill-seed") or time.time_ns() % 10**9
+    print(f"--kill-seed {number}")
+    return random.Random(number)
 
 
 @pytest.fixture(autouse=True)
@@ -116,12 +126,24 @@ def dead_layer() -> Any:
     return dead_layer_pair()
 
 
-# No worker is left with one of these at the end (`--no-loadscope-reorder`): half a minute and more each.
-LONG = ("multiprocess", "robust", "smollm2", "scoring_processes", "scoring_cli", "generation", "readme", "demo", "hub")
+# The longest files, in the order in which they begin, so that no worker is left with one of them at the end
+# (`--no-loadscope-reorder`): half a minute and more each.
+LONG = (
+    "robust",
+    "robust_pairs",
+    "multiprocess",
+    "smollm2",
+    "scoring_processes",
+    "scoring_cli",
+    "generation",
+    "readme",
+)
+LONG += ("run", "stream", "teacher_topk", "demo", "hub")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 def pytest_collection_finish() -> None:

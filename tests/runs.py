@@ -11,8 +11,10 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from teachers import tiny_teacher
 from tokenizers import ByteLevelBPETokenizer
@@ -21,10 +23,22 @@ from transformers import PreTrainedTokenizerFast
 
 # Seconds after which a process that takes a few has hung, also where others have the machine.
 PATIENCE = 900.0
-# One server for all the tests of a process; its forks start in milliseconds.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["warm"])
 LINES = [f"def function_{i}(x, y):\n    return x * {i * i} + y  # step {i % 7}\n" for i in range(400)]
+
+
+def fork(target: Any, *arguments: Any) -> Any:
+    """
+    A process that calls `target`, started: a fork, in milliseconds, of one server for all the tests of this process,
+    which has imported what a run needs. The server finds that by PYTHONPATH alone, and where it does not, it says
+    nothing, and each fork imports it anew, in seconds.
+    """
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        forkserver.ensure_running()
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -102,6 +116,16 @@ def run_and_die(recipe: dict[str, Any], folder: str, where: str, name: str) -> N
 
     os.replace, TrainerState.save_to_json = replace, save_to_json
     run_recipe(Recipe.from_dict(recipe), folder, progress=listen)
+
+
+def recipe_to_kill(folder: Path) -> dict[str, Any]:
+    """A tiny recipe with what it needs in `folder`, whose stages go on from wherever a kill leaves them."""
+    # Few texts: alignment and distillation go over them more than once, so resumes fall into later epochs too.
+    texts = save_texts(folder / "texts")
+    for text in sorted(texts.iterdir())[4:]:
+        text.unlink()
+    # And losses are means over steps that checkpoints do not divide.
+    return tiny_recipe(save_teacher(folder / "teacher"), texts, training={"use_cpu": True, "logging_steps": 3})
 
 
 def run_and_report(

@@ -1,31 +1,17 @@
 """A plug pulled at any moment: kills in every stage at random, and what a run makes of them."""
 
-import contextlib
 import copy
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from runs import (
-    FORKS,
-    PATIENCE,
-    contents,
-    copy_run,
-    results,
-    run_and_report,
-    run_as_rank,
-    save_teacher,
-    save_texts,
-    tiny_recipe,
-)
-from torch.distributed import TCPStore
+from runs import FORKS, PATIENCE, contents, copy_run, fork, recipe_to_kill, results, run_and_report
 
 from hf_hybrid.run.folder import ARTEFACTS
 from hf_hybrid.run.recipe import Recipe
@@ -40,14 +26,7 @@ class Reference:
     """A run that nothing killed, with the changes of files that each stage makes, and its seconds."""
 
     def __init__(self, folder: Path) -> None:
-        # Few texts: alignment and distillation go over them more than once, so resumes fall into later epochs too.
-        texts = save_texts(folder / "texts")
-        for text in sorted(texts.iterdir())[4:]:
-            text.unlink()
-        # And losses are means over steps that checkpoints do not divide.
-        self.recipe = tiny_recipe(
-            save_teacher(folder / "teacher"), texts, training={"use_cpu": True, "logging_steps": 3}
-        )
+        self.recipe = recipe_to_kill(folder)
         self.folder = folder / "run"
         self.cost: dict[str, tuple[int, float]] = {}
         here, process = start(self.recipe, self.folder, "report")
@@ -61,23 +40,24 @@ class Reference:
 def start(recipe: dict[str, Any], folder: Path, stage: str, *fate: Any) -> tuple[Any, Any]:
     """A process that runs `recipe`, and the end of its pipe."""
     here, there = FORKS.Pipe()
-    process = FORKS.Process(target=run_and_report, args=(recipe, str(folder), stage, there, *fate))
-    process.start()
+    process = fork(run_and_report, recipe, str(folder), stage, there, *fate)
     there.close()
     return here, process
+
+
+def say_whether_warm(pipe: Any) -> None:
+    pipe.send("warm" in sys.modules)
+
+
+def test_forks_begin_with_what_a_run_needs() -> None:
+    here, there = FORKS.Pipe()
+    fork(say_whether_warm, there).join(PATIENCE)
+    assert here.recv()
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(tmp_path_factory.mktemp("robust"))
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Seeded from the clock; the seed is printed, and `--kill-seed` gives it back."""
-    number = request.config.getoption("--kill-seed") or time.time_ns() % 10**9
-    print(f"--kill-seed {number}")
-    return random.Random(number)
 
 
 def kill(reference: Reference, folder: Path, stage: str, rng: random.Random, by: str) -> str | None:
@@ -218,89 +198,6 @@ def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path)
     (folder / "model.partial").mkdir()
     result = run_recipe(Recipe.from_dict(changed), folder, stop_after="align")
     assert result.stages == {"data": "found", "align": "done"} and not list(folder.glob("*.partial"))
-
-
-def run_pair(recipe: dict[str, Any], folder: Path, stage: str, rng: random.Random | None, cost: Any = None) -> Any:
-    """
-    Runs `recipe` in two processes until `stage` is done; with `rng`, until one of the two is killed in it.
-
-    Returns how it was killed, None where it was not; without `rng`, what the main process sent.
-    """
-    # Held here, as by a launcher's agent: a port that is only found free may be another's when process 0 takes it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    victim, by = (rng.randrange(2), rng.choice(["operation", "time"])) if rng else (0, "")
-    by = "time" if by and victim == 1 else by  # only the main process writes to the folder all along
-    operation = rng.randint(1, cost[0]) if rng and by == "operation" else None
-    here, there = FORKS.Pipe()
-    aside, other = FORKS.Pipe()
-    pair = [
-        FORKS.Process(target=run_as_rank, args=(rank, store.port, recipe, str(folder), stage, pipe, fate))
-        for rank, pipe, fate in ((0, there, operation), (1, other, None))
-    ]
-    for process in pair:
-        process.start()
-    there.close()
-    other.close()
-    sent = []
-    if by == "time":
-        while here.recv() != stage:
-            pass
-        pair[victim].join(rng.uniform(0, 0.7 * cost[1]))
-        pair[victim].kill()
-    elif not by:
-        with contextlib.suppress(EOFError):
-            while True:
-                sent.append(here.recv())
-    pair[victim].join(PATIENCE)
-    # As a launcher does with the others when one dies.
-    if pair[victim].exitcode != 0:
-        pair[1 - victim].kill()
-    pair[1 - victim].join(PATIENCE)
-    if not by:
-        assert [process.exitcode for process in pair] == [0, 0]
-        return sent
-    if pair[victim].exitcode == 0:
-        return None
-    assert pair[victim].exitcode == -signal.SIGKILL
-    return f"process {victim} killed by {by}"
-
-
-def run_with_pairs_that_die(recipe: dict[str, Any], folder: Path, rng: random.Random, costs: dict[str, Any]) -> int:
-    """Runs each stage in pairs of which one is killed, two at most, then in one that lives; counts the deaths."""
-    deaths, whole = 0, []
-    for stage in STAGES:
-        for _ in range(2 if stage in ("align", "score", "distill", "finetune") else 1):
-            before = contents(folder, whole)
-            how = run_pair(recipe, folder, stage, rng, costs[stage])
-            print(f"{stage}: {how or 'it ended before'}")
-            deaths += how is not None
-            assert before.items() <= contents(folder, whole).items()
-            if (folder / ARTEFACTS[stage]).exists():
-                break
-        before = contents(folder, whole)
-        run_pair(recipe, folder, stage, None)
-        assert before.items() <= contents(folder, whole).items()
-        whole = [*whole, ARTEFACTS[stage]]
-    return deaths
-
-
-@pytest.mark.slow
-def test_two_processes_killed_at_random(tmp_path: Path, reference: Reference, rng: random.Random) -> None:
-    """One of two dies six times and more, and what they make is what two make that nobody kills."""
-    recipe = reference.recipe
-    costs = {entry[0]: entry[1:] for entry in run_pair(recipe, tmp_path / "whole", "report", None) if len(entry) == 3}
-    expected = results(tmp_path / "whole")
-    deaths = rounds = 0
-    while deaths < 6:
-        rounds += 1
-        # A kill may come late; of three runs with 13 kills each, few do.
-        assert rounds <= 3, f"{deaths} deaths in {rounds - 1} runs; the seed is printed above"
-        folder = tmp_path / f"run_{rounds}"
-        deaths += run_with_pairs_that_die(recipe, folder, rng, costs)
-        given = results(folder)
-        assert given.keys() == expected.keys()
-        for name in given:
-            assert given[name] == expected[name], name
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FORKS, PATIENCE, contents, run_and_die, tiny_recipe
+from runs import PATIENCE, contents, fork, run_and_die, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_hybrid.hub import provenance_of, push
@@ -121,8 +121,7 @@ def test_killed_everywhere_it_ends_the_same(finished: RunResult, sources: tuple[
     recipe = tiny_recipe(*sources)
     before: dict[str, Any] = {}
     for where, name in DEATHS:
-        process = FORKS.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
-        process.start()
+        process = fork(run_and_die, recipe, str(tmp_path / "run"), where, name)
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"
         now = contents(tmp_path / "run", [*ARTEFACTS.values()])

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from runs import FORKS, LINES, PATIENCE, run_and_die, save_teacher, save_texts, tiny_recipe, tiny_tokenizer
+from runs import LINES, PATIENCE, fork, run_and_die, save_teacher, save_texts, tiny_recipe, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -168,8 +168,7 @@ def test_a_killed_run_goes_on_in_the_stream(tmp_path: Path) -> None:
     said = {event.stage for event in events if event.kind == "note" and " are trained on: each is used " in event.text}
     assert said == {"distill"}  # the others take no more rows than there are
     for where, name in (("step", "align"), ("checkpoint", "align"), ("checkpoint", "distill"), ("step", "finetune")):
-        process = FORKS.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
-        process.start()
+        process = fork(run_and_die, recipe, str(tmp_path / "run"), where, name)
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"was not killed at {where} {name}"
     result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from runs import FORKS, PATIENCE, results, run_and_die, save_teacher, save_texts, tiny_recipe
+from runs import PATIENCE, fork, results, run_and_die, save_teacher, save_texts, tiny_recipe
 from safetensors.torch import load_file
 from teachers import tiny_teacher, tokens
 
@@ -307,8 +307,7 @@ class TestRun:
             ("after", "rows-00000.safetensors"),
             ("checkpoint", "distill"),
         ):
-            process = FORKS.Process(target=run_and_die, args=(recipe, str(tmp_path / "run"), where, name))
-            process.start()
+            process = fork(run_and_die, recipe, str(tmp_path / "run"), where, name)
             process.join(PATIENCE)
             assert process.exitcode == -signal.SIGKILL, f"was not killed {where} {name}"
         result = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
