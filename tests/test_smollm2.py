@@ -121,20 +121,24 @@ def test_a_page_of_nothing_is_refused(tmp_path):
 
 
 def test_evaluations_stand_beside_the_teachers_where_they_are_there(tmp_path):
-    def score(mean: float) -> dict:
-        return {"task": "single_prose", "form": "generation", "length": 512, "mean": mean}
+    def score(mean: float, task: str = "single_prose") -> dict:
+        return {"task": task, "form": "generation", "length": 2048, "mean": mean, "sem": 0.03}
 
     folder = tmp_path / "seed-0"
     folder.mkdir()
-    (folder / "evaluation-run.json").write_text(json.dumps({"tasks": [score(0.25)]}))
-    assert "| single_prose | generation | 0.25 |" in evaluations(Results(tmp_path))
-    (folder / "evaluation-teacher.json").write_text(json.dumps({"tasks": [score(0.75)]}))
-    figures = {name: {"mean": 0.5} for name in ("agreement", "common_prefix", "repetition", "teacher_repetition")}
-    written = {"prompts": 32, "new_tokens": 128, **figures}
-    (folder / "evaluation-text.json").write_text(json.dumps({"generation": written}))
+    (folder / "evaluation-run.json").write_text(json.dumps({"tasks": [score(0.25), score(0.75, "copying")]}))
     text = evaluations(Results(tmp_path))
-    assert "in brackets its teacher" in text and "| single_prose | generation | 0.25 (0.75) |" in text
-    assert "0.500 of the tokens are the teacher's" in text
+    assert "| single_prose | generation | hybrid | 0.250 ± 0.030 |" in text and "teacher" not in text
+    assert "| generation | hybrid | 0.500 ± 0.021 |" in text
+    (folder / "evaluation-teacher.json").write_text(json.dumps({"tasks": [score(0.75)]}))
+    names = ("agreement", "common_prefix", "repetition", "looping", "teacher_repetition", "teacher_looping")
+    written = {"prompts": 32, "new_tokens": 128} | {name: {"mean": 0.5, "sem": 0.1} for name in names}
+    samples = [{"prompt": "Why?", "text": "No\nreason.", "teacher_text": "because " * 100}]
+    (folder / "evaluation-text.json").write_text(json.dumps({"generation": written | {"samples": samples}}))
+    text = evaluations(Results(tmp_path))
+    assert "| single_prose | generation | teacher | 0.750 ± 0.030 |" in text
+    assert "0.500 ± 0.100 of the tokens are the teacher's" in text
+    assert "> **Why?**\n>\n> *Hybrid*: No reason.\n>\n> *Teacher*: because because" in text
 
 
 def test_the_first_screen_has_the_committed_figures():

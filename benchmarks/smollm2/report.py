@@ -590,29 +590,55 @@ def draw_curves(results: Results, path: Path) -> bool:
 
 def evaluations(results: Results) -> str | None:
     """What `hf-hybrid evaluate` found of the finished models and their teacher, of the first seed that has it."""
+    models = {"teacher": "evaluation-teacher", "hybrid": "evaluation-run"}
+    models["hybrid, fine-tuned on instructions"] = "evaluation-chat"
+    found = {name: results.named(job)[0]["tasks"] for name, job in models.items() if results.named(job)}
     parts: list[str] = []
-    theirs = {}
-    for record in results.named("evaluation-teacher")[:1]:
-        theirs = {(s["task"], s["form"], s["length"]): f" ({s['mean']:.2f})" for s in record["tasks"]}
-    for job, name in (("evaluation-run", "The hybrid"), ("evaluation-chat", "The same, fine-tuned on instructions")):
-        for record in results.named(job)[:1]:
-            rows = []
-            for task, form in dict.fromkeys((score["task"], score["form"]) for score in record["tasks"]):
-                scores = [s for s in record["tasks"] if (s["task"], s["form"]) == (task, form)]
-                cells = [f"{s['mean']:.2f}{theirs.get((task, form, s['length']), '')}" for s in scores]
-                rows.append([task, form, *cells])
-            lengths = dict.fromkeys(score["length"] for score in record["tasks"])
-            head = ["task", "form", *(f"{length:,}" if length else "" for length in lengths)]
-            parts.append(f"{name}{'; in brackets its teacher' if theirs else ''}:\n\n{markdown(head, rows)}")
+    if found:
+        lengths = list(dict.fromkeys(score["length"] for tasks in found.values() for score in tasks))
+        head = [f"{length:,}" if length else "" for length in lengths]
+        rows, details = [], []
+        for form in dict.fromkeys(score["form"] for tasks in found.values() for score in tasks):
+            for name, tasks in found.items():
+                of = [[s for s in tasks if (s["form"], s["length"]) == (form, length)] for length in lengths]
+                rows.append([form, name, *(_share(scores) for scores in of)])
+        pairs = dict.fromkeys((score["task"], score["form"]) for tasks in found.values() for score in tasks)
+        for task, form in pairs:
+            for name, tasks in found.items():
+                scores = {s["length"]: s for s in tasks if (s["task"], s["form"]) == (task, form)}
+                cells = [_share([scores[length]] if length in scores else []) for length in lengths]
+                details.append([task, form, name, *cells])
+        parts += [
+            "Share of right answers by tokens of the prompt, first of all tasks together, each counted alike:",
+            markdown(["form", "model", *head], rows),
+            "Of each task:",
+            markdown(["task", "form", "model", *head], details),
+        ]
     for record in results.named("evaluation-text")[:1]:
         written = record["generation"]
+        share = {
+            name: f"{one['mean']:.3f} ± {one['sem']:.3f}" for name, one in written.items() if isinstance(one, dict)
+        }
         parts.append(
-            f"Free generation, {written['prompts']} prompts of {written['new_tokens']} tokens: "
-            f"{written['agreement']['mean']:.3f} of the tokens are the teacher's, "
-            f"{written['common_prefix']['mean']:.1f} tokens until the first that is not; repetition "
-            f"{written['repetition']['mean']:.3f} (teacher {written['teacher_repetition']['mean']:.3f})."
+            f"Free generation, greedy, {written['prompts']} prompts of {written['new_tokens']} tokens: "
+            f"{share['agreement']} of the tokens are the teacher's, {share['common_prefix']} tokens until the first "
+            f"that is not; repetition {share['repetition']} (teacher {share['teacher_repetition']}), texts that end "
+            f"in a loop {share['looping']} (teacher {share['teacher_looping']}). The first two, the hybrid's beside "
+            "the teacher's:"
         )
+        for sample in written["samples"][:2]:
+            texts = [" ".join(sample[name].split()) for name in ("text", "teacher_text")]
+            hybrid, teacher = (text if len(text) <= 300 else f"{text[:300]} ..." for text in texts)
+            parts.append(f"> **{sample['prompt']}**\n>\n> *Hybrid*: {hybrid}\n>\n> *Teacher*: {teacher}")
     return "\n\n".join(parts) or None
+
+
+def _share(scores: list[dict[str, Any]]) -> str:
+    """The mean of the scores of tasks, with its standard error."""
+    if not scores:
+        return ""
+    sem = sum((score["sem"] or 0.0) ** 2 for score in scores) ** 0.5 / len(scores)
+    return f"{statistics.fmean(score['mean'] for score in scores):.3f} ± {sem:.3f}"
 
 
 def chats(results: Results) -> str | None:
