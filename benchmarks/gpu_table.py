@@ -460,19 +460,21 @@ def efficiency(results: dict[str, Any] | None) -> str:
             "Not measured: `python benchmarks/gpu.py --part scale --output FILE` on a machine with several GPUs does."
         )
     card = (results or {})["environment"]["device"]
-    head = ["engine", "GPUs", "rows of a step", "tokens/s", "efficiency"]
+    head = ["engine", "machine", "GPUs", "rows of a step", "tokens/s", "efficiency"]
     lines = []
-    for row in sorted(rows, key=lambda row: (row["engine"], row["rows_per_step"], row["gpus"])):
-        alone = find(results or {}, "scale", engine=row["engine"], gpus=1) or find(results or {}, "scale", gpus=1)
+    for row in sorted(rows, key=lambda row: (row["engine"], row["machine"], row["rows_per_step"], row["gpus"])):
+        alone = find(results or {}, "scale", engine=row["engine"], machine=row["machine"], gpus=1)
         share = "" if alone is None else f"{row['tokens_per_second'] / alone['tokens_per_second'] / row['gpus']:.2f}"
-        lines.append(
-            [row["engine"], str(row["gpus"]), str(row["rows_per_step"]), f"{row['tokens_per_second']:,.0f}", share]
-        )
-    body = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 5, *lines])
+        about = [row["engine"], row["machine"], str(row["gpus"]), str(row["rows_per_step"])]
+        lines.append([*about, f"{row['tokens_per_second']:,.0f}", share])
+    body = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
     tell = (
         f"`python benchmarks/gpu.py --part scale` on {card}: the distillation of recipes/smollm2-135m.yaml, with "
         "random weights of those shapes, rows of 2,048 tokens, optimizer and all; a step of the recipe's 8 rows in "
-        "all, and of 8 on each GPU. Efficiency: tokens per second over those of one GPU with the same engine times "
-        "the number of GPUs."
+        "all, and of 8 on each GPU. Efficiency: tokens per second over those of one GPU with the same engine on the "
+        "same machine times the number of GPUs."
     )
-    return f"{textwrap.fill(tell, 119)}\n\n{body}"
+    notes = "\n".join(
+        textwrap.fill(f"- {note}", 119, subsequent_indent="  ") for note in (results or {}).get("notes", [])
+    )
+    return "\n\n".join([textwrap.fill(tell, 119), body, *filter(None, [notes])])

@@ -55,7 +55,7 @@ KEYS = {
     "training_layer": ("layer", "convolution"),
     "text": ("workers",),
     "ga_s2": ("states",),
-    "scale": ("engine", "gpus", "rows_per_step"),
+    "scale": ("engine", "machine", "gpus", "rows_per_step"),
 }
 # Some make rows of another's name.
 PARTS = ("cold_start", "step", "alignment", "held_out", "training_layer", "ga_s2", "text")
@@ -463,7 +463,9 @@ def worker(
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith('{"')]
     if run.returncode or not lines:
-        sys.stderr.write(f"{part} is left out: {(run.stderr or run.stdout).strip()[-2000:]}\n")
+        said = (run.stderr or run.stdout).strip()
+        first = said.find("Traceback")  # the cause; a launcher's own, which says nothing of it, is the last
+        sys.stderr.write(f"{part} is left out: {said[-2000:] if first < 0 else said[first : first + 6000]}\n")
         return {}
     found: dict[str, Any] = json.loads(lines[-1])
     return found
@@ -516,12 +518,11 @@ def scale(args: argparse.Namespace, results: Results) -> None:
             if engine == "fsdp2":
                 config = root / "recipes" / "accelerate" / "fsdp2.yaml"
                 launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-                launcher += ["--num_processes", str(gpus), "--main_process_port", "0"]
+                launcher += ["--num_processes", str(gpus), "--main_process_port", str(free_port())]
             found = worker(args, "scale", launcher)
             for rows, rate in found.items():
-                results.add(
-                    "scale", {"engine": engine, "gpus": gpus, "rows_per_step": int(rows), "tokens_per_second": rate}
-                )
+                row = {"engine": engine, "machine": f"{there} GPUs", "gpus": gpus, "rows_per_step": int(rows)}
+                results.add("scale", row | {"tokens_per_second": rate})
 
 
 def free_port() -> int:

@@ -281,6 +281,15 @@ def test_the_table_compares_the_largest_batches():
     assert sums.ratio is None and sums.measured == "250 tokens/s"
 
 
+def test_a_process_of_the_gpu_benchmark_that_fails_says_why_and_not_what_its_launcher_says(capsys):
+    args = argparse.Namespace(device="cpu", tiny=True)
+    program = "import sys, traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()\n"
+    program += "sys.stderr.write('the launcher ' * 400); sys.exit(1)"
+    assert gpu_training.worker(args, "scale", ["-c", program]) == {}
+    said = capsys.readouterr().err
+    assert said.startswith("scale is left out: Traceback") and "ZeroDivisionError" in said
+
+
 @pytest.mark.parametrize("tolerance", [2e-2, 0.0])
 def test_gpu_check_passes_what_is_right_and_no_more(tolerance, tmp_path, monkeypatch):
     """One check, on the CPU; with no room for an error it fails, and says by how much."""

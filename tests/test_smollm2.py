@@ -86,11 +86,17 @@ class TestTrial:
     def test_what_is_done_is_not_done_again(self, compared):
         folder = compared / "results" / "seed-3"
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        (folder / "setting-rates-low.json").unlink()
+        gone = {"setting-rates-low.json", "search.json"}
+        found = json.loads((folder / "search.json").read_text())
+        for name in gone:
+            (folder / name).unlink()
         (printed,) = compare(compared)
         after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        assert {name for name in after if after[name] != before[name]} == {"setting-rates-low.json"}
-        assert printed.count(" ...\n") == 1 and "all jobs are done" in printed
+        assert {name for name in after if after[name] != before[name]} == gone
+        assert printed.count(" ...\n") == 2 and "all jobs are done" in printed
+        again = json.loads((folder / "search.json").read_text())  # of what a killed search had tried
+        assert " of 3, [" not in printed and again["evaluations"] == found["evaluations"]
+        assert again["layers"] == found["layers"]
 
     def test_two_processes_share_the_jobs(self, compared):
         begun = [

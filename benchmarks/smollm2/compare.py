@@ -377,7 +377,12 @@ def search(study: Study, k: int) -> dict[str, Any]:
     # Layers that some method wants first.
     sets = sorted(study.sets(k), key=lambda layers: -len(study.sets(k)[layers]))
     pool = list(dict.fromkeys([layer for layers in sets for layer in layers] + list(range(study.num_layers))))
-    tried: dict[tuple[int, ...], float] = {}
+    # What was tried stays beside the run: the same search goes on after a kill.
+    partial = study.run / "compared" / f"search-{k}-{size.score_tokens}.partial.json"
+    tried = {tuple(one["layers"]): one["kl"] for one in (read_json(partial) or [])}
+
+    def seen() -> list[dict[str, Any]]:
+        return [{"layers": list(layers), "kl": value} for layers, value in tried.items()]
 
     def kl(layers: tuple[int, ...]) -> float:
         if layers not in tried:
@@ -385,22 +390,22 @@ def search(study: Study, k: int) -> dict[str, Any]:
             student.set_full_attention_layers(list(layers), study.teacher)
             study.distil(f"search-{_named(layers)}", student, size.score_tokens)
             tried[layers] = statistics.fmean(held_out.kl(student))
+            write_json(partial, seen())
             say(f"search: {len(tried)} of {size.swaps}, {list(layers)}: KL {tried[layers]:.4f}")
         return tried[layers]
 
-    best = best_of(study, k)
+    best = next(iter(tried), best_of(study, k))  # where it began
     kl(best)
     better = True
-    while better and len(tried) < size.swaps:
+    while better:
         better = False
         for new in (layer for layer in pool if layer not in best):
             around = [tuple(sorted({*best, new} - {old})) for old in best]
             for layers in around:
-                if len(tried) < size.swaps and kl(layers) < kl(best):
+                if (layers in tried or len(tried) < size.swaps) and kl(layers) < kl(best):
                     best, better = layers, True
                     break
-    seen = [{"layers": list(layers), "kl": value} for layers, value in tried.items()]
-    return {"layers": list(best), "k": k, "evaluations": seen, "tokens": len(tried) * size.score_tokens}
+    return {"layers": list(best), "k": k, "evaluations": seen(), "tokens": len(tried) * size.score_tokens}
 
 
 def speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ over seeds and its standard error; with one, the standard error over rows and ca
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -27,6 +28,8 @@ SELECTORS = ("search", "verified", "ga-s2", "zero-shot-linearise", "zero-shot", 
 SELECTORS += ("uniform", "random-0", "random-1")
 NAMES = {"ga-s1": "alignment loss (ga-s1)", "random-0": "random, first draw", "random-1": "random, second draw"}
 NAMES["search"] = "swaps around the best set"
+# The runs of the recipe, and what stands beside their seed.
+RUNS = {"run-report": "", "run-again-report": ", once more"}
 
 
 class Results:
@@ -162,16 +165,16 @@ def compared_tokens(results: Results) -> int:
 
 
 def finished(results: Results) -> str | None:
-    """What the recipe made, a row for each seed."""
+    """What the recipe made, a row for each run: of each seed, and of the same once more."""
     head = ["seed", "softmax in", "KL", "perplexity", "teacher's", "cache of 8,192 tokens", "tokens", "seconds"]
     rows = []
-    for seed, jobs in results.seeds.items():
-        if (report := jobs.get("run-report")) is None:
+    for (seed, jobs), (job, told) in itertools.product(results.seeds.items(), RUNS.items()):
+        if (report := jobs.get(job)) is None:
             continue
         found, tokens = report["evaluation"], report["tokens"]
         rows.append(
             [
-                str(seed),
+                f"{seed}{told}",
                 str(report["selected"]),
                 f"{found['kl']:.4f} ± {found['kl_sem']:.4f}",
                 f"{found['perplexity']:.3f}",
@@ -446,7 +449,7 @@ def other_mixers(results: Results) -> str | None:
     in_layers: dict[str, list[str]] = {}
     for job in sorted(jobs, key=lambda job: job.endswith("-uniform")):
         in_layers.setdefault(hybrid_name(results.named(job)[0]["layers"]), []).append(job)
-    rows, kl = [], dict[tuple[str, str], float]()
+    rows, kl = [], dict[tuple[str, str], dict[int, float]]()  # of each mixer in each layers, by seed
     for hybrid, others in in_layers.items():
         seeds = {record["seed"] for job in others for record in results.named(job)}
         for job in (hybrid, *others):
@@ -456,28 +459,37 @@ def other_mixers(results: Results) -> str | None:
             options = [f"{name} {value}" for name, value in found[0].get("mixer_options", {}).items()]
             name = ", ".join([found[0]["mixer"], *options])
             by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
-            rows.append([name, str(found[0]["layers"]), *kls(found, domains), *measures(found)[:1], *by])
-            kl[hybrid, name] = statistics.fmean(record["kl"]["mean"] for record in found)
-    head = ["mixer", "softmax in", "KL", *(f"KL, {name}" for name in domains), "perplexity"]
+            kl[hybrid, name] = {record["seed"]: record["kl"]["mean"] for record in found}
+            about = [name, str(found[0]["layers"]), ", ".join(map(str, kl[hybrid, name]))]
+            rows.append([*about, *kls(found, domains), *measures(found)[:1], *by])
+    head = ["mixer", "softmax in", "seeds", "KL", *(f"KL, {name}" for name in domains), "perplexity"]
     text = (
-        "Each mixer aligned and distilled on the same tokens, on the same seeds. The last columns are retrieval by "
+        "Each mixer aligned and distilled on the same tokens. The last columns are retrieval by "
         f"length.\n\n{markdown([*head, *(f'{n:,}' for n in lengths)], rows)}"
     )
+
+    def share(one: tuple[str, str], other: tuple[str, str]) -> float | None:
+        """The KL of `one` over that of `other`, of the seeds that have both."""
+        both = kl.get(one, {}).keys() & kl.get(other, {}).keys()
+        return sum(kl[one][seed] for seed in both) / sum(kl[other][seed] for seed in both) if both else None
+
     ours, *uniform = in_layers
-    linear = kl.get((ours, "gated_deltanet"))
-    windows = [name for hybrid, name in kl if hybrid == ours and name.startswith("sliding_window")]
-    best = min(windows, key=lambda name: kl[ours, name], default=None)
-    if best is None or linear is None or kl[ours, best] >= linear:
+    linear = (ours, "gated_deltanet")
+    windows = {
+        key: of for key in kl if key[0] == ours and "window" in key[1] and (of := share(key, linear)) is not None
+    }
+    best = min(windows, key=windows.__getitem__, default=None)
+    if best is None or windows[best] >= 1:
         return text
     text += (
         "\n\n**Layers that attend to a window lose less than linear ones here**: a KL of "
-        f"{kl[ours, best] / linear:.2f} of gated_deltanet's. A window is the teacher's own softmax over the last "
-        "tokens and needs no training; most of what a KL measures is local, and the layers that keep softmax see the "
-        "rest. A recurrent state has to be learned, and these budgets are a few million tokens."
+        f"{windows[best]:.2f} of gated_deltanet's. A window is the teacher's own softmax over the last tokens and "
+        "needs no training; most of what a KL measures is local, and the layers that keep softmax see the rest. A "
+        "recurrent state has to be learned, and these budgets are a few million tokens."
     )
     for layers in uniform:
-        if (layers, best) in kl and (layers, "gated_deltanet") in kl:
-            shares = [kl[ours, name] / kl[layers, name] for name in (best, "gated_deltanet")]
+        shares = [share((ours, name), (layers, name)) for name in (best[1], "gated_deltanet")]
+        if None not in shares:
             text += (
                 f" With windows, the KL with the chosen layers is {shares[0]:.2f} of that with uniform ones; with "
                 f"gated_deltanet, {shares[1]:.2f}."
@@ -552,6 +564,7 @@ def speeds(results: Results) -> str | None:
         ]
         head = ["context", "rows", "decoding, teacher", "hybrid", "ratio", "first call, teacher (s)", "hybrid (s)"]
         parts += [
+            "Eager decoding waits for Python, which launches more for a linear layer than for one of softmax. "
             'Decoding by `generate(cache_implementation="static")`, which compiles the step in its first call:',
             markdown(head, rows),
         ]
