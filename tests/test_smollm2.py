@@ -163,6 +163,16 @@ def test_the_first_screen_has_the_committed_figures():
     assert f"KL {sum(run['kl'] for run in runs) / len(runs):.3f} nats per token" in text
     assert f"perplexity {sum(run['perplexity'] for run in runs) / len(runs):.2f} (teacher" in text
     told = text.replace("\n", " ")
+    again = [jobs["run-again-report"]["evaluation"] for jobs in results.seeds.values()]
+    assert max(abs(one["kl"] - other["kl"]) for one, other in zip(runs, again, strict=True)) < 0.0004
+    assert "both made once more end within 0.0004 of it" in told
+    (compiled,) = results.named("speed-compiled")
+    rates = [
+        row["decode_tokens_per_second"] for row in compiled["rows"] if (row["context"], row["batch"]) == (8192, 32)
+    ]
+    assert f"32 rows of 8,192 tokens {rates[1] / rates[0]:.1f} times as fast as the teacher" in told
+    (uniform,) = results.named("mixer-window-sinks-uniform")
+    assert f"with windows and uniform layers it is {uniform['kl']['mean']:.3f}" in told
     four = [over_seeds(results.of_selector(4, name), at_2048, ".2f") for name in ("uniform", "verified")]
     assert four == ["0.00 ± 0.00", "0.34 ± 0.02"] and "uniform hybrid finds nothing, and `verified`'s 0.34" in told
     (long,), (window,) = results.named("long"), results.named("mixer-window-sinks")
