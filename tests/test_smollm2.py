@@ -68,6 +68,9 @@ class TestTrial:
             "setting-batch-half",
         } < set(jobs)
         assert {"mixer-window-sinks", "mixer-window-sinks-uniform", "search", "speed"} < set(jobs)
+        untrained = jobs["mixer-window-sinks-untrained"]
+        assert untrained["layers"] == jobs["mixer-window-sinks"]["layers"] and untrained["tokens"] == 0
+        assert untrained["kl"]["mean"] == pytest.approx(0, abs=1e-5)  # the window holds these rows
         uniform = next(job for job in hybrids if "uniform" in job["selectors"])
         assert jobs["mixer-window-sinks-uniform"]["layers"] == uniform["layers"]
         tried = jobs["search"]["evaluations"]
@@ -116,6 +119,7 @@ class TestTrial:
             if "verified" in job["selectors"]
         )
         assert "**A trial" in text and "## Speed and cache" in text and "3 sets of 2 layers" in text
+        assert "| sliding_window, window 128, sinks 4, untrained |" in text
         assert f"| verified | {verified['layers']} | {verified['kl']['mean']:.4f} ± " in text
         assert (page.parent / "images" / "results_curves.png").stat().st_size > 10_000
 

@@ -339,6 +339,8 @@ def jobs(study: Study) -> Iterable[Job]:
     ):
         work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=layers)
         yield f"mixer-{name}", "mixer", work
+    work = functools.partial(untrained, mixer="sliding_window", options=sinks, layers=best)
+    yield "mixer-window-sinks-untrained", "measure", work
     yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
     yield "search", "search", lambda study: search(study, size.searched)
     if "ga-s2" in size.selectors:
@@ -598,6 +600,13 @@ def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], la
     about = {"layers": list(layers), "mixer": mixer, "mixer_options": options}
     about["align_tokens"] = steps * stage.batch_size * block
     return about | trained | study.measure(student)
+
+
+def untrained(study: Study, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
+    """The hybrid of `layers` as conversion leaves it, with a mixer that has nothing to learn."""
+    student = hh.convert(study.teacher, list(layers), mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
+    about = {"layers": list(layers), "mixer": mixer, "mixer_options": options, "align_tokens": 0, "tokens": 0}
+    return about | study.measure(student.to(device=study.device, dtype=torch.float32).requires_grad_(False))
 
 
 def tune(study: Study, student: Any) -> None:

@@ -457,7 +457,7 @@ def other_mixers(results: Results) -> str | None:
             if not found:
                 continue
             options = [f"{name} {value}" for name, value in found[0].get("mixer_options", {}).items()]
-            name = ", ".join([found[0]["mixer"], *options])
+            name = ", ".join([found[0]["mixer"], *options, *([] if found[0]["tokens"] else ["untrained"])])
             by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
             kl[hybrid, name] = {record["seed"]: record["kl"]["mean"] for record in found}
             about = [name, str(found[0]["layers"]), ", ".join(map(str, kl[hybrid, name]))]
@@ -677,7 +677,12 @@ def undone(results: Results) -> str:
     wanted = [f"score-{name}-{most}" if name == "verified" else f"score-{name}" for name in size["selectors"]]
     wanted += [f"score-verified-{k}" for k in others]
     wanted += ["long", "search", "speed", "speed-compiled", "mixer-kda"]
-    wanted += ["mixer-window-state", "mixer-window-sinks", "mixer-window-sinks-uniform"]
+    wanted += [
+        "mixer-window-state",
+        "mixer-window-sinks",
+        "mixer-window-sinks-untrained",
+        "mixer-window-sinks-uniform",
+    ]
     wanted += [
         f"setting-{name}" for name in ("rates-low", "rates-high", "mixer-rate-high", "batch-half", "batch-double")
     ]
