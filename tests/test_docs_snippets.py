@@ -1,5 +1,7 @@
 """The Python of pages that have no test of their own runs as it stands, on small models."""
 
+import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import yaml
 from runs import tiny_recipe
 
 import hf_hybrid as hh
+from hf_hybrid.modeling.linear_attention import LinearAttentionOptions
+from hf_hybrid.modeling.sliding_window_attention import SlidingWindowOptions
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -41,6 +45,28 @@ def test_snippets(page, given, tmp_path, monkeypatch, capsys):
     if page == "scoring":
         assert "layer" in capsys.readouterr().out
         assert names["scores"].method == "first-rows" and len(names["scores"].scores) == 6
+
+
+def test_mixers(given):
+    """Its Python, its tables of options, and the bytes that it says a state takes."""
+    page = (DOCS / "mixers.md").read_text()
+    names = dict(given)
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(compile(block, "docs/mixers.md", "exec"), names)
+    assert names["windows"].config.options_of("sliding_window") == {"window": 128, "sinks": 4}
+    assert names["mixed"].config.layer_mixers[3] == "sliding_window" and names["mixed"].full_attention_layers == [2]
+    recurrence, window = page.split("## Options")[1].split("| of `sliding_window`")
+    for table, options in ((recurrence, LinearAttentionOptions), (window, SlidingWindowOptions)):
+        found = {
+            name for row in re.findall(r"^\| (`.*?) \|", table, flags=re.M) for name in re.findall(r"`(\w+)`", row)
+        }
+        assert found == {field.name for field in dataclasses.fields(options)}
+        for row in re.findall(r"^\| (`.*?) \| `(.*?)`", table, flags=re.M):
+            for name in re.findall(r"`(\w+)`", row[0]):
+                assert getattr(options(), name) == ast.literal_eval(row[1])
+    state, heads, groups, width = 147_456, 9, 3, 64
+    assert 4 * heads * width * width == state and f"{state:,} bytes of state" in page
+    assert f"as {state // (2 * (groups * 2 * width + 1))} tokens of a window" in page
 
 
 def test_serving(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """The comparison of hybrids of a real model and its page, on the embedded teacher: every job, as small as can be."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from runs import save_texts
-from smollm2.report import Results, evaluations, over_seeds, retrieval_at
+from smollm2.report import Results, evaluations, hybrid_name, over_seeds, retrieval_at
 
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
@@ -119,7 +120,8 @@ class TestTrial:
             if "verified" in job["selectors"]
         )
         assert "**A trial" in text and "## Speed and cache" in text and "3 sets of 2 layers" in text
-        assert "| sliding_window, window 128, sinks 4, untrained |" in text
+        for mixer in ("gated_deltanet, native", "sliding_window, window 128, sinks 4, untrained"):
+            assert f"| {mixer} |" in text
         assert f"| verified | {verified['layers']} | {verified['kl']['mean']:.4f} ± " in text
         assert (page.parent / "images" / "results_curves.png").stat().st_size > 10_000
 
@@ -184,6 +186,31 @@ def test_the_first_screen_has_the_committed_figures():
     assert f"take the KL from {short['kl']['mean']:.3f} to {long['kl']['mean']:.3f}, and bring no retrieval" in told
     assert retrieval_at(long, 2048) < retrieval_at(short, 2048) and long["tokens"] == 4 * short["tokens"]
     assert f"end at {window['kl']['mean']:.3f} nats, and retrieve {retrieval_at(window, 2048):.2f}" in told
+
+
+def test_the_page_of_mixers_has_the_committed_figures():
+    results = Results(ROOT / "benchmarks" / "results" / "smollm2")
+    text = (ROOT / "docs" / "mixers.md").read_text("utf-8")
+    jobs = {
+        "teacher, all softmax": "teacher",
+        "`sliding_window`, window 128, sinks 4": "mixer-window-sinks",
+        "`sliding_window`, window 192": "mixer-window-state",
+        "`gated_deltanet`": hybrid_name([0, 1, 8, 17, 18, 20, 23, 24]),
+        "`kimi_delta_attention`": "mixer-kda",
+    }
+    for name, job in jobs.items():
+        found = results.named(job)
+        assert job == "teacher" or {tuple(record["layers"]) for record in found} == {(0, 1, 8, 17, 18, 20, 23, 24)}
+        kl, *shares = (
+            statistics.fmean(of(record) for record in found)
+            for of in (lambda r: r["kl"]["mean"], lambda r: retrieval_at(r, 2048), lambda r: retrieval_at(r, 4096))
+        )
+        shown = "0" if job == "teacher" else f"{kl:.3f}"
+        assert f"| {name} | {shown} | {shares[0]:.3f} | {shares[1]:.3f} |" in text
+    (windows,) = results.named("mixer-window-sinks-uniform")
+    uniform = results.seeds[0][hybrid_name(windows["layers"])]
+    ends = f"windows end at {windows['kl']['mean']:.3f}, `gated_deltanet` at {uniform['kl']['mean']:.3f}"
+    assert ends in text.replace("\n", " ")
 
 
 def at_2048(record: dict) -> tuple[float, None]:

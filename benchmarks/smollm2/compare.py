@@ -37,6 +37,7 @@ from hf_hybrid.data.config import DataConfig
 from hf_hybrid.data.rows import CutRows, first_rows, load_rows
 from hf_hybrid.environment import describe_kernels
 from hf_hybrid.evaluation import cache_bytes, perplexity
+from hf_hybrid.exporting.native import NATIVE_OPTIONS
 from hf_hybrid.run.folder import ARTEFACTS
 from hf_hybrid.run.kernel_tuning import tune_kernels
 from hf_hybrid.run.recipe import Recipe
@@ -332,6 +333,8 @@ def jobs(study: Study) -> Iterable[Job]:
     yield "speed-compiled", "compiled", lambda study: compiled_speed(study, best)
     window, sinks = {"window": state_window(study)}, {"window": 128, "sinks": 4}
     for name, mixer, options, layers in (
+        ("native", "gated_deltanet", NATIVE_OPTIONS, best),
+        ("convolution", "gated_deltanet", {"short_convolution": 4}, best),
         ("kda", "kimi_delta_attention", {}, best),
         ("window-state", "sliding_window", window, best),
         ("window-sinks", "sliding_window", sinks, best),

@@ -21,6 +21,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from hf_hybrid.exporting.native import NATIVE_OPTIONS  # noqa: E402
+
 
 Record = dict[str, Any]
 # In the order of the tables; what is not among them comes last.
@@ -456,7 +458,8 @@ def other_mixers(results: Results) -> str | None:
             found = [record for record in results.named(job) if record["seed"] in seeds]
             if not found:
                 continue
-            options = [f"{name} {value}" for name, value in found[0].get("mixer_options", {}).items()]
+            given = found[0].get("mixer_options", {})
+            options = ["native"] if given == NATIVE_OPTIONS else [f"{name} {value}" for name, value in given.items()]
             name = ", ".join([found[0]["mixer"], *options, *([] if found[0]["tokens"] else ["untrained"])])
             by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
             kl[hybrid, name] = {record["seed"]: record["kl"]["mean"] for record in found}
