@@ -461,7 +461,7 @@ def compiled_speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
             prompt = min(context, model.config.max_position_embeddings) - size.decoded
             ids = torch.randint(model.config.vocab_size, (batch, prompt), device=study.device)
             start = time.perf_counter()
-            rates = [_generated(model, ids, size.decoded)]
+            _generated(model, ids, size.decoded)
             first = time.perf_counter() - start
             rates = [_generated(model, ids, size.decoded) for _ in range(3)]
             row = {"model": name, "context": prompt + size.decoded, "batch": batch}

@@ -679,13 +679,9 @@ def undone(results: Results) -> str:
     most, *others = size["kept"]
     wanted = [f"score-{name}-{most}" if name == "verified" else f"score-{name}" for name in size["selectors"]]
     wanted += [f"score-verified-{k}" for k in others]
-    wanted += ["long", "search", "speed", "speed-compiled", "mixer-kda"]
-    wanted += [
-        "mixer-window-state",
-        "mixer-window-sinks",
-        "mixer-window-sinks-untrained",
-        "mixer-window-sinks-uniform",
-    ]
+    wanted += ["long", "search", "speed", "speed-compiled"]
+    mixers = ("native", "convolution", "kda", "window-state", "window-sinks")
+    wanted += [f"mixer-{name}" for name in (*mixers, "window-sinks-uniform", "window-sinks-untrained")]
     wanted += [
         f"setting-{name}" for name in ("rates-low", "rates-high", "mixer-rate-high", "batch-half", "batch-double")
     ]
