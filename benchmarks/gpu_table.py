@@ -474,7 +474,6 @@ def efficiency(results: dict[str, Any] | None) -> str:
         "all, and of 8 on each GPU. Efficiency: tokens per second over those of one GPU with the same engine on the "
         "same machine times the number of GPUs."
     )
-    notes = "\n".join(
-        textwrap.fill(f"- {note}", 119, subsequent_indent="  ") for note in (results or {}).get("notes", [])
-    )
+    fill = textwrap.TextWrapper(119, subsequent_indent="  ", break_on_hyphens=False).fill
+    notes = "\n".join(fill(f"- {note}") for note in (results or {}).get("notes", []))
     return "\n\n".join([textwrap.fill(tell, 119), body, *filter(None, [notes])])

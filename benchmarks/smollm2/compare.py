@@ -190,6 +190,22 @@ class Study:
         student = load_model(self.run / ARTEFACTS["align"], dtype=torch.float32, kernel=self.recipe.kernel)
         return student.to(self.device).requires_grad_(True)
 
+    def hybrid(self, layers: Iterable[int]) -> Any:
+        """The aligned student with softmax in `layers`."""
+        student = self.aligned()
+        student.set_full_attention_layers(list(layers), self.teacher)
+        return student
+
+    def as_used(self, layers: Iterable[int]) -> Iterator[tuple[str, Any]]:
+        """The teacher, then the hybrid of `layers`, each in the dtype that it is used in."""
+        for name, source in (("teacher", self.teacher), ("hybrid", self.hybrid(layers))):
+            yield name, copy.deepcopy(source).to(self.used_dtype).eval()
+
+    @property
+    def used_dtype(self) -> torch.dtype:
+        """In which models are used here."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
     def distil(self, name: str, student: Any, tokens: int, at: Iterable[float] = (), **changed: Any) -> dict[str, Any]:
         """Trains `student` in place; measures it, beside the end, `at` these shares of the steps."""
         args = self.arguments(name, tokens, **changed)
@@ -391,8 +407,7 @@ def search(study: Study, k: int) -> dict[str, Any]:
 
     def kl(layers: tuple[int, ...]) -> float:
         if layers not in tried:
-            student = study.aligned()
-            student.set_full_attention_layers(list(layers), study.teacher)
+            student = study.hybrid(layers)
             study.distil(f"search-{_named(layers)}", student, size.score_tokens)
             tried[layers] = statistics.fmean(held_out.kl(student))
             write_json(partial, seen())
@@ -418,12 +433,8 @@ def speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
     Of the teacher and of a hybrid, as they are loaded for use: prefill and decoding in tokens per second, eager and
     with the library's dynamic cache, and the bytes of that cache. Medians of three.
     """
-    size, half = study.size, study.device.type == "cuda"
-    student = study.aligned()
-    student.set_full_attention_layers(list(layers), study.teacher)
-    rows = []
-    for name, source in (("teacher", study.teacher), ("hybrid", student)):
-        model = copy.deepcopy(source).to(torch.bfloat16 if half else torch.float32).eval()
+    size, rows = study.size, []
+    for name, model in study.as_used(layers):
         for context, batch in itertools.product(size.contexts, size.batches):
             prompt = min(context, model.config.max_position_embeddings - size.decoded)
             ids = torch.randint(model.config.vocab_size, (batch, prompt), device=study.device)
@@ -440,7 +451,7 @@ def speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
                 }
             )
             say(f"speed: {rows[-1]}")
-    return {"layers": list(layers), "rows": rows, "dtype": "bfloat16" if half else "float32"}
+    return {"layers": list(layers), "rows": rows, "dtype": str(study.used_dtype).removeprefix("torch.")}
 
 
 def compiled_speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
@@ -448,12 +459,8 @@ def compiled_speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
     Decoding of both as `generate(cache_implementation="static")` does it, which compiles the step on a GPU: tokens per
     second after the first, the median of three, and the seconds of the call that compiled.
     """
-    size, half = study.size, study.device.type == "cuda"
-    student = study.aligned()
-    student.set_full_attention_layers(list(layers), study.teacher)
-    rows = []
-    for name, source in (("teacher", study.teacher), ("hybrid", student)):
-        model = copy.deepcopy(source).to(torch.bfloat16 if half else torch.float32).eval()
+    size, rows = study.size, []
+    for name, model in study.as_used(layers):
         # From the longest on: lengths after the first share what is compiled for them.
         for batch, context in itertools.product(
             size.batches, sorted({size.contexts[-1], size.contexts[0]}, reverse=True)
@@ -467,7 +474,7 @@ def compiled_speed(study: Study, layers: Iterable[int]) -> dict[str, Any]:
             row = {"model": name, "context": prompt + size.decoded, "batch": batch}
             rows.append(row | {"decode_tokens_per_second": statistics.median(rates), "first_call_seconds": first})
             say(f"speed-compiled: {rows[-1]}")
-    return {"layers": list(layers), "rows": rows, "dtype": "bfloat16" if half else "float32"}
+    return {"layers": list(layers), "rows": rows, "dtype": str(study.used_dtype).removeprefix("torch.")}
 
 
 def _generated(model: Any, ids: torch.Tensor, count: int) -> float:
@@ -520,8 +527,7 @@ def state_window(study: Study) -> int:
 
 def setting(study: Study, name: str, layers: list[int], changed: dict[str, Any]) -> dict[str, Any]:
     """The uniform hybrid, distilled with these settings in place of the recipe's."""
-    student = study.aligned()
-    student.set_full_attention_layers(list(layers), study.teacher)
+    student = study.hybrid(layers)
     trained = study.distil(name, student, study.size.tokens, **changed)
     return {"changed": changed} | trained | {"kl": study.kl(student)}
 
@@ -562,8 +568,7 @@ def costs(scores: hh.LayerScores, k: int | None, seconds: float) -> dict[str, An
 
 def hybrid(study: Study, layers: Iterable[int], names: list[str], tokens: int) -> dict[str, Any]:
     """One hybrid, distilled and measured, its curve included."""
-    student = study.aligned()
-    student.set_full_attention_layers(list(layers), study.teacher)
+    student = study.hybrid(layers)
     trained = study.distil(_named(layers), student, tokens, at=(0.125, 0.25, 0.5))
     return {"layers": list(layers), "selectors": names, "mixer": "gated_deltanet"} | trained | study.measure(student)
 

@@ -632,9 +632,7 @@ def evaluations(results: Results) -> str | None:
         ]
     for record in results.named("evaluation-text")[:1]:
         written = record["generation"]
-        share = {
-            name: f"{one['mean']:.3f} ± {one['sem']:.3f}" for name, one in written.items() if isinstance(one, dict)
-        }
+        share = {name: _share([one]) for name, one in written.items() if isinstance(one, dict)}
         parts.append(
             f"Free generation, greedy, {written['prompts']} prompts of {written['new_tokens']} tokens: "
             f"{share['agreement']} of the tokens are the teacher's, {share['common_prefix']} tokens until the first "
