@@ -5,7 +5,7 @@ is more: matrix products at the rate of dense bf16 products, and weights, states
 """
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +144,7 @@ def issue_table(results: dict[str, Any]) -> str:
         )
     reasons = results.get("reasons", {})
     if reasons:
-        parts.append(
-            "\n".join(textwrap.fill(f"- {what}: {why}", 119, subsequent_indent="  ") for what, why in reasons.items())
-        )
+        parts.append(bullets(f"{what}: {why}" for what, why in reasons.items()))
     return "\n\n".join(parts)
 
 
@@ -452,6 +450,12 @@ def training_details(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def bullets(notes: Iterable[str]) -> str:
+    """A list of notes, wrapped; words that hyphens join, as commands are, stay whole."""
+    fill = textwrap.TextWrapper(119, subsequent_indent="  ", break_on_hyphens=False).fill
+    return "\n".join(fill(f"- {note}") for note in notes)
+
+
 def efficiency(results: dict[str, Any] | None) -> str:
     """Tokens per second on several GPUs, for docs/scaling.md; says that it was not measured where it was not."""
     rows = [] if results is None else results.get("scale", [])
@@ -474,6 +478,5 @@ def efficiency(results: dict[str, Any] | None) -> str:
         "all, and of 8 on each GPU. Efficiency: tokens per second over those of one GPU with the same engine on the "
         "same machine times the number of GPUs."
     )
-    fill = textwrap.TextWrapper(119, subsequent_indent="  ", break_on_hyphens=False).fill
-    notes = "\n".join(fill(f"- {note}") for note in (results or {}).get("notes", []))
+    notes = bullets((results or {}).get("notes", []))
     return "\n\n".join([textwrap.fill(tell, 119), body, *filter(None, [notes])])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_table import efficiency, issue_table, training_details
+from gpu_table import bullets, efficiency, issue_table, training_details
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,8 +89,7 @@ def gpu(results: dict[str, Any], *, earlier: bool = False) -> str:
         "softmax in 7 of 28 layers; sdpa is torch's own softmax attention. Empty: not measured."
     )
     head = f"## {'Earlier, on another' if earlier else 'On a'} GPU: {card}\n\n{textwrap.fill(text, 119)}"
-    notes = [textwrap.fill(f"- {note}", 119, subsequent_indent="  ") for note in results.get("notes", [])]
-    parts = ["\n\n".join([head, *(["\n".join(notes)] if notes else [])])]
+    parts = ["\n\n".join(filter(None, [head, bullets(results.get("notes", []))]))]
     renderers = {
         "recurrence": gpu_recurrence,
         "training": gpu_training,
