@@ -74,10 +74,17 @@ def train(
                 set_seed(1)  # other new tensors, which the checkpoint overrules
                 student = hh.convert(tiny_teacher(family, getattr(torch, dtype)), layers, mixer=mixer).float()
                 assert start.keys() == student.state_dict().keys()
-            arguments = kind(str(folder / name), **{**settings, **changes})
+            chunks = {"chunk_tokens": 13} if kind is hh.DistillationConfig else {}  # several, the last a short one
+            arguments = kind(str(folder / name), **{**settings, **chunks, **changes})
             data = rows(24, padded=padded)
             trainer = trainer_class(model=student, teacher=teacher, args=arguments, train_dataset=data)
+            calls: list[bool] = []
+            counter = student.get_output_embeddings().register_forward_pre_hook(
+                lambda *_, calls=calls: calls.append(True)  # type: ignore[misc]
+            )
             trainer.train(resume_from_checkpoint=resume)
+            counter.remove()
+            found[f"{name} resumed, head" if resume else f"{name} head"] = len(calls)
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             found[f"{name} resumed" if resume else name] = losses
         found[f"{name} sharded"] = [is_sharded(model) for model in (trainer.model, trainer.teacher)]

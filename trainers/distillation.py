@@ -1,8 +1,9 @@
 """Stage 2: the hybrid learns the teacher's output distribution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -11,6 +12,7 @@ from hf_hybrid.modeling.packing import without_mask
 from .document_attention import as_one_row, attends_by_documents, by_documents
 from .hybrid_trainer import hybrid_of
 from .losses import (
+    LogitFunction,
     check_logit_function,
     chunked_kl_per_token,
     chunked_kl_sum,
@@ -24,6 +26,8 @@ from .teacher_states import TeacherStates
 from .teacher_topk import ROW, NumberedRows, TeacherTopK
 from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_through
 
+
+_Result = TypeVar("_Result")
 
 @dataclass
 class DistillationConfig(TeacherTrainingArguments):
@@ -114,11 +118,7 @@ class DistillationTrainer(TeacherTrainer):
         teacher = self.accelerator.unwrap_model(self.teacher)
         compute = partial(teacher_states, teacher, inputs, self.precision)
         reference = compute() if self.states is None else self.states.of(inputs, compute)
-        given = (student, teacher, inputs, self.precision, self.args.chunk_tokens, reference)
-        if is_sharded(student):
-            # FSDP2 takes gradients that are asked for within a forward pass for the backward pass, and frees the head.
-            return masked_mean(kl_of_batch(*given), inputs.get("attention_mask"))
-        return mean_kl_of_batch(*given)
+        return mean_kl_of_batch(student, teacher, inputs, self.precision, self.args.chunk_tokens, reference)
 
     def _topk_loss(self, student: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         topk = cast(TeacherTopK, self.topk)
@@ -127,14 +127,13 @@ class DistillationTrainer(TeacherTrainer):
         logprobs, ids, tail = topk.of_rows(inputs[ROW].tolist(), mask.sum(1).tolist())
         hidden = final_hidden_states(student, batch, self.precision)[mask]
         device = hidden.device
-        kl = chunked_topk_kl_per_token(
-            (logprobs.to(device), ids.to(device), tail.to(device)),
-            hidden,
-            logit_function(student, self.precision),
-            vocab_size=topk.vocab_size,
-            chunk_tokens=self.args.chunk_tokens,
-        )
-        return masked_mean(kl)
+        theirs = logprobs.to(device), ids.to(device), tail.to(device)
+
+        def kl_of(hidden: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
+            kl = chunked_topk_kl_per_token(theirs, hidden, logits, topk.vocab_size, self.args.chunk_tokens)
+            return masked_mean(kl)
+
+        return through_head(student, self.precision, kl_of, hidden)
 
 
 def kl_of_batch(
@@ -151,15 +150,14 @@ def kl_of_batch(
 
     Called from within the student's forward where that is sharded, see [`call_through`].
     """
+
+    def kl_of(hidden: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
+        vocabulary = student.config.vocab_size
+        return chunked_kl_per_token(theirs, hidden, logit_function(teacher, precision), logits, vocabulary, chunk_tokens)
+
     with precision.running(inputs["input_ids"].device):
-        kl = chunked_kl_per_token(
-            *_hidden_states_of_both(student, teacher, inputs, precision, reference),
-            logit_function(teacher, precision),
-            logit_function(student, precision),
-            vocab_size=student.config.vocab_size,
-            chunk_tokens=chunk_tokens,
-        )
-    return kl.view(inputs["input_ids"].shape)
+        theirs, ours = _hidden_states_of_both(student, teacher, inputs, precision, reference)
+        return through_head(student, precision, kl_of, ours).view(inputs["input_ids"].shape)
 
 
 def mean_kl_of_batch(
@@ -171,18 +169,39 @@ def mean_kl_of_batch(
     reference: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean of [`kl_of_batch`] over tokens that are not padding, for training: see [`chunked_kl_sum`]."""
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
-    with precision.running(mask.device):
-        counted = mask.flatten().float()
+    counted = (inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0).flatten().float()
+
+    def kl_of(hidden: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
         return chunked_kl_sum(
-            *_hidden_states_of_both(student, teacher, inputs, precision, reference),
+            theirs,
+            hidden,
             logit_function(teacher, precision),
-            logit_function(student, precision),
+            logits,
             counted / counted.sum().clamp(min=1),
             list(student.get_output_embeddings().parameters()),
             vocab_size=student.config.vocab_size,
             chunk_tokens=chunk_tokens,
         )
+
+    with precision.running(counted.device):
+        theirs, ours = _hidden_states_of_both(student, teacher, inputs, precision, reference)
+        return through_head(student, precision, kl_of, ours)
+
+
+def through_head(
+    model: Any, precision: Precision, function: Callable[[torch.Tensor, LogitFunction], _Result], hidden: torch.Tensor
+) -> _Result:
+    """
+    `function(hidden, logits)` with the [`logit_function`] of `model`, which it may call as often as it wants. Where
+    FSDP2 has sharded the head, that is one call of the head, around all of them: it gathers the head before a call and
+    frees it behind the first backward pass of one (before torch 2.13 for good, so that the next chunk found it gone).
+
+    Called from within the model's forward where that is sharded, see [`call_through`].
+    """
+    head = model.get_output_embeddings()
+    logits = logit_function(model, precision, head.forward if is_sharded(head) else head)
+    result: _Result = call_through(head, head, lambda hidden: function(hidden, logits), hidden)
+    return result
 
 
 def _hidden_states_of_both(

@@ -368,15 +368,16 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
     return (values * weight).sum() / weight.sum().clamp(min=1)
 
 
-def logit_function(model: PreTrainedModel, precision: Precision) -> LogitFunction:
+def logit_function(model: PreTrainedModel, precision: Precision, head: Any = None) -> LogitFunction:
     """
-    What `model` does from its final hidden state to its logits: head, scaling, soft-capping.
+    What `model` does from its final hidden state to its logits: head, scaling, soft-capping. `head` is called in the
+    place of the model's own, see [`~hf_hybrid.trainers.distillation.through_head`].
 
     The library keeps this inside each family's forward; the settings are read from the config as TRL reads them, and
     [`check_logit_function`] tells whether that was right for the model at hand.
     """
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if head is None else head
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale *= float(getattr(config, "output_multiplier", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)

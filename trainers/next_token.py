@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from .distillation import final_hidden_states
-from .losses import logit_function, tokens_per_chunk, widen
+from .distillation import final_hidden_states, through_head
+from .losses import LogitFunction, tokens_per_chunk, widen
 from .precision import Precision
 from .teacher_trainer import model_inputs
 
@@ -17,14 +17,17 @@ def predict(model: Any, batch: dict[str, torch.Tensor], precision: Precision) ->
     """
     hidden = final_hidden_states(model, model_inputs(batch), precision)[:, :-1]
     targets = batch["input_ids"][:, 1:].long()
-    head = logit_function(model, precision)
     chunk = tokens_per_chunk(model.config.get_text_config().vocab_size, hidden.device)
-    nll, right = [], []
-    for part, target in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
-        logits = widen(head(part))
-        nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-        right.append(logits.argmax(-1) == target)
-    return torch.cat(nll).view_as(targets), torch.cat(right).view_as(targets)
+
+    def of_chunks(hidden: torch.Tensor, logits_of: LogitFunction) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, right = [], []
+        for part, target in zip(hidden.split(chunk), targets.flatten().split(chunk), strict=True):
+            logits = widen(logits_of(part))
+            nll.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+            right.append(logits.argmax(-1) == target)
+        return torch.cat(nll).view_as(targets), torch.cat(right).view_as(targets)
+
+    return through_head(model, precision, of_chunks, hidden.flatten(0, 1))
 
 
 def predicted_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
