@@ -575,7 +575,8 @@ def shrunk(name: str, folder: Path, device: str) -> dict[str, Any]:
             settings["warmup_steps"] = 1
         budget = "tokens_per_layer" if stage == "score" else "tokens"
         settings[budget] = STEPS * 8 * settings.get("block_size", data["block_size"])
-    recipe["execution"] = recipe.get("execution", {}) | {"micro_batch_size": 4}
+    # Several chunks of logits, as real rows have.
+    recipe["execution"] = recipe.get("execution", {}) | {"micro_batch_size": 4, "chunk_tokens": 100}
     if device == "cpu":
         recipe["execution"]["use_cpu"] = True
     if "k" in recipe["select"]:
@@ -584,12 +585,15 @@ def shrunk(name: str, folder: Path, device: str) -> dict[str, Any]:
 
 
 def run_command(*arguments: Any, launcher: tuple[str, ...] = (), **changes: str) -> str:
-    """What `hf-hybrid` prints, or a `ValueError` with the end of what it said."""
+    """What `hf-hybrid` prints, or a `ValueError` with the end of what it, and not a launcher of it, said."""
     command = [sys.executable, "-m", *launcher, "hf_hybrid", *map(str, arguments)]
     done = subprocess.run(command, env={**child_environment(), **changes}, capture_output=True, text=True)
     sys.stdout.write(done.stdout + done.stderr)
     if done.returncode:
-        raise ValueError(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-280:]}")
+        said = done.stderr or done.stdout
+        if launcher:  # its own traceback is the last
+            said = said[: said.rfind("Traceback")]
+        raise ValueError(f"exit code {done.returncode}: {said.strip()[-280:]}")
     return done.stdout + done.stderr
 
 
