@@ -194,6 +194,7 @@ def test_the_page_of_mixers_has_the_committed_figures():
     jobs = {
         "teacher, all softmax": "teacher",
         "`sliding_window`, window 128, sinks 4": "mixer-window-sinks",
+        "the same, not trained": "mixer-window-sinks-untrained",
         "`sliding_window`, window 192": "mixer-window-state",
         "`gated_deltanet`": hybrid_name([0, 1, 8, 17, 18, 20, 23, 24]),
         "`kimi_delta_attention`": "mixer-kda",

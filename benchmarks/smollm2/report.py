@@ -31,7 +31,12 @@ SELECTORS += ("uniform", "random-0", "random-1")
 NAMES = {"ga-s1": "alignment loss (ga-s1)", "random-0": "random, first draw", "random-1": "random, second draw"}
 NAMES["search"] = "swaps around the best set"
 # The runs of the recipe, and what stands beside their seed.
-RUNS = {"run-report": "", "run-again-report": ", once more"}
+RUNS = {
+    "run-report": "",
+    "run-again-report": ", once more",
+    "run-again-2-report": ", a third time",
+    "run-again-3-report": ", a fourth time",
+}
 
 
 class Results:
@@ -486,10 +491,18 @@ def other_mixers(results: Results) -> str | None:
         return text
     text += (
         "\n\n**Layers that attend to a window lose less than linear ones here**: a KL of "
-        f"{windows[best]:.2f} of gated_deltanet's. A window is the teacher's own softmax over the last tokens and "
-        "needs no training; most of what a KL measures is local, and the layers that keep softmax see the rest. A "
-        "recurrent state has to be learned, and these budgets are a few million tokens."
+        f"{windows[best]:.2f} of gated_deltanet's. A window is the teacher's own softmax over the last tokens from "
+        "the start; most of what a KL measures is local, and the layers that keep softmax see the rest. A recurrent "
+        "state has to be learned, and these budgets are a few million tokens."
     )
+    both = [results.named(f"mixer-window-sinks{which}")[:1] for which in ("-untrained", "")]
+    if all(both):
+        far = lengths[-2:]
+        before, after = ([f"{retrieval_at(found[0], n):.3f}" for n in far] for found in both)
+        text += (
+            f" Training is not idle for windows either: without any, retrieval at {far[0]:,} and {far[1]:,} tokens is "
+            f"{' and '.join(before)}, with it {' and '.join(after)}."
+        )
     for layers in uniform:
         shares = [share((ours, name), (layers, name)) for name in (best[1], "gated_deltanet")]
         if None not in shares:
