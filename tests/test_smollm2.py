@@ -69,6 +69,7 @@ class TestTrial:
             "setting-batch-half",
         } < set(jobs)
         assert {"mixer-window-sinks", "mixer-window-sinks-uniform", "search", "speed"} < set(jobs)
+        assert len(jobs["mixer-window-sinks-chosen"]["layers"]) == 2
         untrained = jobs["mixer-window-sinks-untrained"]
         assert untrained["layers"] == jobs["mixer-window-sinks"]["layers"] and untrained["tokens"] == 0
         assert untrained["kl"]["mean"] == pytest.approx(0, abs=1e-5)  # the window holds these rows

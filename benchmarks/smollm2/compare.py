@@ -358,6 +358,8 @@ def jobs(study: Study) -> Iterable[Job]:
     ):
         work = functools.partial(other_mixer, name=name, mixer=mixer, options=options, layers=layers)
         yield f"mixer-{name}", "mixer", work
+    work = functools.partial(chosen_for, name="window-sinks-chosen", mixer="sliding_window", options=sinks, k=most)
+    yield "mixer-window-sinks-chosen", "mixer", work
     work = functools.partial(untrained, mixer="sliding_window", options=sinks, layers=best)
     yield "mixer-window-sinks-untrained", "measure", work
     yield "long", "long", lambda study: hybrid(study, best, [f"best of {most}"], size.long_tokens)
@@ -608,6 +610,23 @@ def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], la
     about = {"layers": list(layers), "mixer": mixer, "mixer_options": options}
     about["align_tokens"] = steps * stage.batch_size * block
     return about | trained | study.measure(student)
+
+
+def chosen_for(study: Study, name: str, mixer: str, options: dict[str, Any], k: int) -> dict[str, Any]:
+    """The hybrid of the `k` layers that `verified` chooses for a mixer that has nothing to learn before."""
+    student = hh.convert(study.teacher, [], mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
+    scores = hh.score_layers(
+        student.to(device=study.device, dtype=torch.float32).requires_grad_(True),
+        study.teacher,
+        study.train,
+        study.score,
+        args=study.arguments(f"score-{name}", study.size.score_tokens),
+        tokens_per_layer=study.size.score_tokens,
+        method="verified",
+        k=k,
+        output_dir=study.run / "compared" / f"score-{name}",
+    )
+    return {"selectors": ["verified"]} | other_mixer(study, name, mixer, options, scores.top(k))
 
 
 def untrained(study: Study, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:

@@ -465,7 +465,8 @@ def other_mixers(results: Results) -> str | None:
                 continue
             given = found[0].get("mixer_options", {})
             options = ["native"] if given == NATIVE_OPTIONS else [f"{name} {value}" for name, value in given.items()]
-            name = ", ".join([found[0]["mixer"], *options, *([] if found[0]["tokens"] else ["untrained"])])
+            told = ["untrained"] * (not found[0]["tokens"]) + ["layers chosen for it"] * job.endswith("-chosen")
+            name = ", ".join([found[0]["mixer"], *options, *told])
             by = [over_seeds(found, lambda r, n=n: (retrieval_at(r, n), None), ".3f") for n in lengths]
             kl[hybrid, name] = {record["seed"]: record["kl"]["mean"] for record in found}
             about = [name, str(found[0]["layers"]), ", ".join(map(str, kl[hybrid, name]))]
@@ -481,7 +482,8 @@ def other_mixers(results: Results) -> str | None:
         both = kl.get(one, {}).keys() & kl.get(other, {}).keys()
         return sum(kl[one][seed] for seed in both) / sum(kl[other][seed] for seed in both) if both else None
 
-    ours, *uniform = in_layers
+    ours, *others = in_layers
+    uniform = [layers for layers in others if any(job.endswith("-uniform") for job in in_layers[layers])]
     linear = (ours, "gated_deltanet")
     windows = {
         key: of for key in kl if key[0] == ours and "window" in key[1] and (of := share(key, linear)) is not None
@@ -500,8 +502,8 @@ def other_mixers(results: Results) -> str | None:
         far = lengths[-2:]
         before, after = ([f"{retrieval_at(found[0], n):.3f}" for n in far] for found in both)
         text += (
-            f" Training is not idle for windows either: without any, retrieval at {far[0]:,} and {far[1]:,} tokens is "
-            f"{' and '.join(before)}, with it {' and '.join(after)}."
+            f" Training is not idle for windows either: without any, retrieval at "
+            f"{' and '.join(f'{n:,}' for n in far)} tokens is {' and '.join(before)}, with it {' and '.join(after)}."
         )
     for layers in uniform:
         shares = [share((ours, name), (layers, name)) for name in (best[1], "gated_deltanet")]
@@ -510,6 +512,11 @@ def other_mixers(results: Results) -> str | None:
                 f" With windows, the KL with the chosen layers is {shares[0]:.2f} of that with uniform ones; with "
                 f"gated_deltanet, {shares[1]:.2f}."
             )
+    for record in results.named("mixer-window-sinks-chosen")[:1]:
+        text += (
+            f" For windows, `verified` chooses {record['layers']}: KL {record['kl']['mean']:.3f}, retrieval "
+            f"{' and '.join(f'{retrieval_at(record, n):.3f}' for n in lengths[-2:])} at those lengths."
+        )
     return text
 
 
@@ -691,8 +698,9 @@ def undone(results: Results) -> str:
     wanted = [f"score-{name}-{most}" if name == "verified" else f"score-{name}" for name in size["selectors"]]
     wanted += [f"score-verified-{k}" for k in others]
     wanted += ["long", "search", "speed", "speed-compiled"]
-    mixers = ("native", "convolution", "kda", "window-state", "window-sinks")
-    wanted += [f"mixer-{name}" for name in (*mixers, "window-sinks-uniform", "window-sinks-untrained")]
+    mixers = ["native", "convolution", "kda", "window-state", "window-sinks"]
+    mixers += [f"window-sinks-{which}" for which in ("uniform", "chosen", "untrained")]
+    wanted += [f"mixer-{name}" for name in mixers]
     wanted += [
         f"setting-{name}" for name in ("rates-low", "rates-high", "mixer-rate-high", "batch-half", "batch-double")
     ]
