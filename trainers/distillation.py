@@ -152,8 +152,8 @@ def kl_of_batch(
     """
 
     def kl_of(hidden: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
-        vocabulary = student.config.vocab_size
-        return chunked_kl_per_token(theirs, hidden, logit_function(teacher, precision), logits, vocabulary, chunk_tokens)
+        of_teacher, vocabulary = logit_function(teacher, precision), student.config.vocab_size
+        return chunked_kl_per_token(theirs, hidden, of_teacher, logits, vocabulary, chunk_tokens)
 
     with precision.running(inputs["input_ids"].device):
         theirs, ours = _hidden_states_of_both(student, teacher, inputs, precision, reference)
