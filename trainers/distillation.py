@@ -29,6 +29,7 @@ from .teacher_trainer import TeacherTrainer, TeacherTrainingArguments, call_thro
 
 _Result = TypeVar("_Result")
 
+
 @dataclass
 class DistillationConfig(TeacherTrainingArguments):
     """
