@@ -231,6 +231,15 @@ def aims(results: Results) -> str | None:
             f"`{most}`, {kept[best]:.2f} with those of `{best}`"
             + (f", {kept['uniform']:.2f} with uniform ones." if "uniform" in kept else ".")
         )
+    for windows in results.named("mixer-window-sinks-chosen")[:1]:
+        same = [record for record in results.named("mixer-window-sinks-uniform") if record["seed"] == windows["seed"]]
+        share = f"{windows['kl']['mean'] / same[0]['kl']['mean']:.2f} of the KL that uniform layers have with windows"
+        options = ", ".join(f"{name} {value}" for name, value in windows["mixer_options"].items())
+        lines.append(
+            f"- With a sliding window in the place of linear attention ({options}), in the layers that `verified` "
+            f"chooses for it, seed {windows['seed']}: {share + ', ' if same else ''}"
+            f"{retrieval_at(windows, 2048) / retrieval(teacher, 2048):.2f} of the teacher's retrieval at 2,048 tokens."
+        )
     if theirs := results.named("score-ga-s2"):
         costs = []
         for name, job in (("verified", "score-verified-8"), ("zero-shot-linearise", "score-zero-shot-linearise")):
