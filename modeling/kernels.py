@@ -299,6 +299,7 @@ def use_fla(device: torch.device, kernel: str = "auto") -> bool:
         return False
     reason = f"the tensors are on {device.type!r}, not 'cuda'" if device.type != "cuda" else why_not_fla()
     if reason is None:
+        tune_norms_by_width()
         return True
     if kernel == "fla":
         raise ValueError(f"kernel='fla' cannot run: {reason}. Use kernel='auto' or 'torch', or mend the cause.")
@@ -326,6 +327,22 @@ def why_not_fla() -> str | None:
     except ImportError as error:
         return f"fla's operators do not import ({error})"
     return None
+
+
+@functools.cache
+def tune_norms_by_width() -> None:
+    """
+    Lets fla choose once for each width of a vector how its norms run. By itself it does so for every 65,536 vectors
+    (`NB`): each other length of a prompt or a batch would wait for 34 kernels to be compiled.
+    """
+    gated = importlib.import_module("fla.modules.norm.fused_norm_gate")
+    unit_length = importlib.import_module("fla.modules.norm.l2norm")
+    for module in (gated, unit_length):
+        autotuner = module.triton.runtime.autotuner
+        for kernel in vars(module).values():
+            tuner = kernel.fn if isinstance(kernel, autotuner.Heuristics) else kernel
+            if isinstance(tuner, autotuner.Autotuner):
+                tuner.keys = [key for key in tuner.keys if key != "NB"]
 
 
 def _triton_version() -> tuple[int, ...] | None:

@@ -150,3 +150,4 @@ def installed_with(monkeypatch, package, version):
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(kernels.importlib.metadata, "version", version_of)
     monkeypatch.setattr(kernels.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(kernels, "tune_norms_by_width", lambda: None)

@@ -270,3 +270,16 @@ def test_what_a_convolution_carries_on(called: list[str]) -> None:
     parts += [conv(x[:, i : i + 1], cache, 0, kernel="fla") for i in range(6, 9)]
     torch.testing.assert_close(torch.cat(parts, dim=1), conv(x, kernel="torch"), rtol=1e-5, atol=1e-5)
     assert called == ["causal_conv1d"]
+
+
+def test_norms_are_tuned_once_for_each_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for each number of vectors, which every length of a prompt changes."""
+    monkeypatch.setattr(kernels, "importlib", importlib)
+    gated = importlib.import_module("fla.modules.norm.fused_norm_gate")
+    unit_length = importlib.import_module("fla.modules.norm.l2norm")
+    tuners = [gated.layer_norm_gated_fwd_kernel.fn, unit_length.l2norm_fwd_kernel, unit_length.l2norm_bwd_kernel]
+    kernels.tune_norms_by_width.cache_clear()
+    for tuner in tuners:
+        tuner.keys = ["D", "NB"]
+    kernels.tune_norms_by_width()
+    assert [tuner.keys for tuner in tuners] == [["D"]] * 3

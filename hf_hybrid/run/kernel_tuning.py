@@ -52,7 +52,7 @@ def tune_kernels(
         packed (`bool`): whether rows hold several documents.
         precision ([`Precision`]): that of the training.
         say (`Callable`): gets a line before the work and one after it.
-        tokens (`int`): of a row. fla tunes recurrences for any length, but norms for numbers of heads' vectors, in
+        tokens (`int`): of a row. fla compiles recurrences for any length, but norms for numbers of heads' vectors, in
             steps of 65,536.
     """
     mixers = _mixers_by_shape(student)
