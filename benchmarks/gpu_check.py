@@ -592,7 +592,7 @@ def run_command(*arguments: Any, launcher: tuple[str, ...] = (), **changes: str)
     if done.returncode:
         said = done.stderr or done.stdout
         if launcher:  # its own traceback is the last
-            said = said[: said.rfind("Traceback")]
+            said = said.rpartition("Traceback")[0] or said
         raise ValueError(f"exit code {done.returncode}: {said.strip()[-280:]}")
     return done.stdout + done.stderr
 

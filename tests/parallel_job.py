@@ -84,7 +84,7 @@ def train(
             )
             trainer.train(resume_from_checkpoint=resume)
             counter.remove()
-            found[f"{name} resumed, head" if resume else f"{name} head"] = len(calls)
+            found[f"{name} resumed, head calls" if resume else f"{name} head calls"] = len(calls)
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             found[f"{name} resumed" if resume else name] = losses
         found[f"{name} sharded"] = [is_sharded(model) for model in (trainer.model, trainer.teacher)]

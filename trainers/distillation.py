@@ -151,14 +151,8 @@ def kl_of_batch(
 
     Called from within the student's forward where that is sharded, see [`call_through`].
     """
-
-    def kl_of(hidden: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
-        of_teacher, vocabulary = logit_function(teacher, precision), student.config.vocab_size
-        return chunked_kl_per_token(theirs, hidden, of_teacher, logits, vocabulary, chunk_tokens)
-
-    with precision.running(inputs["input_ids"].device):
-        theirs, ours = _hidden_states_of_both(student, teacher, inputs, precision, reference)
-        return through_head(student, precision, kl_of, ours).view(inputs["input_ids"].shape)
+    kl_of = partial(chunked_kl_per_token, vocab_size=student.config.vocab_size, chunk_tokens=chunk_tokens)
+    return _of_both(kl_of, student, teacher, inputs, precision, reference).view(inputs["input_ids"].shape)
 
 
 def mean_kl_of_batch(
@@ -171,22 +165,16 @@ def mean_kl_of_batch(
 ) -> torch.Tensor:
     """The mean of [`kl_of_batch`] over tokens that are not padding, for training: see [`chunked_kl_sum`]."""
     counted = (inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0).flatten().float()
+    weights = counted / counted.sum().clamp(min=1)
 
-    def kl_of(hidden: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
-        return chunked_kl_sum(
-            theirs,
-            hidden,
-            logit_function(teacher, precision),
-            logits,
-            counted / counted.sum().clamp(min=1),
-            list(student.get_output_embeddings().parameters()),
-            vocab_size=student.config.vocab_size,
-            chunk_tokens=chunk_tokens,
-        )
+    def kl_of(
+        theirs: torch.Tensor, ours: torch.Tensor, of_teacher: LogitFunction, of_student: LogitFunction
+    ) -> torch.Tensor:
+        head = list(student.get_output_embeddings().parameters())  # whole while the head is called
+        vocabulary = student.config.vocab_size
+        return chunked_kl_sum(theirs, ours, of_teacher, of_student, weights, head, vocabulary, chunk_tokens)
 
-    with precision.running(counted.device):
-        theirs, ours = _hidden_states_of_both(student, teacher, inputs, precision, reference)
-        return through_head(student, precision, kl_of, ours)
+    return _of_both(kl_of, student, teacher, inputs, precision, reference)
 
 
 def through_head(
@@ -205,17 +193,27 @@ def through_head(
     return result
 
 
-def _hidden_states_of_both(
+def _of_both(
+    function: Callable[..., torch.Tensor],
     student: Any,
     teacher: Any,
     inputs: dict[str, torch.Tensor],
     precision: Precision,
-    reference: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The final hidden states of teacher, or `reference` `[B, T, H]`, and student, `[B T, H]` each."""
-    if reference is None:
-        reference = teacher_states(teacher, inputs, precision)
-    return reference.flatten(0, 1), final_hidden_states(student, inputs, precision).flatten(0, 1)
+    reference: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    `function` of the final hidden states of teacher, or `reference` `[B, T, H]`, and student, `[B T, H]` each, and of
+    the [`logit_function`] of each.
+    """
+    with precision.running(inputs["input_ids"].device):
+        theirs = teacher_states(teacher, inputs, precision) if reference is None else reference
+        ours = final_hidden_states(student, inputs, precision).flatten(0, 1)
+        of_teacher = logit_function(teacher, precision)
+
+        def of_student(ours: torch.Tensor, logits: LogitFunction) -> torch.Tensor:
+            return function(theirs.flatten(0, 1), ours, of_teacher, logits)
+
+        return through_head(student, precision, of_student, ours)
 
 
 @torch.no_grad()

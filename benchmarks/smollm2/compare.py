@@ -196,6 +196,12 @@ class Study:
         student.set_full_attention_layers(list(layers), self.teacher)
         return student
 
+    def converted(self, mixer: str, options: dict[str, Any], layers: Iterable[int] = ()) -> Any:
+        """The teacher with another mixer, as conversion leaves it, and softmax in `layers`."""
+        kernel = self.recipe.kernel
+        student = hh.convert(self.teacher, list(layers), mixer=mixer, mixer_options=options, kernel=kernel)
+        return student.to(device=self.device, dtype=torch.float32).requires_grad_(True)
+
     def as_used(self, layers: Iterable[int]) -> Iterator[tuple[str, Any]]:
         """The teacher, then the hybrid of `layers`, each in the dtype that it is used in."""
         for name, source in (("teacher", self.teacher), ("hybrid", self.hybrid(layers))):
@@ -544,8 +550,15 @@ def scored(study: Study, method: str, k: int | None, tokens: int, name: str | No
         scores.save(study.folder / f"{name}.scores.json")
         seconds = read_json(study.run / "seconds.json")["score"]
         return costs(scores, k, seconds)
-    scores = hh.score_layers(
-        study.aligned(),
+    scores = score_layers(study, study.aligned(), method, k, tokens, name)
+    scores.save(study.folder / f"{name}.scores.json")
+    return costs(scores, k, time.perf_counter() - start)
+
+
+def score_layers(study: Study, student: Any, method: str, k: int | None, tokens: int, name: str) -> hh.LayerScores:
+    """The scores of all layers of `student`, whose mixers are aligned, with one method."""
+    return hh.score_layers(
+        student,
         study.teacher,
         study.train,
         study.score,
@@ -557,8 +570,6 @@ def scored(study: Study, method: str, k: int | None, tokens: int, name: str | No
         # Not the hundreds of steps in between.
         steps=lambda done, total, text: say(f"{name}: {done:.0f} of {total}, {text}") if done == int(done) else None,
     )
-    scores.save(study.folder / f"{name}.scores.json")
-    return costs(scores, k, time.perf_counter() - start)
 
 
 def costs(scores: hh.LayerScores, k: int | None, seconds: float) -> dict[str, Any]:
@@ -577,8 +588,7 @@ def hybrid(study: Study, layers: Iterable[int], names: list[str], tokens: int) -
 
 def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
     """The hybrid of `layers` with another mixer, which is aligned first, as the run's was."""
-    student = hh.convert(study.teacher, [], mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
-    student.to(device=study.device, dtype=torch.float32).requires_grad_(True)
+    student = study.converted(mixer, options)
     tune(study, student)
     size, stage = study.size, study.recipe.align
     block = stage.block_size or size.block_size
@@ -614,26 +624,16 @@ def other_mixer(study: Study, name: str, mixer: str, options: dict[str, Any], la
 
 def chosen_for(study: Study, name: str, mixer: str, options: dict[str, Any], k: int) -> dict[str, Any]:
     """The hybrid of the `k` layers that `verified` chooses for a mixer that has nothing to learn before."""
-    student = hh.convert(study.teacher, [], mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
-    scores = hh.score_layers(
-        student.to(device=study.device, dtype=torch.float32).requires_grad_(True),
-        study.teacher,
-        study.train,
-        study.score,
-        args=study.arguments(f"score-{name}", study.size.score_tokens),
-        tokens_per_layer=study.size.score_tokens,
-        method="verified",
-        k=k,
-        output_dir=study.run / "compared" / f"score-{name}",
+    scores = score_layers(
+        study, study.converted(mixer, options), "verified", k, study.size.score_tokens, f"score-{name}"
     )
     return {"selectors": ["verified"]} | other_mixer(study, name, mixer, options, scores.top(k))
 
 
 def untrained(study: Study, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> dict[str, Any]:
     """The hybrid of `layers` as conversion leaves it, with a mixer that has nothing to learn."""
-    student = hh.convert(study.teacher, list(layers), mixer=mixer, mixer_options=options, kernel=study.recipe.kernel)
     about = {"layers": list(layers), "mixer": mixer, "mixer_options": options, "align_tokens": 0, "tokens": 0}
-    return about | study.measure(student.to(device=study.device, dtype=torch.float32).requires_grad_(False))
+    return about | study.measure(study.converted(mixer, options, layers))
 
 
 def tune(study: Study, student: Any) -> None:

@@ -231,15 +231,16 @@ def aims(results: Results) -> str | None:
             f"`{most}`, {kept[best]:.2f} with those of `{best}`"
             + (f", {kept['uniform']:.2f} with uniform ones." if "uniform" in kept else ".")
         )
-    for windows in results.named("mixer-window-sinks-chosen")[:1]:
-        same = [record for record in results.named("mixer-window-sinks-uniform") if record["seed"] == windows["seed"]]
-        share = f"{windows['kl']['mean'] / same[0]['kl']['mean']:.2f} of the KL that uniform layers have with windows"
-        options = ", ".join(f"{name} {value}" for name, value in windows["mixer_options"].items())
-        lines.append(
-            f"- With a sliding window in the place of linear attention ({options}), in the layers that `verified` "
-            f"chooses for it, seed {windows['seed']}: {share + ', ' if same else ''}"
-            f"{retrieval_at(windows, 2048) / retrieval(teacher, 2048):.2f} of the teacher's retrieval at 2,048 tokens."
-        )
+        for chosen in results.named("mixer-window-sinks-chosen")[:1]:
+            uniform = results.seeds[chosen["seed"]].get("mixer-window-sinks-uniform")
+            options = ", ".join(f"{name} {value}" for name, value in chosen["mixer_options"].items())
+            told = f"- With a sliding window in the place of linear attention ({options}), in the layers that "
+            told += f"`verified` chooses for it, seed {chosen['seed']}: "
+            if uniform is not None:
+                told += f"{chosen['kl']['mean'] / uniform['kl']['mean']:.2f} of the KL that uniform layers have with "
+                told += "windows, "
+            share = retrieval([chosen], 2048) / retrieval(teacher, 2048)
+            lines.append(f"{told}{share:.2f} of the teacher's retrieval at 2,048 tokens.")
     if theirs := results.named("score-ga-s2"):
         costs = []
         for name, job in (("verified", "score-verified-8"), ("zero-shot-linearise", "score-zero-shot-linearise")):
@@ -506,14 +507,15 @@ def other_mixers(results: Results) -> str | None:
         "the start; most of what a KL measures is local, and the layers that keep softmax see the rest. A recurrent "
         "state has to be learned, and these budgets are a few million tokens."
     )
+    far = f"at {' and '.join(f'{n:,}' for n in lengths[-2:])} tokens"
+
+    def found_far(record: Record) -> str:
+        return " and ".join(f"{retrieval_at(record, n):.3f}" for n in lengths[-2:])
+
     both = [results.named(f"mixer-window-sinks{which}")[:1] for which in ("-untrained", "")]
     if all(both):
-        far = lengths[-2:]
-        before, after = ([f"{retrieval_at(found[0], n):.3f}" for n in far] for found in both)
-        text += (
-            f" Training is not idle for windows either: without any, retrieval at "
-            f"{' and '.join(f'{n:,}' for n in far)} tokens is {' and '.join(before)}, with it {' and '.join(after)}."
-        )
+        before, after = (found_far(found[0]) for found in both)
+        text += f" Training is not idle for windows either: without any, retrieval {far} is {before}, with it {after}."
     for layers in uniform:
         shares = [share((ours, name), (layers, name)) for name in (best[1], "gated_deltanet")]
         if None not in shares:
@@ -523,8 +525,8 @@ def other_mixers(results: Results) -> str | None:
             )
     for record in results.named("mixer-window-sinks-chosen")[:1]:
         text += (
-            f" For windows, `verified` chooses {record['layers']}: KL {record['kl']['mean']:.3f}, retrieval "
-            f"{' and '.join(f'{retrieval_at(record, n):.3f}' for n in lengths[-2:])} at those lengths."
+            f" For windows, `verified` chooses {record['layers']}: KL {record['kl']['mean']:.3f}, retrieval {far} "
+            f"{found_far(record)}."
         )
     return text
 
