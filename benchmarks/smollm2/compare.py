@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import fnmatch
 import functools
 import itertools
 import shlex
@@ -378,9 +379,12 @@ def jobs(study: Study) -> Iterable[Job]:
         work = functools.partial(setting, name=f"setting-{name}", layers=uniform, changed=changed)
         yield f"setting-{name}", "setting", work
     yield None
-    found = read_json(study.folder / "search.json")
-    if found is not None:
-        yield of_layers(found["layers"], ["search"])
+    # "window-sinks": the layers that windows want, with the run's mixer. Are they what retrieval needs whatever takes
+    # the place of softmax?
+    for job, selector in (("search", "search"), ("mixer-window-sinks-chosen", "window-sinks")):
+        found = read_json(study.folder / f"{job}.json")
+        if found is not None:
+            yield of_layers(found["layers"], [selector])
 
 
 def _named(layers: Iterable[int]) -> str:
@@ -390,6 +394,8 @@ def _named(layers: Iterable[int]) -> str:
 def best_of(study: Study, k: int) -> tuple[int, ...]:
     """The set of `k` layers whose hybrid has the lowest held-out KL so far; uniform where there is none."""
     found = [read_json(path) for path in sorted(study.folder.glob(f"k{k}-*.json"))]
+    # Not one that comes after the jobs that are made in the best set: they would be in others on another day.
+    found = [record for record in found if record["selectors"] != ["window-sinks"]]
     if not found:
         return tuple(select_layers("uniform", k, study.num_layers))
     return tuple(min(found, key=lambda job: job["kl"]["mean"])["layers"])
@@ -656,8 +662,11 @@ def say(text: str) -> None:
 class Work:
     """The jobs of a study that this process does; other processes may do others of the same study at the same time."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, wanted: list[str]) -> None:
         self.study = study
+        self.wanted = wanted  # patterns of the jobs' names
+        self.met: set[str] = set()  # those of them that some job has
+        self.names: list[str] = []  # of all jobs
         self.slowest: dict[str, float] = {}  # seconds of each kind of job, the longest so far
         self.left: list[str] = []
 
@@ -668,9 +677,17 @@ class Work:
                 for name in elsewhere:
                     self.wait_for(name)
                 elsewhere = []
-            elif not self.do(job):
+            elif self.is_wanted(job[0]) and not self.do(job):
                 elsewhere.append(job[0])
+        if missed := [pattern for pattern in self.wanted if pattern not in self.met]:
+            raise ValueError(f"--jobs {' '.join(missed)} names no job; there are {', '.join(self.names)}.")
         say(f"left for another call: {', '.join(self.left)}" if self.left else "all jobs are done")
+
+    def is_wanted(self, name: str) -> bool:
+        self.names.append(name)
+        met = {pattern for pattern in self.wanted if fnmatch.fnmatchcase(name, pattern)}
+        self.met |= met
+        return bool(met)
 
     def do(self, job: tuple[str, str, Callable[[Study], dict[str, Any]]]) -> bool:
         """Does a job that nobody did; returns False where another process is at it."""
@@ -739,12 +756,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the results, a JSON file for each job")
     parser.add_argument("--scale", type=float, default=1.0, help="share of all budgets of tokens (default: all)")
     parser.add_argument("--minutes", type=float, help="start no job that would end later than this")
+    parser.add_argument("--jobs", nargs="+", default=["*"], metavar="PATTERN", help="only these, such as 'mixer-*'")
     parser.add_argument("--trial", action="store_true", help="each step once, as small as can be")
     args = parser.parse_args()
     study = Study(args)
     say(describe_kernels(study.device, study.recipe.kernel))
     tune(study, study.aligned())
-    Work(study).do_all()
+    Work(study, args.jobs).do_all()
 
 
 if __name__ == "__main__":

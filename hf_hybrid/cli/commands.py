@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("teacher", metavar="TEACHER", help="Hub id or folder, GGUF file, or 'embedded'")
     init.add_argument("--output", default="recipe.yaml", help="file to write (default: %(default)s)")
     init.add_argument("--force", action="store_true", help="overwrite that file")
+    init.add_argument("--mixer", default="gated_deltanet", help="in the place of softmax (default: %(default)s)")
     init.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
     init.add_argument("--fraction", type=float, help="share of the layers to keep, instead of --k")
     init.add_argument("--tokens", type=int, help="tokens of the distillation; the other stages follow in proportion")
@@ -267,6 +268,7 @@ def _init(options: argparse.Namespace) -> None:
         revision=options.revision,
         gguf_file=options.gguf_file,
         trust_remote_code=options.trust_remote_code,
+        mixer=options.mixer,
     )
     write_text(output, recipe)
     print(f"Wrote {output}. Read it, change what its first lines name, and see what it takes:")

@@ -29,6 +29,8 @@ _STEPS, _SMALL_BATCH = 500, 8
 # Where a student of that many parameters begins, the papers' rates for the distillation; below, those that
 # recipes/smollm2-135m.yaml was run with, which suit budgets of minutes.
 _LARGE = 1_000_000_000
+# The window that docs/results.md has figures of.
+_WINDOW = {"window": 128, "sinks": 4}
 
 
 def starter_recipe(
@@ -41,6 +43,7 @@ def starter_recipe(
     revision: str | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
+    mixer: str = "gated_deltanet",
 ) -> str:
     """
     Returns the YAML of a recipe for `teacher` on this machine, with comments.
@@ -55,6 +58,7 @@ def starter_recipe(
         tokens (`int`, *optional*): of the distillation; the other stages follow in proportion. By default what takes
             hours on a GPU, or on a CPU for a small teacher.
         revision, gguf_file, trust_remote_code: as in [`Recipe`].
+        mixer (`str`): what the other layers have in the place of softmax (docs/mixers.md).
     """
     if k is not None and fraction is not None:
         raise ValueError("--k and --fraction were both given; give one.")
@@ -69,6 +73,7 @@ def starter_recipe(
     dtype = stored if device.type == "cuda" and stored in (torch.bfloat16, torch.float16) else torch.float32
     sizes = footprint(empty, dtype)
     starter = _Starter(teacher, sizes, device, dtype, data, _kept(sizes.layers, k, fraction), tokens)
+    starter.mixer = mixer
     starter.source = {"revision": revision, "gguf_file": gguf_file}
     text = starter.text()
     _check(text, empty)
@@ -117,6 +122,7 @@ class _Starter:
         self.device = device
         self.gpu, self.embedded = device.type == "cuda", teacher == "embedded"
         self.half = self.gpu and torch.cuda.is_bf16_supported()
+        self.mixer = "gated_deltanet"
         self.source: dict[str, str | None] = {}
         self.data = dict(data)
         if not self.data.keys() & {"text_files", "dataset"}:
@@ -200,7 +206,9 @@ class _Starter:
         kind = str(self.dtype).removeprefix("torch.")
         lines += [
             f"dtype: {kind} # of the teacher and of the finished model; training keeps its weights in float32",
-            "mixer: gated_deltanet # paper: GDN; also gated_linear_attention, kimi_delta_attention, sliding_window",
+            f"mixer: {_value(self.mixer)} # paper: gated_deltanet; docs/mixers.md has others, and with few tokens "
+            "sliding_window keeps most",
+            *self._mixer_lines(),
             "seed: 0 # of everything random",
             "",
             "training:",
@@ -260,6 +268,12 @@ class _Starter:
             "",
         ]
         return "\n".join(lines)
+
+    def _mixer_lines(self) -> list[str]:
+        """Options of the mixer that depend on what it is for."""
+        if self.mixer != "sliding_window":
+            return []
+        return [f"mixer_options: {_value(_WINDOW)} # tokens that a token attends to, and first ones beside these"]
 
     def _data_lines(self) -> list[str]:
         known = {
