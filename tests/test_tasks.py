@@ -81,8 +81,8 @@ def test_words_are_distinct_and_prose_does_not_end() -> None:
         ({"cases": 0}, "cases=0 is too few"),
         ({"lengths": [64]}, r"lengths=\[64\] are no lengths of a case; pass at least 128"),
         (
-            {"tasks": ["single_prose"], "lengths": [128]},
-            "single_prose needs [0-9]+ tokens with this tokenizer",
+            {"tasks": ["single_prose", "multivalue"], "lengths": [128, 2000]},
+            "single_prose needs [0-9]+ tokens, multivalue needs ([0-9]+) tokens; pass \\1 or more",
         ),
         ({"texts": ["", " "]}, "the 2 texts for the haystack are empty"),
     ],

@@ -37,6 +37,7 @@ TEXTBOOK_SHARE = 0.6  # of the tokens; the rest are instructions
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 300_000  # of the topics and of the tokens; tokens of a domain, at most
 SYNCHRONISE = 32  # steps between two looks at what is finished; nothing waits for the device in between
 FEWEST = 128  # documents of a batch, where a batch may have as many
+EXPECTED = 160  # tokens that are kept of a document that was asked for; half of the answers repeat themselves
 _FEWER = 0.8  # rows are thrown out of the batch when at most this share of them is unfinished
 
 ASPECTS = (
@@ -451,15 +452,18 @@ class Writer:
                 passages = [(one["topics"][0], one["text"]) for one in map(json.loads, filter(None, book))]
             while (tokens := sum(record["tokens"] for record in self.of(part, domain))) < goal:
                 batch = len(self.of(part, domain))
-                mean = tokens / sum(record["documents"] for record in self.of(part, domain)) if tokens else 400
+                asked = sum(record["asked"] for record in self.of(part, domain))
+                kept = tokens / asked if tokens else EXPECTED  # of each document that was asked for
                 if batch >= 20 and not tokens:
                     raise ValueError(
                         f"nothing of the first {batch} batches of {part}/{domain} was kept "
                         f"({self.of(part, domain)[-1]['dropped']}); raise --new-tokens."
                     )
                 most = self.settings.batch_size if part == "train" else max(8, self.settings.batch_size // 4)
-                # No more than are needed, but a step of few rows takes as long as one of many.
-                few = min(most, max(FEWEST, int((goal - tokens) / mean * 1.2) + 8))
+                # No more than are needed, but a step of few rows takes as long as one of many. Instructions are of
+                # another sort in each of three batches.
+                missing = goal - tokens if domain == "textbook" else min(goal - tokens, goal / 3)
+                few = min(most, max(FEWEST, int(missing / kept * 1.2) + 8))
                 record = self._batch(part, domain, batch, few, passages, seen)
                 self.records.append(record)
                 _append(self.progress, json.dumps(record) + "\n")
@@ -509,7 +513,8 @@ class Writer:
         )
         _append(self.path(part, domain), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return {
-            "part": part, "domain": domain, "batch": batch, "documents": len(lines), "tokens": tokens, "drawn": drawn,
+            "part": part, "domain": domain, "batch": batch, "asked": few, "documents": len(lines),
+            "tokens": tokens, "drawn": drawn,
             "kinds": dict(Counter(line["kind"] for line in lines)), "dropped": dict(dropped),
             "seconds": round(seconds, 2), "speed": round(drawn / seconds),
             "bytes": self.path(part, domain).stat().st_size,

@@ -129,7 +129,7 @@ def ruler_cases(
     def count(text: str) -> int:
         return before + len(tokeniser([text])[0])
 
-    def drawn(which: tuple[RulerTask, int, int]) -> Case:
+    def drawn(which: tuple[RulerTask, int, int]) -> Case | int:
         task, length, index = which
         rng = random.Random(f"{seed} {task.name} {length} {index}")
         prose = essay(rng) if pool is None else _from_anywhere(pool, rng)
@@ -137,7 +137,18 @@ def ruler_cases(
 
     # In threads: nearly all of the time is the tokenizer's, which lets go of Python.
     with ThreadPoolExecutor(tokeniser.workers) as threads:
-        return list(threads.map(drawn, product(chosen, lengths, range(cases))))
+        found = list(threads.map(drawn, product(chosen, lengths, range(cases))))
+    needs: dict[str, int] = {}
+    for (task, _, _), case in zip(product(chosen, lengths, range(cases)), found, strict=True):
+        if isinstance(case, int):
+            needs[task.name] = max(case, needs.get(task.name, 0))
+    if needs:
+        raise ValueError(
+            f"lengths={list(lengths)} have too short ones for this tokenizer: "
+            f"{', '.join(f'{name} needs {tokens} tokens' for name, tokens in needs.items())}; pass "
+            f"{max(needs.values())} or more, or other tasks."
+        )
+    return [case for case in found if isinstance(case, Case)]
 
 
 def check_tasks(names: Sequence[str] | None) -> list[RulerTask]:
@@ -153,8 +164,11 @@ def _from_anywhere(pool: Sequence[str], rng: random.Random) -> Iterator[str]:
     return islice(cycle(pool), start, None)
 
 
-def _fitted(task: RulerTask, draft: Draft, length: int, index: int, count: Callable[[str], int]) -> Case:
-    """The case with as long a haystack as `length` has room for, give or take a hundredth of it."""
+def _fitted(task: RulerTask, draft: Draft, length: int, index: int, count: Callable[[str], int]) -> Case | int:
+    """
+    The case with as long a haystack as `length` has room for, give or take a hundredth of it; the tokens that it needs
+    where it does not fit.
+    """
     answer = answer_text(draft.slots)
     new_tokens = count(draft.prompt(draft.fewest) + answer) - count(draft.prompt(draft.fewest)) + RESERVE
     new_tokens = max(new_tokens, count(" ".join(draft.answers)) + RESERVE)
@@ -164,7 +178,7 @@ def _fitted(task: RulerTask, draft: Draft, length: int, index: int, count: Calla
 
     low, used = draft.fewest, needed(draft.fewest)
     if used > length:
-        raise ValueError(f"{task.name} needs {used} tokens with this tokenizer, not {length}; pass a longer length.")
+        return used
     high = draft.most + 1  # too many, as far as is known
     step = max(1, (length - used) // 16)
     while high - low > 1 and length - used > max(RESERVE, length // 100):
