@@ -189,6 +189,20 @@ def test_an_export_needs_no_plugin(tmp_path: Path, monkeypatch: Any) -> None:
     print(f"exported: KL to fp32 {check_agrees(folder, prompts, found):.2f} times transformers' own in bf16")
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_windows_need_no_plugin(tmp_path: Path, monkeypatch: Any, family: str) -> None:
+    """`hf-hybrid export --to windows`: the served model is vLLM's own Llama, Qwen2 or Qwen3 with windows."""
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    windows = {"mixer": "sliding_window", "keep": [0, 3], "options": {"window": 32}}
+    folder = save_hybrid(tmp_path, family, **windows)
+    student: Any = AutoModelForCausalLM.from_pretrained(folder)
+    hh.export(student, to="windows", output=tmp_path / "exported")
+    prompts = [prompt(300, seed) for seed in range(4)]
+    with engine(tmp_path / "exported") as llm:
+        found = answers(llm, prompts, tokens=40)
+    print(f"{family}: KL to fp32 {check_agrees(folder, prompts, found):.2f} times transformers' own in bf16")
+
+
 def test_prefix_caching(tmp_path: Path) -> None:
     """The states at the end of a block are found again by the next request that begins with it."""
     folder = save_hybrid(tmp_path, "llama", [1], "native")

@@ -20,7 +20,7 @@ from hf_hybrid.teacher.loading import check_plain, load_model, load_tokenizer
 from hf_hybrid.teacher.names import check_found
 from hf_hybrid.trainers.modes import evaluating
 
-from . import llama_cpp, qwen3_5
+from . import llama_cpp, qwen3_5, windows
 from .llama_cpp_engine import equal_tokens, llama_cpp_version, run_apart
 from .native import FILE_TYPES, LAYOUTS, VLLM_PLUGIN, check_layout
 
@@ -102,7 +102,7 @@ def layouts_of(config: HybridConfig) -> list[Fit]:
     """Which layouts a hybrid with this config fits, what stands in the way of the others, and who serves each."""
     reasons = qwen3_5.obstacles(config)
     of_file = reasons or llama_cpp.obstacles(config.text_config)
-    of_plugin = vllm_obstacles(config)
+    of_windows, of_plugin = windows.obstacles(config), vllm_obstacles(config)
     return [
         Fit("qwen3_5", reasons, [] if reasons else _engines(config)),
         Fit(
@@ -110,6 +110,7 @@ def layouts_of(config: HybridConfig) -> list[Fit]:
             of_file,
             [] if of_file else ["llama.cpp since 2026-09, and what is built on it: any list of layers"],
         ),
+        Fit("windows", of_windows, [] if of_windows else windows.engines(config.text_config)),
         Fit(
             VLLM_PLUGIN,
             of_plugin,
@@ -173,12 +174,12 @@ def export(
     Args:
         model ([`HybridForCausalLM`], `str` or `os.PathLike`): the hybrid, or its folder, a finished run's folder, or
             its name on the Hub. An adapter is merged into a copy.
-        to (`str`): `"qwen3_5"` or `"gguf"`.
+        to (`str`): `"qwen3_5"` or `"gguf"` for Gated DeltaNet, `"windows"` for sliding windows.
         output (`str` or `os.PathLike`): the new folder.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): by default that beside the model. It goes along, with its
             chat template.
         file_type (`str`): of a GGUF file: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"` or `"q4_0"`. Weights in `"qwen3_5"`
-            have the model's own dtype.
+            and `"windows"` have the model's own dtype.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Returns:
@@ -195,13 +196,16 @@ def export(
     check_fits(hybrid.config, to)
     if to == "gguf" and tokenizer is None:
         raise ValueError("a GGUF file holds the tokenizer, and there is none beside the model; pass tokenizer=.")
+    if to == "windows":
+        with publish(folder) as partial:
+            # Rows that are longer than the window, so that it shows.
+            seen = windows.native_config(hybrid.config).sliding_window
+            return _write_native(partial, folder, hybrid, windows.native_model(hybrid), to, tokenizer, before=seen)
     config, tensors = qwen3_5.native_config(hybrid.config), qwen3_5.native_tensors(hybrid)
     with publish(folder) as partial:
         if to == "gguf":
-            report = _write_gguf(partial, folder, hybrid, config, tensors, tokenizer, file_type)
-        else:
-            report = _write_native(partial, folder, hybrid, config, tensors, tokenizer)
-    return report
+            return _write_gguf(partial, folder, hybrid, config, tensors, tokenizer, file_type)
+        return _write_native(partial, folder, hybrid, qwen3_5.native_model(config, tensors), to, tokenizer)
 
 
 def _prepared(model: Any, tokenizer: Any, revision: str | None) -> tuple[HybridForCausalLM, Any]:
@@ -235,9 +239,8 @@ def _folder_of(name: str | os.PathLike) -> str | os.PathLike:
 
 
 def _write_native(
-    partial: Path, folder: Path, hybrid: Any, config: Any, tensors: dict[str, torch.Tensor], tokenizer: Any
+    partial: Path, folder: Path, hybrid: Any, native: Any, layout: str, tokenizer: Any, before: int = 0
 ) -> ExportReport:
-    native = qwen3_5.native_model(config, tensors)
     if hybrid.generation_config is not None:
         native.generation_config = copy.deepcopy(hybrid.generation_config)
     native.save_pretrained(partial)
@@ -246,7 +249,7 @@ def _write_native(
     loaded: Any = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32, use_safetensors=True)
     if type(loaded) is not type(native):
         raise ValueError(f"transformers loads a {type(loaded).__name__} of what was written; nothing is published.")
-    report, _ = _compared(hybrid, loaded.to(hybrid.device).eval(), "qwen3_5", folder)
+    report, _ = _compared(hybrid, loaded.to(hybrid.device).eval(), layout, folder, before)
     _check(report)
     if tokenizer is None:
         report.notes.append("without a tokenizer: none was beside the model, and none was passed")
@@ -304,15 +307,19 @@ def _in_fp32(model: Any) -> Any:
     return wide.eval()
 
 
-def _rows(model: Any) -> torch.Tensor:
-    """Prompts of tokens from all over the vocabulary, each with what `model` writes after it, `[2, 96]`."""
-    positions = getattr(model.config, "max_position_embeddings", None) or _PROMPT_TOKENS + _NEW_TOKENS
+def _rows(model: Any, before: int) -> torch.Tensor:
+    """
+    Prompts of tokens from all over the vocabulary, each with what `model` writes after it, `[2, before + 96]` or as
+    long as it has positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or before + _PROMPT_TOKENS + _NEW_TOKENS
     if positions < _PROMPT_TOKENS + _NEW_TOKENS:
         raise ValueError(
             f"the model has {positions} positions, and the comparison takes {_PROMPT_TOKENS + _NEW_TOKENS} tokens."
         )
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
+    length = min(before + _PROMPT_TOKENS, positions - _NEW_TOKENS)
+    prompts = torch.randint(model.config.vocab_size, (_PROMPTS, length), generator=generator)
     return _written(model, prompts.to(model.device))
 
 
@@ -330,16 +337,22 @@ def _written(model: Any, prompts: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _compared(hybrid: Any, native: Any, layout: str, folder: Path) -> tuple[ExportReport, torch.Tensor]:
-    """How far the two models are from each other, and prompts with what `native` writes after them."""
+def _compared(
+    hybrid: Any, native: Any, layout: str, folder: Path, before: int = 0
+) -> tuple[ExportReport, torch.Tensor]:
+    """
+    How far the two models are from each other at the last 96 tokens of each row, and prompts with what `native` writes
+    after them.
+    """
     ours, kernel = _in_fp32(hybrid), hybrid.config.kernel
     try:
         ours.config.kernel = "torch"  # other kernels multiply fp32 in fewer bits
         with evaluating(ours, native):
-            rows = _rows(ours)
-            wanted = ours(rows, use_cache=False).logits.float()
-            found = native(rows, use_cache=False).logits.float()
-            written = _written(native, rows[:, :_PROMPT_TOKENS])
+            rows = _rows(ours, before)
+            last = _PROMPT_TOKENS + _NEW_TOKENS
+            wanted = ours(rows, use_cache=False, logits_to_keep=last).logits.float()
+            found = native(rows, use_cache=False, logits_to_keep=last).logits.float()
+            written = _written(native, rows[:, :-_NEW_TOKENS])
     finally:
         ours.config.kernel = kernel
     report = ExportReport(
@@ -347,8 +360,8 @@ def _compared(hybrid: Any, native: Any, layout: str, folder: Path) -> tuple[Expo
         folder=str(folder),
         largest_difference=(found - wanted).abs().max().item(),
         logit_std=wanted.std().item(),
-        tokens=rows.numel(),
-        greedy_equal=int((written == rows)[:, _PROMPT_TOKENS:].sum()),
+        tokens=wanted.shape[0] * wanted.shape[1],
+        greedy_equal=int((written == rows)[:, -_NEW_TOKENS:].sum()),
         greedy_tokens=_PROMPTS * _NEW_TOKENS,
     )
     return report, written
@@ -398,11 +411,13 @@ def _card(config: HybridConfig, report: ExportReport) -> str:
     if teacher is not None and "/" in teacher:
         lines.append(f"base_model: {teacher}")
     lines += ["---", ""]
+    kind = "in the layout of Qwen3.5" if report.layout == "qwen3_5" else "with windows"
+    others = "Gated DeltaNet" if report.layout == "qwen3_5" else "softmax over a window of tokens"
     lines += [
-        f"# A hybrid of {teacher or 'a softmax model'} in the layout of Qwen3.5",
+        f"# A hybrid of {teacher or 'a softmax model'} {kind}",
         "",
-        f"Softmax attention in layers {config.full_attention_layers} of {config.text_config.num_hidden_layers}, Gated "
-        "DeltaNet in the others; made and exported with hf_hybrid. It needs no remote code:",
+        f"Softmax attention in layers {config.full_attention_layers} of {config.text_config.num_hidden_layers}, "
+        f"{others} in the others; made and exported with hf_hybrid. It needs no remote code:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -420,16 +435,18 @@ def _card(config: HybridConfig, report: ExportReport) -> str:
 
 def import_native(model: Any, *, revision: str | None = None, dtype: Any = "auto") -> HybridForCausalLM:
     """
-    Returns the hybrid that an exported model is: what [`export`] wrote as `"qwen3_5"`, or such a model of another
-    origin that is one. It may be trained, scored and exported again.
+    Returns the hybrid that an exported model is: what [`export`] wrote as `"qwen3_5"` or `"windows"`, or such a model
+    of another origin that is one. It may be trained, scored and exported again.
 
     Args:
-        model (`Qwen3_5ForCausalLM`, `str` or `os.PathLike`): the model, or its folder or name on the Hub.
+        model ([`PreTrainedModel`], `str` or `os.PathLike`): the model, or its folder or name on the Hub.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
         dtype (`torch.dtype` or `str`): of the weights of a model given by name.
     """
     if isinstance(model, str | os.PathLike):
         model = load_model(model, dtype=dtype, revision=revision)
-    if model.config.model_type != "qwen3_5_text":
-        raise ValueError(f"the model is a {type(model).__name__}; give one that was exported as qwen3_5.")
-    return qwen3_5.hybrid_of(model)
+    if model.config.model_type == "qwen3_5_text":
+        return qwen3_5.hybrid_of(model)
+    if model.config.model_type in windows.MODEL_TYPES and "sliding_attention" in model.config.layer_types:
+        return windows.hybrid_of(model)
+    raise ValueError(f"the model is a {type(model).__name__}; give one that was exported as qwen3_5 or windows.")

@@ -10,7 +10,10 @@ from typing import Any
 LAYOUTS = {
     "qwen3_5": "transformers' own Qwen3_5ForCausalLM (text only), without remote code",
     "gguf": "the same for llama.cpp, in one GGUF file",
+    "windows": "transformers' own Cwm, Qwen2 or Qwen3 with windows, without remote code",
 }
+# What becomes a linear layer of the first two, and a layer with a window of the last.
+EXPORTED_MIXERS = {"qwen3_5": "gated_deltanet", "gguf": "gated_deltanet", "windows": "sliding_window"}
 # What serves a hybrid that fits no layout, and is listed with them.
 VLLM_PLUGIN = "vllm plugin"
 # Of the weights in a GGUF file.
@@ -31,6 +34,8 @@ NEEDED_OPTIONS = {name: value for name, value in NATIVE_OPTIONS.items() if name 
     "output_norm": True,
     "output_gate": "silu",
 }
+# A layer of transformers with a window sees nothing beside it.
+NEEDED_WINDOW_OPTIONS: dict[str, Any] = {"sinks": 0}
 _PRESETS = {"native": NATIVE_OPTIONS}
 
 
@@ -64,14 +69,15 @@ def options_for(to: str, mixer: str, options: dict[str, Any], where: str = "expo
     A `ValueError` names one that would not fit.
     """
     check_layout(to, where)
-    if mixer != NATIVE_MIXER:
-        raise ValueError(f"mixer {mixer!r} cannot be exported ({where}: {to}); only {NATIVE_MIXER!r} can.")
+    if mixer != EXPORTED_MIXERS[to]:
+        raise ValueError(f"mixer {mixer!r} cannot be exported ({where}: {to}); only {EXPORTED_MIXERS[to]!r} can.")
     plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
-    given = plain | options.get(NATIVE_MIXER, {})
-    for name, wanted in NEEDED_OPTIONS.items():
+    given = plain | options.get(mixer, {})
+    windows = to == "windows"
+    for name, wanted in (NEEDED_WINDOW_OPTIONS if windows else NEEDED_OPTIONS).items():
         if name in given and given[name] != wanted:
             raise ValueError(
                 f"mixer_options.{name}={given[name]!r} cannot be exported ({where}: {to}), which needs {wanted!r}; "
                 f"leave one of the two out."
             )
-    return NATIVE_OPTIONS | given
+    return given if windows else NATIVE_OPTIONS | given

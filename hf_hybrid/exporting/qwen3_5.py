@@ -206,8 +206,13 @@ def _offset(weight: torch.Tensor) -> torch.Tensor:
 
 def native_model(config: Qwen3_5TextConfig, tensors: dict[str, torch.Tensor]) -> Qwen3_5ForCausalLM:
     """The exported model in memory, around `tensors`."""
+    return model_around(Qwen3_5ForCausalLM, config, tensors)
+
+
+def model_around(model_class: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """A model of transformers, whose decoder is called `model`, around `tensors`, which are all of it."""
     with torch.device("meta"):
-        model = Qwen3_5ForCausalLM(config)
+        model = model_class(config)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     # In no checkpoint, so it is still without numbers.
@@ -215,7 +220,7 @@ def native_model(config: Qwen3_5TextConfig, tensors: dict[str, torch.Tensor]) ->
     left = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     if left or unexpected:
         raise ValueError(
-            f"transformers' Qwen3_5ForCausalLM is another here: {[*left, *unexpected][:3]} do not fit it."
+            f"transformers' {model_class.__name__} is another here: {[*left, *unexpected][:3]} do not fit it."
         )
     return model
 

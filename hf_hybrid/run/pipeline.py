@@ -86,9 +86,10 @@ def check_recipe(recipe: Recipe, folder: Path, teacher: Any) -> None:
     config = HybridConfig.from_teacher(teacher.config, [], mixer=recipe.mixer, mixer_options=recipe.mixer_options)
     check_mixers(config)
     if recipe.export_to is not None:
-        from ..exporting.qwen3_5 import family_obstacles  # and with it a model of the library that no other run needs
+        from ..exporting import qwen3_5, windows  # and with them models of the library that no other run needs
 
-        if reasons := family_obstacles(teacher.config):
+        layout = windows if recipe.export_to == "windows" else qwen3_5
+        if reasons := layout.family_obstacles(teacher.config):
             raise ValueError(
                 f"the hybrid could not be exported (export_to: {recipe.export_to}): {'; '.join(reasons)}."
             )

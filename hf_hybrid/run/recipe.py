@@ -333,7 +333,7 @@ class Recipe:
         check_dtype(self.dtype)
         if self.export_to is not None:
             self.mixer_options = options_for(self.export_to, self.mixer, self.mixer_options)
-            if self.select.k == 0 or self.select.layers == []:
+            if self.export_to != "windows" and (self.select.k == 0 or self.select.layers == []):
                 raise ValueError(f"select keeps no layer, and export_to: {self.export_to} needs one with softmax.")
         self._check_scores()
         self._check_arguments()
