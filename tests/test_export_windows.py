@@ -41,6 +41,7 @@ def windowed(family="qwen3", layers=(1, 3), dtype=torch.float32, options=None, *
         ("llama", {"mlp_bias": True, "tie_word_embeddings": True, "head_dim": 24}, CwmForCausalLM),
         ("mistral", {"sliding_window": None}, CwmForCausalLM),
         ("qwen2", {}, Qwen2ForCausalLM),
+        ("llama", {"bos_token_id": None, "eos_token_id": None}, CwmForCausalLM),
         ("qwen3", {"attention_bias": True}, Qwen3ForCausalLM),
     ],
 )
@@ -156,7 +157,7 @@ def test_what_stands_in_the_way(config, message):
 def test_who_serves_what():
     said = {family: str(hh.layouts_of(windowed(family).config)[2]) for family in ("llama", "qwen2", "qwen3")}
     assert all("windows: fits" in text and "transformers: any list of layers" in text for text in said.values())
-    assert "gave every layer full attention" in said["qwen3"] and "runs Cwm as a Llama" in said["llama"]
+    assert "vLLM: with --model-impl transformers" in said["qwen3"] and "vLLM: any list" in said["llama"]
 
 
 def test_commands(tmp_path, capsys):

@@ -189,18 +189,34 @@ def test_an_export_needs_no_plugin(tmp_path: Path, monkeypatch: Any) -> None:
     print(f"exported: KL to fp32 {check_agrees(folder, prompts, found):.2f} times transformers' own in bf16")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_windows_need_no_plugin(tmp_path: Path, monkeypatch: Any, family: str) -> None:
-    """`hf-hybrid export --to windows`: the served model is vLLM's own Llama, Qwen2 or Qwen3 with windows."""
-    monkeypatch.setenv("VLLM_PLUGINS", "")
-    windows = {"mixer": "sliding_window", "keep": [0, 3], "options": {"window": 32}}
-    folder = save_hybrid(tmp_path, family, **windows)
-    student: Any = AutoModelForCausalLM.from_pretrained(folder)
-    hh.export(student, to="windows", output=tmp_path / "exported")
-    prompts = [prompt(300, seed) for seed in range(4)]
-    with engine(tmp_path / "exported") as llm:
-        found = answers(llm, prompts, tokens=40)
-    print(f"{family}: KL to fp32 {check_agrees(folder, prompts, found):.2f} times transformers' own in bf16")
+class TestWindows:
+    """`hf-hybrid export --to windows`: the served model is one of transformers, in vLLM."""
+
+    @pytest.fixture
+    def folders(self, tmp_path: Path, monkeypatch: Any, family: str) -> tuple[Path, Path]:
+        """The hybrid, and what is exported of it."""
+        monkeypatch.setenv("VLLM_PLUGINS", "")
+        folder = save_hybrid(tmp_path, family, [0, 3], {"window": 32}, mixer="sliding_window")
+        student: Any = AutoModelForCausalLM.from_pretrained(folder)
+        hh.export(student, to="windows", output=tmp_path / "exported")
+        return folder, tmp_path / "exported"
+
+    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+    def test_agrees_with_transformers(self, folders: tuple[Path, Path], family: str, monkeypatch: Any) -> None:
+        folder, exported = folders
+        # In another process: there vLLM puts layers of its own into transformers' models.
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        prompts = [prompt(300, seed) for seed in range(4)]
+        implementation = {"model_impl": "transformers"} if family.startswith("qwen") else {}
+        with engine(exported, **implementation) as llm:
+            found = answers(llm, prompts, tokens=40)
+        print(f"windows, {family}: KL to fp32 {check_agrees(folder, prompts, found):.2f} times transformers' in bf16")
+
+    @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+    def test_a_class_that_ignores_windows_refuses(self, folders: tuple[Path, Path], family: str) -> None:
+        refused = pytest.raises(AssertionError, match="Sliding window for some but all layers is not supported")
+        with refused, engine(folders[1]):
+            pass
 
 
 def test_prefix_caching(tmp_path: Path) -> None:

@@ -80,15 +80,11 @@ def obstacles(config: HybridConfig) -> list[str]:
 def engines(text_config: Any) -> list[str]:
     """What serves the exported model, in words."""
     lines = ["transformers: any list of layers, with its own cache of the window"]
-    if text_config.model_type == "qwen3":
-        lines.append(
-            "vLLM, SGLang: look first. Their Qwen3 gave every layer full attention and said nothing (vLLM issue "
-            "39514, SGLang issue 22528, of 2026-04): another model than this"
-        )
-    elif text_config.model_type == "qwen2":
-        lines.append("vLLM, SGLang: not tried; see that windows are read (layer_types), and not ignored")
+    if _CLASSES[text_config.model_type] is CwmForCausalLM:
+        lines.append("vLLM: any list of layers")
     else:
-        lines.append("vLLM: not tried; it runs Cwm as a Llama that reads layer_types")
+        lines.append("vLLM: with --model-impl transformers; its own classes refuse windows in some layers")
+    lines.append("SGLang, MLX: not tried; see that they read layer_types and do not give each layer full attention")
     return lines
 
 
@@ -106,8 +102,14 @@ def native_config(config: HybridConfig) -> Any:
         ORIGIN: {name: value for name, value in origin.items() if value is not None},
     }
     if _CLASSES[text.model_type] is CwmForCausalLM:
-        return CwmConfig(**_shared(text), **settings)
-    return type(text).from_dict({**text.to_dict(), "use_sliding_window": True, **settings})
+        # Cwm has no tokens of its own for "none": whoever generates asks the generation config, which is the hybrid's.
+        missing = {"bos_token_id": 0, "eos_token_id": []}
+        missing = {name: value for name, value in missing.items() if getattr(text, name) is None}
+        return CwmConfig(**_shared(text) | missing, **settings)
+    # transformers goes by `layer_types`. vLLM's own Qwen2 and Qwen3 read none: with any other number of these they say
+    # so, with as many as there are layers they would give each of them full attention.
+    settings |= {"use_sliding_window": True, "max_window_layers": 0}
+    return type(text).from_dict({**text.to_dict(), **settings})
 
 
 def _shared(config: Any) -> dict[str, Any]:
