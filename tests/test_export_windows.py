@@ -96,16 +96,18 @@ def test_the_weights_keep_their_dtype(tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_an_exported_model_is_a_hybrid_again(family, tmp_path):
-    hybrid = windowed(family)
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("llama", {"bos_token_id": None}), ("qwen2", {}), ("qwen3", {})]
+)
+def test_an_exported_model_is_a_hybrid_again(family, changes, tmp_path):
+    hybrid = windowed(family, **changes)
     hybrid.config.teacher_name_or_path = "someone/teacher"
     hh.export(hybrid, to="windows", output=tmp_path / "out")
     assert "base_model: someone/teacher" in (tmp_path / "out" / "README.md").read_text()
     back, ids = hh.import_native(tmp_path / "out"), tokens(2, 60)
     assert back.full_attention_layers == [1, 3] and back.config.teacher_name_or_path == "someone/teacher"
     assert (back(ids).logits == hybrid(ids).logits).all()
-    back.set_full_attention_layers([1, 2, 3], tiny_teacher(family))
+    back.set_full_attention_layers([1, 2, 3], tiny_teacher(family, **changes))
     assert hh.export(back, to="windows", output=tmp_path / "again").largest_difference < 5e-5
 
 

@@ -48,6 +48,8 @@ _SHARED = (
     "eos_token_id",
     "rope_parameters",
 )
+# In Cwm's config, where a Llama has no such token.
+_UNSET: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": []}
 
 
 def family_obstacles(text_config: Any) -> list[str]:
@@ -102,12 +104,13 @@ def native_config(config: HybridConfig) -> Any:
         ORIGIN: {name: value for name, value in origin.items() if value is not None},
     }
     if _CLASSES[text.model_type] is CwmForCausalLM:
-        # Cwm has no tokens of its own for "none": whoever generates asks the generation config, which is the hybrid's.
-        missing = {"bos_token_id": 0, "eos_token_id": []}
-        missing = {name: value for name, value in missing.items() if getattr(text, name) is None}
-        return CwmConfig(**_shared(text) | missing, **settings)
+        # Without these Cwm has tokens of its own. Whoever generates asks the generation config, which is the hybrid's.
+        unset = {name: value for name, value in _UNSET.items() if getattr(text, name) is None}
+        settings[ORIGIN]["unset"] = list(unset)
+        return CwmConfig(**_shared(text) | unset, **settings)
     # transformers goes by `layer_types`. vLLM's own Qwen2 and Qwen3 read none: with any other number of these they say
     # so, with as many as there are layers they would give each of them full attention.
+    settings[ORIGIN]["max_window_layers"] = text.max_window_layers
     settings |= {"use_sliding_window": True, "max_window_layers": 0}
     return type(text).from_dict({**text.to_dict(), **settings})
 
@@ -129,14 +132,15 @@ def native_model(model: HybridForCausalLM) -> Any:
 def hybrid_of(model: Any) -> HybridForCausalLM:
     """Returns the hybrid that a model of this layout is."""
     config = model.config
+    origin = getattr(config, ORIGIN, None) or {}
     kept = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
     if config.model_type == CwmConfig.model_type:
-        text: Any = LlamaConfig(**_shared(config))
+        text: Any = LlamaConfig(**_shared(config) | dict.fromkeys(origin.get("unset", ())))
     else:
         plain = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+        plain["max_window_layers"] = origin.get("max_window_layers", config.max_window_layers)
         own = {name: value for name, value in config.to_dict().items() if name != ORIGIN}
         text = type(config).from_dict({**own, **plain})
-    origin = getattr(config, ORIGIN, None) or {}
     hybrid_config = HybridConfig.from_teacher(
         text,
         kept,
