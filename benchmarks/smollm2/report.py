@@ -27,9 +27,9 @@ from hf_hybrid.exporting.native import NATIVE_OPTIONS  # noqa: E402
 Record = dict[str, Any]
 # In the order of the tables; what is not among them comes last.
 SELECTORS = ("search", "verified", "ga-s2", "zero-shot-linearise", "zero-shot", "ga-s1")
-SELECTORS += ("uniform", "random-0", "random-1")
+SELECTORS += ("window-sinks", "uniform", "random-0", "random-1")
 NAMES = {"ga-s1": "alignment loss (ga-s1)", "random-0": "random, first draw", "random-1": "random, second draw"}
-NAMES["search"] = "swaps around the best set"
+NAMES |= {"search": "swaps around the best set", "window-sinks": "verified, for windows"}
 # The runs of the recipe, and what stands beside their seed.
 RUNS = {
     "run-report": "",
@@ -173,9 +173,24 @@ def compared_tokens(results: Results) -> int:
 
 def finished(results: Results) -> str | None:
     """What the recipe made, a row for each run: of each seed, and of the same once more."""
+    table, windows = runs_of(results, RUNS), runs_of(results, {"windows-report": ""})
+    if table is None:
+        return None
+    about = (
+        "`hf-hybrid run` with `recipes/smollm2-135m.yaml`: alignment, choice of layers and distillation, in tokens in "
+        "this order. KL and perplexity on held-out rows of the training mixture."
+    )
+    parts = [about, table]
+    if windows is not None:
+        parts += ["The same with windows, `recipes/smollm2-135m-windows.yaml`:", windows]
+    return "\n\n".join(parts)
+
+
+def runs_of(results: Results, runs: dict[str, str]) -> str | None:
+    """The table of finished runs, by the names of their records, or None where there is none."""
     head = ["seed", "softmax in", "KL", "perplexity", "teacher's", "cache of 8,192 tokens", "tokens", "seconds"]
     rows = []
-    for (seed, jobs), (job, told) in itertools.product(results.seeds.items(), RUNS.items()):
+    for (seed, jobs), (job, told) in itertools.product(results.seeds.items(), runs.items()):
         if (report := jobs.get(job)) is None:
             continue
         found, tokens = report["evaluation"], report["tokens"]
@@ -191,13 +206,7 @@ def finished(results: Results) -> str | None:
                 f"{sum(report['seconds'].values()):.0f}",
             ]
         )
-    if not rows:
-        return None
-    about = (
-        "`hf-hybrid run` with `recipes/smollm2-135m.yaml`: alignment, choice of layers and distillation, in tokens in "
-        "this order. KL and perplexity on held-out rows of the training mixture."
-    )
-    return f"{about}\n\n{markdown(head, rows)}"
+    return markdown(head, rows) if rows else None
 
 
 def aims(results: Results) -> str | None:
@@ -638,7 +647,7 @@ def draw_curves(results: Results, path: Path) -> bool:
 def evaluations(results: Results) -> str | None:
     """What `hf-hybrid evaluate` found of the finished models and their teacher, of the first seed that has it."""
     models = {"teacher": "evaluation-teacher", "hybrid": "evaluation-run"}
-    models["hybrid, fine-tuned on instructions"] = "evaluation-chat"
+    models |= {"hybrid, fine-tuned on instructions": "evaluation-chat", "hybrid with windows": "evaluation-windows"}
     found = {name: results.named(job)[0]["tasks"] for name, job in models.items() if results.named(job)}
     parts: list[str] = []
     if found:
@@ -661,11 +670,12 @@ def evaluations(results: Results) -> str | None:
             "Of each task:",
             markdown(["task", "form", "model", *head], details),
         ]
-    for record in results.named("evaluation-text")[:1]:
+    texts = {"evaluation-text": "Free generation", "evaluation-windows-text": "With windows"}
+    for told, record in ((told, record) for job, told in texts.items() for record in results.named(job)[:1]):
         written = record["generation"]
         share = {name: _share([one]) for name, one in written.items() if isinstance(one, dict)}
         parts.append(
-            f"Free generation, greedy, {written['prompts']} prompts of {written['new_tokens']} tokens: "
+            f"{told}, greedy, {written['prompts']} prompts of {written['new_tokens']} tokens: "
             f"{share['agreement']} of the tokens are the teacher's, {share['common_prefix']} tokens until the first "
             f"that is not; repetition {share['repetition']} (teacher {share['teacher_repetition']}), texts that end "
             f"in a loop {share['looping']} (teacher {share['teacher_looping']}). The first two, the hybrid's beside "
@@ -717,7 +727,8 @@ def undone(results: Results) -> str:
     ]
     if "ga-s2" in size["selectors"]:
         wanted += [f"score-ga-s2-{share}" for share in (0.1, 0.3, 2.0)]
-    wanted += ["run-report", "chat", *(f"evaluation-{name}" for name in ("text", "run", "teacher", "chat"))]
+    evaluated = ("text", "windows-text", "run", "windows", "teacher", "chat")
+    wanted += ["run-report", "windows-report", "chat", *(f"evaluation-{name}" for name in evaluated)]
     missing = [name for name in wanted if not results.named(name)]
     partly = [name for name in wanted if 0 < len(results.named(name)) < len(results.seeds)]
     missing += [f"hybrids with {k} softmax layers" for k in size["kept"] if k not in results.kept()]
