@@ -19,8 +19,8 @@ from .native import NATIVE_MIXER, NATIVE_OPTIONS, NEEDED_OPTIONS
 
 # What vLLM's and others' kernels for the convolution are made for; a shorter one of ours is filled up with zeros.
 _TAPS = 4
-# Settings of a Qwen3 that the layout has under the same name.
-_SHARED = (
+# Settings of a Qwen3, or of a Llama, that models of other layouts have under the same name.
+SHARED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -125,7 +125,7 @@ def native_config(config: HybridConfig) -> Qwen3_5TextConfig:
     heads, taps = text.num_attention_heads, config.options_of(NATIVE_MIXER).get("short_convolution", 0)
     periodic = interval(layer_types)
     origin = {"teacher": config.to_dict()["teacher_name_or_path"], "teacher_revision": config.teacher_revision}
-    settings: dict[str, Any] = {name: getattr(text, name) for name in _SHARED}
+    settings: dict[str, Any] = {name: getattr(text, name) for name in SHARED}
     if periodic is not None:
         settings["full_attention_interval"] = periodic  # which SGLang and MLX read in the place of layer_types
     settings["mamba_ssm_dtype"] = "float32"  # which vLLM reads for the state
@@ -243,7 +243,7 @@ def hybrid_of(model: Qwen3_5ForCausalLM) -> HybridForCausalLM:
         raise _no_hybrid("it rotates only a part of each head (partial_rotary_factor)")
     if config.attention_bias:
         raise _no_hybrid("its attention has biases")
-    text = Qwen3Config(**{name: getattr(config, name) for name in _SHARED}, rope_parameters=rotary)
+    text = Qwen3Config(**{name: getattr(config, name) for name in SHARED}, rope_parameters=rotary)
     kept = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
     origin = getattr(config, ORIGIN, None) or {}
     options = NATIVE_OPTIONS | {"short_convolution": config.linear_conv_kernel_dim}

@@ -15,7 +15,7 @@ from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.modeling.sliding_window_attention import SlidingWindowOptions
 
 from .native import EXPORTED_MIXERS, NEEDED_WINDOW_OPTIONS
-from .qwen3_5 import ORIGIN, model_around
+from .qwen3_5 import ORIGIN, SHARED, model_around
 
 
 MIXER = EXPORTED_MIXERS["windows"]
@@ -27,27 +27,6 @@ _CLASSES: dict[str, Any] = {
     "qwen3": Qwen3ForCausalLM,
 }
 MODEL_TYPES = tuple(sorted({model.config_class.model_type for model in _CLASSES.values()}))
-# Settings of a Llama that Cwm has under the same name.
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "rope_parameters",
-)
 # In Cwm's config, where a Llama has no such token.
 _UNSET: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": []}
 
@@ -117,7 +96,8 @@ def native_config(config: HybridConfig) -> Any:
 
 def _shared(config: Any) -> dict[str, Any]:
     """What a Llama or Mistral and Cwm have in common; Mistral knows no biases of its MLP."""
-    return {name: getattr(config, name) for name in _SHARED} | {"mlp_bias": getattr(config, "mlp_bias", False)}
+    names = (*SHARED, "rope_parameters")
+    return {name: getattr(config, name) for name in names} | {"mlp_bias": getattr(config, "mlp_bias", False)}
 
 
 @torch.no_grad()
