@@ -114,7 +114,7 @@ def card_text(
         _choice(config, made),
         _numbers(made.evaluation),
         _training(config, made),
-        plain.limits(base, licence),
+        plain.limits(config, base, licence),
         plain.citation(),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -202,7 +202,7 @@ def _scores(config: Any, scores: "LayerScores") -> str:
             f" The held-out KL of the aligned all-linear student, before any distillation, is {scores.baseline:.4f}."
         )
     if scores.order:
-        text += f" Layers were chosen together, in the order {scores.order}."
+        text += f" Layers were chosen together, as sets, in the order {scores.order}; single values need not agree."
     rows = [
         f"| {s.layer} | {s} | {_plain(s.sem, '.4f')} | {'yes' if s.layer in kept else ''} |"
         for s in sorted(scores.scores, key=lambda score: score.layer)

@@ -163,6 +163,8 @@ def convert(
     ```
     """
     notes: list[str] = []
+    if not isinstance(mixer, str | Sequence):
+        raise ValueError(f"mixer={mixer!r} is no name; pass one, or a list with one per layer.")
     if not isinstance(teacher, PreTrainedModel | PeftModel):
         teacher, notes = prepared_teacher(
             teacher, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,15 @@ def describe_environment() -> dict[str, Any]:
     return {"platform": platform.platform(), "versions": versions, "devices": _devices()}
 
 
-def describe_kernels(device: Any, kernel: str = "auto") -> str:
+def describe_kernels(device: Any, kernel: str = "auto", mixers: Iterable[str | None] = ()) -> str:
     """
-    Which implementation runs the recurrences on `device`, why, and what it costs; one sentence. Raises a `ValueError`
-    where `kernel="fla"` cannot run there.
+    Which implementation runs the recurrences of `mixers` on `device`, why, and what it costs; one sentence. Raises a
+    `ValueError` where `kernel="fla"` cannot run there.
     """
     from hf_hybrid.modeling.kernels import use_fla, why_not_fla
 
+    if {name for name in mixers if name} == {"sliding_window"}:
+        return f"the windows run in torch's attention on {device.type}"
     if use_fla(device, kernel):
         return f"the recurrences run in fla's kernels on {device.type} (triton {_version('triton')})"
     if device.type != "cuda":

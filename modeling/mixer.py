@@ -21,7 +21,10 @@ class MixerOptions:
         known = [field.name for field in fields(cls) if field.init]
         unknown = sorted(set(options or {}) - set(known))
         if unknown:
-            raise ValueError(f"mixer_options {unknown} are unknown to {mixer or cls.__name__}; choose from {known}.")
+            raise ValueError(
+                f"mixer_options {unknown} are unknown to {mixer or cls.__name__}; choose from {known}. Of several "
+                "mixers, options of one go under its name, in a dict of their own."
+            )
         kinds = get_type_hints(cls)
         for name, value in (options or {}).items():
             # In Python True is a 1, and every number that is not 0 is true.

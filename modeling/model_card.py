@@ -57,7 +57,7 @@ def plain_card(model: Any, repo_id: str, tags: list[str] | None = None) -> str:
         usage(repo_id),
         f"## Layers\n\n{kept_layers(model.config)}",
         "Nothing was measured of the model as it is here.",
-        limits(base, licence),
+        limits(model.config, base, licence),
         citation(),
     ]
     return "\n\n".join(sections) + "\n"
@@ -127,7 +127,8 @@ def _file_of(name: str, filename: str, revision: str | None = None) -> str | Non
 
 def metadata(config: Any, base: str | None, licence: dict[str, Any], tags: list[str] | None = None) -> ModelCardData:
     """What the Hub reads."""
-    own = ["hf-hybrid", "linear-attention", "hybrid-attention", *(name.replace("_", "-") for name in mixers(config))]
+    kinds = ["hybrid-attention"] if _windows_only(config) else ["linear-attention", "hybrid-attention"]
+    own = ["hf-hybrid", *kinds, *(name.replace("_", "-") for name in mixers(config))]
     data: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -145,11 +146,23 @@ def mixers(config: Any) -> list[str]:
     return sorted(used or {name for name in config.layer_mixers if name})
 
 
+def _windows_only(config: Any) -> bool:
+    """Whether nothing but windows is in the place of softmax, so that there is no recurrent state."""
+    return mixers(config) == ["sliding_window"]
+
+
 def introduction(config: Any, teacher: str | None, parameters: int) -> str:
     """The title, and a paragraph that says what the model is."""
     kept, total = len(config.full_attention_layers), config.num_hidden_layers
     names = ", ".join(f"`{name}`" for name in mixers(config))
     source = teacher or "a softmax-attention model"
+    if _windows_only(config):
+        return (
+            f"# Hybrid of {source}\n\nA causal language model made by hf_hybrid from {source}: {kept} of {total} "
+            "layers have softmax attention over everything before, the other "
+            f"{total - kept} over a window of tokens ({names}), so that what they remember does not grow with the "
+            f"context. {parameters:,} parameters." + _file(config)
+        )
     return (
         f"# Hybrid of {source}\n\nA causal language model with softmax and linear attention, made by hf_hybrid "
         f"from {source}: {kept} of {total} layers have softmax attention, the other {total - kept} have linear "
@@ -195,13 +208,15 @@ def kept_layers(config: Any) -> str:
     return f"Softmax attention in layers {kept} (counted from 0), in the others {', '.join(names)}."
 
 
-def limits(base: str | None, licence: dict[str, Any]) -> str:
+def limits(config: Any, base: str | None, licence: dict[str, Any]) -> str:
     """What holds for every hybrid, and its licence."""
+    forgets, state = "Linear layers remember a fixed amount", "a recurrent state"
+    if _windows_only(config):
+        forgets, state = "Layers with a window see nothing before it", "what has left a window"
     return (
-        f"## Limits and licence\n\nThe model inherits the limits of {base or 'its teacher'}. Linear layers remember a "
-        "fixed amount, so exact recall from long contexts is what suffers first. Assisted decoding is not possible, "
-        "since a recurrent state cannot be rolled back, and packed rows cannot be continued from a cache.\n\n"
-        + terms(licence)
+        f"## Limits and licence\n\nThe model inherits the limits of {base or 'its teacher'}. {forgets}, so exact "
+        f"recall from long contexts is what suffers first. Assisted decoding is not possible, since {state} cannot be "
+        "rolled back, and packed rows cannot be continued from a cache.\n\n" + terms(licence)
     )
 
 

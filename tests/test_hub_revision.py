@@ -89,7 +89,8 @@ def test_score_and_evaluate_take_the_revision_that_is_named(hub: LoopbackHub, tm
         with contextlib.redirect_stderr(io.StringIO()) as said:
             again = ["score", "tester/teacher", *score, "branch", "--data-files", "texts/*", "--rows", "4"]
             assert main([*again, "--block-size", "64", "--revision", new]) == 2
-        assert f"belongs to another recipe (revision: 'v1' here, '{{new}}' there" in said.getvalue(), said.getvalue()
+        told = said.getvalue()
+        assert f"belongs to another recipe (revision: 'v1' in the folder, '{{new}}' now" in told, told
         """,
     )
     for folder, revision, commit in (("pinned", teachers[0], 0), ("branch", "v1", 0), ("main", None, 1)):
@@ -124,7 +125,7 @@ def test_a_run_stays_with_its_commit_where_the_branch_moves(hub: LoopbackHub, tm
         assert main(["run", "main.yaml", "--output", "run"]) == 0
         with contextlib.redirect_stderr(io.StringIO()) as said:
             assert main(["run", "pinned.yaml", "--output", "run"]) == 2
-        assert "belongs to another recipe (revision: None here, '" in said.getvalue(), said.getvalue()
+        assert "belongs to another recipe (revision: None in the folder, '" in said.getvalue(), said.getvalue()
         assert main(["run", "pinned.yaml", "--output", "pinned", "--stop-after", "align"]) == 0
         shutil.copytree("run", "again")
         assert main(["run", "main.yaml", "--output", "again", "--from", "data", "--stop-after", "data"]) == 0

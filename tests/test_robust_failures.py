@@ -276,15 +276,31 @@ def made_again(run: Path) -> str:
 @pytest.mark.parametrize(
     ("changes", "message", "stage"),
     [
-        ({"mixer": "kimi_delta_attention"}, "mixer: 'gated_deltanet' here, 'kimi_delta_attention' there", "align"),
-        ({"mixer_options": {"rope": False}}, "mixer_options.rope: None here, False there", "align"),
+        (
+            {"mixer": "kimi_delta_attention"},
+            "mixer: 'gated_deltanet' in the folder, 'kimi_delta_attention' now",
+            "align",
+        ),
+        (
+            {"mixer_options": {"rope": False}},
+            "mixer_options.rope: None in the folder, False now",
+            "align",
+        ),
         (
             {"select": {"layers": [0, 2]}},
-            "select.k: 2 here, None there; select.layers: None here, [0, 2] there",
+            "select.k: 2 in the folder, None now; select.layers: None in the folder, [0, 2] now",
             "select",
         ),
-        ({"seed": 4, "finetune": None}, "(finetune: some here, none there; seed: 3 here, 4 there,", "data"),
-        ({"training": {"use_cpu": True, "bf16": True}}, "training.bf16: None here, True there", "align"),
+        (
+            {"seed": 4, "finetune": None},
+            "(finetune: some in the folder, none now; seed: 3 in the folder, 4 now)",
+            "data",
+        ),
+        (
+            {"training": {"use_cpu": True, "bf16": True}},
+            "training.bf16: None in the folder, True now",
+            "align",
+        ),
     ],
 )
 def test_another_recipe_is_refused_with_what_differs(changes: dict, message: str, stage: str, case: Case) -> None:
@@ -297,7 +313,7 @@ def test_another_recipe_is_refused_with_what_differs(changes: dict, message: str
 def test_a_stage_is_made_again_with_another_recipe(case: Case) -> None:
     case.at("evaluate")
     case.recipe["distill"] = case.recipe["distill"] | {"learning_rate": 1e-4}
-    message = "distill.learning_rate: 0.001 here, 0.0001 there"
+    message = "distill.learning_rate: 0.001 in the folder, 0.0001 now"
     for options in ([], ["--from", "finetune"]):
         line = case.fails(*options)
         assert message in line and "add --from distill to make" in line

@@ -139,7 +139,8 @@ def test_a_run_of_before_is_known_and_goes_on_by_another_method(finished, tmp_pa
             run_recipe(old.recipe, folder, **given)
     new = Recipe.load(finished.folder / "recipe.yaml")
     with pytest.raises(
-        ValueError, match="belongs to another recipe .*score.method: 'gates' here, 'ga-s2' there.*--from score"
+        ValueError,
+        match="belongs to another recipe .*score.method: 'gates' in the folder, 'ga-s2' now.*--from score",
     ):
         claim(folder, new)
     assert "set_aside/1/scores.json" in claim(folder, new, "score")

@@ -84,6 +84,11 @@ def batches(dataset: Any, batch_size: int, device: torch.device) -> Iterator[dic
         raise ValueError("the evaluation dataset is empty; pass at least one row of input_ids.")
     for start in range(0, len(dataset), batch_size):
         rows = dataset[start : start + batch_size]
+        if not isinstance(rows, dict) or "input_ids" not in rows:
+            there = f"columns {sorted(rows)}" if isinstance(rows, dict) else f"a {type(dataset).__name__}"
+            raise ValueError(
+                f"the evaluation dataset has no input_ids ({there}); pass a datasets.Dataset of tokenised rows."
+            )
         lengths = {len(row) for row in rows["input_ids"]}
         if len(lengths) != 1:
             raise ValueError(

@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--output", required=True, help="new folder for the model")
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
+    convert.add_argument("--mixer-options", metavar="YAML", help="such as '{window: 128, sinks: 4}'")
     convert.add_argument("--export-to", choices=tuple(LAYOUTS), help="use mixer options that fit this layout")
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall, cache size and tasks of a model")
@@ -296,7 +297,8 @@ def _run(options: argparse.Namespace) -> None:
     if result.already_finished:
         print(f"{options.output} is finished; nothing was done. The model is in {result.folder / 'model'}.")
     if result.report is None:
-        print(f"Stopped after {options.stop_after}. Run the same command without --stop-after to go on.")
+        given = "--stop-after and --from" if options.start_from else "--stop-after"
+        print(f"Stopped after {options.stop_after}. Run the same command without {given} to go on.")
         return
     print(f"Softmax attention is kept in layers {result.selected} of {result.report['num_layers']}.")
     print_evaluation(result.report["evaluation"])
@@ -306,7 +308,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def _plan(recipe: Any, options: argparse.Namespace) -> None:
     if options.stop_after or options.start_from:
-        raise ValueError("--plan is about all that is left to do; leave out --stop-after and --from.")
+        raise ValueError(
+            "--plan is about all that is left to do in a run; leave out --stop-after and --from. What it costs to "
+            "make stages again, a new --output tells."
+        )
     from rich.console import Console
 
     from ..run.plan import plan_recipe
@@ -400,19 +405,35 @@ def _convert(options: argparse.Namespace) -> None:
         revision=options.revision,
         gguf_file=options.gguf_file,
     )
-    mixer_options = None
+    mixer_options = parse_mixer_options(options.mixer_options)
     if options.export_to is not None:
-        mixer_options = options_for(options.export_to, options.mixer, {}, "--export-to")
+        mixer_options = options_for(options.export_to, options.mixer, mixer_options, "--export-to")
     student = convert(teacher, layers, mixer=options.mixer, mixer_options=mixer_options)
     if options.export_to is not None:
         check_fits(student.config, options.export_to)
     student.config.teacher_name_or_path = options.teacher
     print(f"Saving the hybrid in {folder}.", file=sys.stderr)
     with publish(folder) as partial:
-        note = "Not trained: the new tensors of its linear layers are random. Align and distil it before use."
-        save_model(student, tokenizer, partial, note=note if student.linear_attention_layers else "")
+        note = ""
+        if student.linear_attention_layers:
+            new = ": the new tensors of its linear layers are random" if student.conversion_report.created else ""
+            note = f"Not trained{new}. Align and distil it before use."
+        save_model(student, tokenizer, partial, note=note)
     print(student.conversion_report)
-    print(f"Saved in {folder}. {note}" if student.linear_attention_layers else f"Saved in {folder}.")
+    print(f"Saved in {folder}. {note}".rstrip())
+
+
+def parse_mixer_options(text: str | None) -> dict[str, Any]:
+    """The options in the value of --mixer-options, which is YAML as in a recipe."""
+    import yaml
+
+    try:
+        found = {} if text is None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--mixer-options {text!r} is no YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--mixer-options {text!r} is no mapping; write it as in a recipe: '{{window: 128}}'.")
+    return found
 
 
 def parse_layers(text: str, option: str) -> list[int]:

@@ -106,7 +106,9 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
         check_positions(model, max(lengths), "--lengths")
     model = model.to(device)
     if model.config.model_type == "hf_hybrid":
-        listener(Event("evaluate", "note", text=describe_kernels(device, model.config.kernel)))
+        listener(
+            Event("evaluate", "note", text=describe_kernels(device, model.config.kernel, model.config.layer_mixers))
+        )
     teacher = None
     if options.teacher is not None:
         listener(Event("evaluate", "note", text=f"loading {options.teacher}"))
@@ -117,6 +119,9 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
         config = DataConfig(**(text if some is None else {**text, "text_files": some}))
         check_positions(model, config.block_size)
         rows[name] = first_rows(config, tokenizer, config.held_out_rows)
+        if len(rows[name]) < config.held_out_rows:
+            there = f"{name or 'the text'} has {len(rows[name])} rows of {config.block_size} tokens"
+            listener(Event("evaluate", "note", text=f"{there}, of {config.held_out_rows} that were asked for"))
 
     def told(done: int, total: int, text: str) -> None:
         listener(Event("evaluate", "step", done, total, text))

@@ -172,7 +172,7 @@ def writers_of(options: argparse.Namespace, chats: bool = False) -> dict[str, Wr
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         writers[who] = Writer(model.to(device), checked(tokenizer, who), positions)
         if model.config.model_type == "hf_hybrid":
-            print(describe_kernels(device, model.config.kernel), file=sys.stderr)
+            print(describe_kernels(device, model.config.kernel, model.config.layer_mixers), file=sys.stderr)
     return writers
 
 

@@ -154,7 +154,8 @@ def build_rows(
             shutil.rmtree(folder, ignore_errors=True)
             counts, ended = _write_sets(config, tokenizer, seed, folder, wanted, vocab_size, packing, progress)
     write_json(folder / _PACKING, dataclasses.asdict(packing))
-    _check_counts(counts, wanted, config)
+    if counts["train"] == 0:
+        raise too_few_rows(sum(counts.values()), wanted["score"] + wanted["report"], config)
     if ended is not None and len(config.sources) > 1 and counts["train"] < num_train_rows:
         text_end = TextEnd.of(config, ended, counts["train"], num_train_rows)
         write_json(folder / _TEXT_END, dataclasses.asdict(text_end))
@@ -430,15 +431,14 @@ def _write(rows: Iterator[dict[str, Any]], folder: Path, vocab_size: int | None)
     return written
 
 
-def _check_counts(counts: dict[str, int], wanted: dict[str, int], config: DataConfig) -> None:
-    found, held_out = sum(counts.values()), wanted["score"] + wanted["report"]
+def too_few_rows(found: int, held_out: int, config: DataConfig, about: str = "") -> ValueError:
+    """What is said of text that has `found` rows, none of them to train on; `about` is put before an estimate."""
     if found == 0:
-        raise _no_rows(config)
-    if counts["train"] == 0:
-        raise ValueError(
-            f"{_name(config)} makes {found} rows of {config.block_size} tokens, and {held_out} are held out, so none "
-            "is left to train on; give more text, a smaller block_size, or fewer held_out_rows and report_rows."
-        )
+        return _no_rows(config)
+    return ValueError(
+        f"{_name(config)} makes {about}{found} rows of {config.block_size} tokens, and {held_out} are held out, so "
+        "none is left to train on; give more text, a smaller block_size, or fewer held_out_rows and report_rows."
+    )
 
 
 def _no_rows(config: DataConfig) -> ValueError:

@@ -47,8 +47,13 @@ def check_layout(to: str, where: str = "to") -> None:
 
 def mixer_options_of(options: dict[str, Any] | str | None, mixer: str | Sequence[str | None]) -> dict[str, Any] | None:
     """`options` as a dict, where they may be the name of a preset: `"native"`, for [`GatedDeltaNet`] alone."""
-    if not isinstance(options, str):
+    if options is None or isinstance(options, dict):
         return options
+    if not isinstance(options, str):
+        raise ValueError(
+            f"mixer_options is a {type(options).__name__}; pass a dict, in which options of one mixer go under its "
+            f"name, or one of {sorted(_PRESETS)}."
+        )
     if options not in _PRESETS:
         raise ValueError(
             f"mixer_options={options!r} is no preset; pass one of {sorted(_PRESETS)}, or a dict of options."

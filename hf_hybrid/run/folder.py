@@ -105,14 +105,14 @@ def check_claim(folder: Path, recipe: Recipe, start_from: str | None = None) -> 
         _refuse_strangers(folder)
         return []
     there = Recipe.load(identity)
-    differences = there.difference(recipe)
+    differences = there.difference(recipe, "in the folder", "now")
     if differences and has_work(folder):
         first = _first_stage(there, recipe)
         order = list(ARTEFACTS)
         if start_from is None or order.index(first) < order.index(start_from):
             shown = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
             raise ValueError(
-                f"{folder} belongs to another recipe ({shown}, 'here' being the folder's); choose another folder, run "
+                f"{folder} belongs to another recipe ({shown}); choose another folder, run "
                 f"{identity} to go on with it, or add --from {first} to make that stage and what follows again."
             )
     return differences

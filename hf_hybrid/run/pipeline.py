@@ -177,7 +177,9 @@ class Pipeline:
 
     def say_kernels(self) -> None:
         """Says what will run the recurrences; a `ValueError` where the recipe asks for what cannot."""
-        self.listener(Event("run", "note", text=describe_kernels(self.device, self.recipe.kernel)))
+        self.listener(
+            Event("run", "note", text=describe_kernels(self.device, self.recipe.kernel, [self.recipe.mixer]))
+        )
 
     @functools.cached_property
     def device(self) -> torch.device:

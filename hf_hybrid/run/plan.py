@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
 from ..conversion import check_teacher, convert
-from ..data.rows import TextEnd
+from ..data.rows import TextEnd, too_few_rows
 from ..data.text import check_sources, open_text
 from ..demo_data import demo_rows
 from ..places import check_place, find_files
@@ -203,6 +203,7 @@ class _Planner:
         self.device: torch.device = self.args["align"].device
         self.block = {name: stage.block_size or recipe.data.block_size for name, stage in recipe.stages().items()}
         self.notes: list[str] = []
+        self.whole_text = False  # whether all of it was tokenised, not a sample
         self.per_token: dict[str, float] = {}
         self.how: dict[str, str] = {}
 
@@ -262,6 +263,11 @@ class _Planner:
             held_out = recipe.data.held_out_rows + recipe.data.report_rows
             wanted = (held_out + rows_needed(recipe)) * recipe.data.block_size
             plan.seconds, plan.how, there = self._data(wanted)
+            found = there // recipe.data.block_size
+            if found <= held_out and (self.whole_text or 1.2 * found <= held_out):
+                raise too_few_rows(found, held_out, recipe.data, "" if self.whole_text else "about ")
+            if (reused := rows_needed(recipe) / max(1, found - held_out)) > 1 and not recipe.data.sources:
+                self.notes.append(f"the text has about {found:,} rows; each to train on is used {reused:.1f} times")
             plan.rows = min(wanted, there) // recipe.data.block_size
             plan.tokens = plan.rows * recipe.data.block_size
             columns = 2 if recipe.data.respect_documents and recipe.data.source is None else 1
@@ -378,12 +384,15 @@ class _Planner:
             demo_rows(self.tokenizer, data.block_size, 256, seed=self.recipe.seed, split="train")
             return time.perf_counter() - start, "256 rows of it, made here", tokens
         length = found = 0
-        for text, _ in islice(open_text(data, self.recipe.seed), 256):
+        texts = islice(open_text(data, self.recipe.seed), 256)
+        for text, _ in texts:
             found += len(self.tokenizer(text)["input_ids"])
             length += len(text.encode())
             if length > _SAMPLE_BYTES:
                 break
         sources = data.all_sources()
+        total = sum(file.stat().st_size for one in sources for file in find_files(one.text_files))
+        self.whole_text = len(sources) == 1 and length >= 0.98 * total
         # The text ends with the source whose files are shortest for its weight.
         sizes = [sum(file.stat().st_size for file in find_files(one.text_files)) / one.weight for one in sources]
         there = int(min(sizes) * sum(one.weight for one in sources)) * found // max(1, length)

@@ -457,20 +457,20 @@ class Recipe:
         """Canonical JSON of what decides the result: equal for equal recipes."""
         return json.dumps(self.identity(), sort_keys=True)
 
-    def difference(self, other: "Recipe") -> list[str]:
+    def difference(self, other: "Recipe", here: str = "here", there: str = "there") -> list[str]:
         """What differs in what decides the result, one line a value: `align.tokens: 1000 here, 2000 there`."""
         ours, theirs = self.identity(), other.identity()
         # A stage that only one of them has is one line, not one for each of its values.
         words = ("none", "some")
         whole = [
-            f"{key}: {words[ours[key] is not None]} here, {words[theirs[key] is not None]} there"
+            f"{key}: {words[ours[key] is not None]} {here}, {words[theirs[key] is not None]} {there}"
             for key in sorted(ours)
             if {type(ours[key]), type(theirs[key])} == {dict, type(None)}
         ]
         alone = {line.split(":")[0] for line in whole}
         ours, theirs = (_flat({k: v for k, v in side.items() if k not in alone}) for side in (ours, theirs))
         return whole + [
-            f"{key}: {ours.get(key)!r} here, {theirs.get(key)!r} there"
+            f"{key}: {ours.get(key)!r} {here}, {theirs.get(key)!r} {there}"
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key)
         ]

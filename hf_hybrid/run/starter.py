@@ -156,6 +156,11 @@ class _Starter:
             self.block //= 2
             self.data["block_size"] = self.block
         rows = available // self.block
+        if rows < 3:
+            raise ValueError(
+                f"the text has about {available:,} tokens, and a run needs 3 rows of {self.block} at least: one to "
+                "train on, and two that are held out; give more text."
+            )
         for name in {"held_out_rows", "report_rows"} - given:
             self.data[name] = max(1, min(self.data[name], rows // 8))
         left = max(1, (rows - self.data["held_out_rows"] - self.data["report_rows"]) // 2)

@@ -430,14 +430,20 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Keeps the library from printing its table of tensors that do not fit, which here becomes one sentence."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """
+    Keeps the library from printing its table of tensors that do not fit, which here becomes one sentence. When it is
+    told so, it looks which tensors are not sharded, and speaks of those.
+    """
+    places = ("modeling_utils", "distributed.tensor_parallel", "integrations.tensor_parallel")
+    loggers = [logging.getLogger(f"transformers.{place}") for place in places]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

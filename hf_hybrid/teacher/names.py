@@ -69,7 +69,10 @@ def check_folder(name: str | os.PathLike) -> None:
         raise ValueError(f"the folder {folder} cannot be read ({error.strerror}); change its permissions.") from error
     if "config.json" in there or "adapter_config.json" in there:
         return
-    inside = next((path.parent for path in sorted(folder.glob("*/config.json"))), None)
+    if {"recipe.yaml", ".lock"} <= set(there) and "model" not in there:
+        raise ValueError(f"the run in {folder} has no finished model yet; go on with it, or give a model's folder.")
+    # Of a run's models the finished one, not that which is aligned.
+    models = sorted((path.parent for path in folder.glob("*/config.json")), key=lambda one: (one.name != "model", one))
     found = f"it holds {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}" if there else "it is empty"
-    advice = f"did you mean {inside}?" if inside else "give the folder that save_pretrained() wrote, or a Hub id."
+    advice = f"did you mean {models[0]}?" if models else "give the folder that save_pretrained() wrote, or a Hub id."
     raise ValueError(f"the folder {folder} has no config.json ({found}); {advice}")

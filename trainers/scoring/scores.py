@@ -11,6 +11,8 @@ from ..durable import read_record, write_json
 from ..held_out import standard_error
 
 
+# Of scores with an order.
+TOGETHER = "chosen together, in the order {}: values are of single layers, and need not agree"
 KL_MEASURE, KL_UNIT = "held-out KL with the layer restored to softmax", "nats per token"
 
 
@@ -199,6 +201,8 @@ class LayerScores:
         best = [by_layer[layer] for layer in self.ranking[:most]]
         lines = [f"{self.measure}, {self.unit}; {direction} is worth more"]
         lines += [f"  layer {s.layer:>3}  {s}" + ("" if s.diverged else f" ± {s.sem:.4f}") for s in best]
+        if self.order:
+            lines[0] += f"; {TOGETHER.format(self.order)}"
         left = len(self.scores) - len(best)
         return "\n".join(lines if left == 0 else [*lines, f"  and {left} more"])
 
@@ -240,7 +244,8 @@ class LayerScores:
         text.write(f"{self.method}: {self.measure} ({self.unit}; {direction} is worth more)\n")
         Console(file=text, width=88).print(table)
         if self.order:
-            text.write(f"* chosen together, in this order{'' if self.k is None else f', for k={self.k} only'}\n")
+            text.write(f"* chosen together, in this order{'' if self.k is None else f', for k={self.k} only'}; ")
+            text.write("values are of single layers, and need not agree\n")
         text.write("".join(f"{note}\n" for note in self.notes))
         memory = f", {self.peak_memory_bytes / 2**20:,.0f} MiB {self.memory_kind}" if self.memory_kind else ""
         text.write(
