@@ -666,7 +666,7 @@ class Work:
         self.study = study
         self.wanted = wanted  # patterns of the jobs' names
         self.met: set[str] = set()  # those of them that some job has
-        self.names: list[str] = []  # of all jobs
+        self.names: dict[str, None] = {}  # of all jobs, in their order
         self.slowest: dict[str, float] = {}  # seconds of each kind of job, the longest so far
         self.left: list[str] = []
 
@@ -684,7 +684,7 @@ class Work:
         say(f"left for another call: {', '.join(self.left)}" if self.left else "all jobs are done")
 
     def is_wanted(self, name: str) -> bool:
-        self.names.append(name)
+        self.names[name] = None
         met = {pattern for pattern in self.wanted if fnmatch.fnmatchcase(name, pattern)}
         self.met |= met
         return bool(met)

@@ -384,8 +384,7 @@ class _Planner:
             demo_rows(self.tokenizer, data.block_size, 256, seed=self.recipe.seed, split="train")
             return time.perf_counter() - start, "256 rows of it, made here", tokens
         length = found = 0
-        texts = islice(open_text(data, self.recipe.seed), 256)
-        for text, _ in texts:
+        for text, _ in islice(open_text(data, self.recipe.seed), 256):
             found += len(self.tokenizer(text)["input_ids"])
             length += len(text.encode())
             if length > _SAMPLE_BYTES:
