@@ -152,6 +152,13 @@ def test_commands(sources: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
         asked = ["--full-attention-layers", "1", "--mixer-options", mixer_options, "--output", str(tmp_path / "out")]
         assert main(["convert", str(sources[0]), *asked]) == 2
         assert f"--mixer-options '{mixer_options}' is no " in capsys.readouterr().err
+    asked = ["--method", "zero-shot", "--align-tokens", "128", "--tokens-per-layer", "128"]
+    asked += ["--mixer", "sliding_window", "--mixer-options", "{window: 8}"]
+    text = ["--data-files", f"{sources[1]}/*", "--rows", "4", "--block-size", "64"]
+    assert main(["score", str(sources[0]), *asked, *text, "--output", str(tmp_path / "scored")]) == 0
+    made = Recipe.load(tmp_path / "scored" / "recipe.yaml")
+    assert (made.mixer, made.mixer_options) == ("sliding_window", {"window": 8})
+    capsys.readouterr()
     recipe = tmp_path / "tiny.yaml"
     Recipe.from_dict(tiny_recipe(*sources)).save(recipe)
     for more in ([], ["--from", "data"]):

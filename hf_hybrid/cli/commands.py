@@ -19,7 +19,7 @@ from .evaluate import add_evaluate_options, check_evaluate_options, evaluation_o
 from .export import add_export_options, check_export_options, export_as_told
 from .generate import add_chat_options, add_generate_options, check_options, prompts_of
 from .score import add_score_options, check_score_options
-from .text import GGUF_HELP, SEEDS, add_text_options, check_numbers, text_of
+from .text import GGUF_HELP, MIXER_OPTIONS_HELP, SEEDS, add_text_options, check_numbers, parse_mixer_options, text_of
 
 
 # Seconds that the main process has to fail, too, and to say why.
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--output", required=True, help="new folder for the model")
     convert.add_argument("--mixer", default="gated_deltanet", help="linear-attention mixer (default: %(default)s)")
-    convert.add_argument("--mixer-options", metavar="YAML", help="such as '{window: 128, sinks: 4}'")
+    convert.add_argument("--mixer-options", metavar="YAML", help=MIXER_OPTIONS_HELP)
     convert.add_argument("--export-to", choices=tuple(LAYOUTS), help="use mixer options that fit this layout")
     convert.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     evaluate = add("evaluate", _evaluate, "measure held-out KL, perplexity, recall, cache size and tasks of a model")
@@ -421,19 +421,6 @@ def _convert(options: argparse.Namespace) -> None:
         save_model(student, tokenizer, partial, note=note)
     print(student.conversion_report)
     print(f"Saved in {folder}. {note}".rstrip())
-
-
-def parse_mixer_options(text: str | None) -> dict[str, Any]:
-    """The options in the value of --mixer-options, which is YAML as in a recipe."""
-    import yaml
-
-    try:
-        found = {} if text is None else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--mixer-options {text!r} is no YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--mixer-options {text!r} is no mapping; write it as in a recipe: '{{window: 128}}'.")
-    return found
 
 
 def parse_layers(text: str, option: str) -> list[int]:

@@ -5,13 +5,24 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .text import GGUF_HELP, SEEDS, TEXT_FIELDS, add_text_options, check_numbers, text_of
+from .text import (
+    GGUF_HELP,
+    MIXER_OPTIONS_HELP,
+    SEEDS,
+    TEXT_FIELDS,
+    add_text_options,
+    check_numbers,
+    parse_mixer_options,
+    text_of,
+)
 
 
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says how a model given by name is scored; a recipe says it itself."""
     parser.add_argument("--revision", help="branch, tag or commit of a teacher on the Hub (default: its main branch)")
     parser.add_argument("--gguf-file", metavar="NAME", help=GGUF_HELP.format("TEACHER"))
+    parser.add_argument("--mixer", help="what the other layers will have (default: gated_deltanet)")
+    parser.add_argument("--mixer-options", metavar="YAML", help=MIXER_OPTIONS_HELP)
     parser.add_argument("--method", help="how: ga-s2 (default), verified, zero-shot, ...: docs/scoring.md lists them")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     parser.add_argument("--k", type=int, help="layers to keep (default: a quarter)")
@@ -27,7 +38,17 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
 
 
 _SELECT = ("k", "fraction", "cache_bytes", "context")
-_OTHERS = ("revision", "gguf_file", "method", *_SELECT, "tokens_per_layer", "align_tokens", "seed")
+_OTHERS = (
+    "revision",
+    "gguf_file",
+    "mixer",
+    "mixer_options",
+    "method",
+    *_SELECT,
+    "tokens_per_layer",
+    "align_tokens",
+    "seed",
+)
 
 
 def check_score_options(options: argparse.Namespace) -> None:
@@ -51,6 +72,7 @@ def check_score_options(options: argparse.Namespace) -> None:
         return
     check_numbers(options, k=(0, math.inf), fraction=(0, 1), seed=SEEDS)
     text_of(options)
+    parse_mixer_options(options.mixer_options)
     if options.teacher != "embedded":
         check_found(options.teacher, options.gguf_file)
     check_place(options.output, options.teacher)
@@ -81,6 +103,8 @@ def recipe_of(options: argparse.Namespace) -> Any:
         seed=options.seed or 0,
         revision=options.revision,
         gguf_file=options.gguf_file,
+        mixer=options.mixer or "gated_deltanet",
+        mixer_options=parse_mixer_options(options.mixer_options),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 
 GGUF_HELP = "the GGUF file of {}, in a folder that holds several or on the Hub"
+MIXER_OPTIONS_HELP = "its options, such as '{window: 128, sinks: 4}'"
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -75,3 +76,16 @@ def text_of(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) is not None and not options.dataset:
             raise ValueError(f"--{name.replace('_', '-')} needs --dataset, of which it names a part.")
     return {field: getattr(options, name) for name, field in TEXT_FIELDS.items() if getattr(options, name) is not None}
+
+
+def parse_mixer_options(text: str | None) -> dict[str, Any]:
+    """The options in the value of --mixer-options, which is YAML as in a recipe."""
+    import yaml
+
+    try:
+        found = {} if text is None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--mixer-options {text!r} is no YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--mixer-options {text!r} is no mapping; write it as in a recipe: '{{window: 128}}'.")
+    return found

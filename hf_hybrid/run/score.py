@@ -38,6 +38,8 @@ def scoring_recipe(
     seed: int = 0,
     revision: str | None = None,
     gguf_file: str | None = None,
+    mixer: str = "gated_deltanet",
+    mixer_options: dict[str, Any] | None = None,
 ) -> Recipe:
     """
     Returns a recipe whose score stage scores `teacher`, with defaults for all else.
@@ -53,6 +55,7 @@ def scoring_recipe(
         seed (`int`): of everything random.
         revision (`str`, *optional*): branch, tag or commit of a teacher on the Hub; by default its main branch.
         gguf_file (`str`, *optional*): the teacher's GGUF file, in a folder that holds several or on the Hub.
+        mixer (`str`), mixer_options (`dict`, *optional*): what the other layers will have: layers are good for one.
     """
     defaults = _EMBEDDED if teacher == "embedded" else _OTHER
     data = dict(data or {})
@@ -74,6 +77,8 @@ def scoring_recipe(
         seed=seed,
         revision=revision,
         gguf_file=gguf_file,
+        mixer=mixer,
+        mixer_options=mixer_options or {},
     )
 
 
