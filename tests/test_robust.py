@@ -191,7 +191,7 @@ def test_killed_while_it_sets_stages_aside(reference: Reference, tmp_path: Path)
         assert contents(folder, list(ARTEFACTS.values())) | moved == before
         if Recipe.load(folder / "recipe.yaml").mixer_options:
             break
-        with pytest.raises(ValueError, match=r"mixer_options.rope: None here, False there.*add --from align"):
+        with pytest.raises(ValueError, match=r"mixer_options.rope: None in the folder, False now.*add --from align"):
             run_recipe(Recipe.from_dict(changed), folder)
     assert operation > 10
     (folder / "seconds.json.partial").write_text("{")  # what a kill at the very end leaves
