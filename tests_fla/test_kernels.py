@@ -207,7 +207,13 @@ def test_gates_and_unit_length_in_the_kernels(called: list[str], kind: str, pack
     options = {"seq_idx": torch.stack([seq_idx_of([3, 67]), seq_idx_of([70])])} if packed else {}
     entry = functools.partial(kernels.delta_rule_of_logits, kind)
     expected = run(entry, {name: x.double() for name, x in inputs.items()}, kernel="torch", **options)
-    assert_close(run(entry, inputs, kernel="fla", **options), expected, TOLERANCE)
+    found = run(entry, inputs, kernel="fla", **options)
+    # These two are sums over all tokens, of terms that cancel: their rounding is that of the terms, and processors
+    # differ in it.
+    bound = TOLERANCE * (1 + expected["d_decay"].norm().item())
+    for name in ("d_A_log", "d_dt_bias"):
+        torch.testing.assert_close(found.pop(name).double(), expected.pop(name), rtol=0, atol=bound)
+    assert_close(found, expected, TOLERANCE)
     assert called == [f"chunk_{kind}"]
 
 
