@@ -119,9 +119,10 @@ def describe_kernels(device: Any, kernel: str = "auto", mixers: Iterable[str | N
     """
     from hf_hybrid.modeling.kernels import use_fla, why_not_fla
 
+    fla = use_fla(device, kernel)
     if {name for name in mixers if name} == {"sliding_window"}:
         return f"the windows run in torch's attention on {device.type}"
-    if use_fla(device, kernel):
+    if fla:
         return f"the recurrences run in fla's kernels on {device.type} (triton {_version('triton')})"
     if device.type != "cuda":
         return f"the recurrences run in torch on {device.type}; fla's kernels need a CUDA device"

@@ -665,7 +665,6 @@ class Work:
     def __init__(self, study: Study, wanted: list[str]) -> None:
         self.study = study
         self.wanted = wanted  # patterns of the jobs' names
-        self.met: set[str] = set()  # those of them that some job has
         self.names: dict[str, None] = {}  # of all jobs, in their order
         self.slowest: dict[str, float] = {}  # seconds of each kind of job, the longest so far
         self.left: list[str] = []
@@ -679,15 +678,13 @@ class Work:
                 elsewhere = []
             elif self.is_wanted(job[0]) and not self.do(job):
                 elsewhere.append(job[0])
-        if missed := [pattern for pattern in self.wanted if pattern not in self.met]:
+        if missed := [pattern for pattern in self.wanted if not fnmatch.filter(self.names, pattern)]:
             raise ValueError(f"--jobs {' '.join(missed)} names no job; there are {', '.join(self.names)}.")
         say(f"left for another call: {', '.join(self.left)}" if self.left else "all jobs are done")
 
     def is_wanted(self, name: str) -> bool:
         self.names[name] = None
-        met = {pattern for pattern in self.wanted if fnmatch.fnmatchcase(name, pattern)}
-        self.met |= met
-        return bool(met)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.wanted)
 
     def do(self, job: tuple[str, str, Callable[[Study], dict[str, Any]]]) -> bool:
         """Does a job that nobody did; returns False where another process is at it."""

@@ -196,13 +196,13 @@ def export(
     check_fits(hybrid.config, to)
     if to == "gguf" and tokenizer is None:
         raise ValueError("a GGUF file holds the tokenizer, and there is none beside the model; pass tokenizer=.")
-    if to == "windows":
-        with publish(folder) as partial:
-            # Rows that are longer than the window, so that it shows.
-            seen = windows.native_config(hybrid.config).sliding_window
-            return _write_native(partial, folder, hybrid, windows.native_model(hybrid), to, tokenizer, before=seen)
-    config, tensors = qwen3_5.native_config(hybrid.config), qwen3_5.native_tensors(hybrid)
     with publish(folder) as partial:
+        if to == "windows":
+            native = windows.native_model(hybrid)
+            # Rows that are longer than the window, so that it shows.
+            before = native.config.sliding_window
+            return _write_native(partial, folder, hybrid, native, to, tokenizer, before)
+        config, tensors = qwen3_5.native_config(hybrid.config), qwen3_5.native_tensors(hybrid)
         if to == "gguf":
             return _write_gguf(partial, folder, hybrid, config, tensors, tokenizer, file_type)
         return _write_native(partial, folder, hybrid, qwen3_5.native_model(config, tensors), to, tokenizer)

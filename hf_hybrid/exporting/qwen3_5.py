@@ -110,6 +110,12 @@ def obstacles(config: HybridConfig) -> list[str]:
     return found
 
 
+def origin_of(config: HybridConfig) -> dict[str, Any]:
+    """Our own entry in the config of an exported model: where the hybrid came from."""
+    origin = {"teacher": config.to_dict()["teacher_name_or_path"], "teacher_revision": config.teacher_revision}
+    return {name: value for name, value in origin.items() if value is not None}
+
+
 def interval(layer_types: Sequence[str]) -> int | None:
     """The n for which exactly every n-th layer keeps softmax, counted from 1; None where there is no such n."""
     kept = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
@@ -124,12 +130,11 @@ def native_config(config: HybridConfig) -> Qwen3_5TextConfig:
     text, layer_types = config.text_config, list(config.text_config.layer_types)
     heads, taps = text.num_attention_heads, config.options_of(NATIVE_MIXER).get("short_convolution", 0)
     periodic = interval(layer_types)
-    origin = {"teacher": config.to_dict()["teacher_name_or_path"], "teacher_revision": config.teacher_revision}
     settings: dict[str, Any] = {name: getattr(text, name) for name in SHARED}
     if periodic is not None:
         settings["full_attention_interval"] = periodic  # which SGLang and MLX read in the place of layer_types
     settings["mamba_ssm_dtype"] = "float32"  # which vLLM reads for the state
-    settings[ORIGIN] = {name: value for name, value in origin.items() if value is not None}
+    settings[ORIGIN] = origin_of(config)
     return Qwen3_5TextConfig(
         **settings,
         layer_types=layer_types,
@@ -245,15 +250,6 @@ def hybrid_of(model: Qwen3_5ForCausalLM) -> HybridForCausalLM:
         raise _no_hybrid("its attention has biases")
     text = Qwen3Config(**{name: getattr(config, name) for name in SHARED}, rope_parameters=rotary)
     kept = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
-    origin = getattr(config, ORIGIN, None) or {}
-    options = NATIVE_OPTIONS | {"short_convolution": config.linear_conv_kernel_dim}
-    hybrid_config = HybridConfig.from_teacher(
-        text,
-        kept,
-        mixer_options=options,
-        teacher_name_or_path=origin.get("teacher"),
-        teacher_revision=origin.get("teacher_revision"),
-    )
     own = {"model.norm.weight": state["model.norm.weight"].float() + 1}
     own |= {name: state[name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
     for i in range(config.num_hidden_layers):
@@ -262,10 +258,25 @@ def hybrid_of(model: Qwen3_5ForCausalLM) -> HybridForCausalLM:
         back = _softmax_back(layer, i, width) if i in kept else _linear_back(layer, i, heads, groups, width)
         back |= {name: layer[name].float() + 1 for name in _NORMS} | {name: layer[name] for name in _WIDE}
         own |= {prefix + name: tensor for name, tensor in back.items()}
+    options = NATIVE_OPTIONS | {"short_convolution": config.linear_conv_kernel_dim}
+    return hybrid_around(model, text, kept, own, mixer_options=options)
+
+
+def hybrid_around(
+    model: Any, text_config: Any, kept: list[int], tensors: dict[str, torch.Tensor], **mixers: Any
+) -> HybridForCausalLM:
+    """The hybrid that the exported `model` is, around `tensors`, which are all of it; `mixers` go into its config."""
+    origin = getattr(model.config, ORIGIN, None) or {}
+    config = HybridConfig.from_teacher(
+        text_config,
+        kept,
+        teacher_name_or_path=origin.get("teacher"),
+        teacher_revision=origin.get("teacher_revision"),
+        **mixers,
+    )
     with torch.device(model.device):
-        hybrid: HybridForCausalLM = HybridForCausalLM._from_config(hybrid_config, dtype=model.dtype)
-    wanted = hybrid.state_dict()
-    hybrid.load_state_dict({name: own[name].to(tensor.dtype) for name, tensor in wanted.items()})
+        hybrid: HybridForCausalLM = HybridForCausalLM._from_config(config, dtype=model.dtype)
+    hybrid.load_state_dict(tensors)  # each in the dtype that the hybrid has it in
     if model.generation_config is not None:
         hybrid.generation_config = model.generation_config
     return hybrid.eval()

@@ -15,7 +15,7 @@ from hf_hybrid.modeling import HybridConfig, HybridForCausalLM
 from hf_hybrid.modeling.sliding_window_attention import SlidingWindowOptions
 
 from .native import EXPORTED_MIXERS, NEEDED_WINDOW_OPTIONS
-from .qwen3_5 import ORIGIN, SHARED, model_around
+from .qwen3_5 import ORIGIN, SHARED, hybrid_around, model_around, origin_of
 
 
 MIXER = EXPORTED_MIXERS["windows"]
@@ -76,11 +76,10 @@ def _options(config: HybridConfig) -> SlidingWindowOptions:
 def native_config(config: HybridConfig) -> Any:
     """The config of the exported model."""
     text, window, kept = config.text_config, _options(config).window, config.full_attention_layers
-    origin = {"teacher": config.to_dict()["teacher_name_or_path"], "teacher_revision": config.teacher_revision}
     settings: dict[str, Any] = {
         "sliding_window": window,
         "layer_types": ["full_attention" if i in kept else "sliding_attention" for i in range(text.num_hidden_layers)],
-        ORIGIN: {name: value for name, value in origin.items() if value is not None},
+        ORIGIN: origin_of(config),
     }
     if _CLASSES[text.model_type] is CwmForCausalLM:
         # Without these Cwm has tokens of its own. Whoever generates asks the generation config, which is the hybrid's.
@@ -121,17 +120,6 @@ def hybrid_of(model: Any) -> HybridForCausalLM:
         plain["max_window_layers"] = origin.get("max_window_layers", config.max_window_layers)
         own = {name: value for name, value in config.to_dict().items() if name != ORIGIN}
         text = type(config).from_dict({**own, **plain})
-    hybrid_config = HybridConfig.from_teacher(
-        text,
-        kept,
-        mixer=MIXER,
-        mixer_options={"window": config.sliding_window},
-        teacher_name_or_path=origin.get("teacher"),
-        teacher_revision=origin.get("teacher_revision"),
+    return hybrid_around(
+        model, text, kept, model.state_dict(), mixer=MIXER, mixer_options={"window": config.sliding_window}
     )
-    with torch.device(model.device):
-        hybrid: HybridForCausalLM = HybridForCausalLM._from_config(hybrid_config, dtype=model.dtype)
-    hybrid.load_state_dict(model.state_dict())
-    if model.generation_config is not None:
-        hybrid.generation_config = model.generation_config
-    return hybrid.eval()
