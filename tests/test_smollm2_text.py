@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -282,7 +283,7 @@ def test_a_killed_writer_goes_on(model: LlamaForCausalLM, canned: Counter[str], 
         writer(model, tmp_path / "killed").write()
     with open(tmp_path / "killed" / "train" / "textbook.jsonl", "a") as out:
         out.write('{"text": "half a li')  # and amid a record
-    with open(tmp_path / "killed" / "progress.jsonl", "a") as out:
+    with open(tmp_path / "killed" / "progress" / "train-textbook.jsonl", "a") as out:
         out.write('{"part": "tr')
     canned["batches"], canned["dies at"] = 0, 0
     again = writer(model, tmp_path / "killed")
@@ -294,6 +295,23 @@ def test_a_killed_writer_goes_on(model: LlamaForCausalLM, canned: Counter[str], 
             assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(ValueError, match="give the same options, or another folder"):
         writer(model, tmp_path / "killed", tokens=70_000)
+
+
+def test_sets_are_written_side_by_side(model: LlamaForCausalLM, canned: Counter[str], tmp_path: Path) -> None:
+    """Each by a writer of its own, the one that needs passages first: the same text as in one go."""
+    writer(model, tmp_path / "whole").write()
+    writers = []
+    for one in reversed(written.SETS):
+        its = writer(model, tmp_path / "apart")
+        writers.append(Thread(target=written.Writer(its.model, its.tokenizer, its.settings, its.folder, [one]).write))
+        writers[-1].start()
+    for its in writers:
+        its.join(120)
+        assert not its.is_alive()
+    for part, domain in written.SETS:
+        name = f"{part}/{domain}.jsonl"
+        assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert writer(model, tmp_path / "apart").summary("teacher")["sets"].keys() == {"/".join(s) for s in written.SETS}
 
 
 def test_what_is_written(model: LlamaForCausalLM, canned: Counter[str], tmp_path: Path) -> None:

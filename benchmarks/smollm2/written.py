@@ -5,7 +5,8 @@ Text written by the teacher itself: sections of textbooks, and instructions with
 
 writes `DIR/train/{textbook,instructions}.jsonl` and `DIR/held_out/{textbook,instructions}.jsonl`, a document a line,
 with `written.json`, which counts them and what was dropped. A topic is held out or trained on, never both. Each batch
-is drawn from the seed and its number, and appended when it is done: after a kill, the same command goes on.
+is drawn from the seed and its number, and appended when it is done: after a kill, the same command goes on. On a GPU
+the four sets are written side by side, each by a process of its own: a step waits for Python.
 
 An instruction's `text` is its `messages` under the teacher's chat template, without the last end-of-turn token: that
 is the teacher's end-of-sequence token, which a packer of documents puts behind each anyway.
@@ -17,9 +18,12 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,8 @@ from hf_hybrid.teacher.loading import load_pair
 
 FOLDER = Path(__file__).parent
 PARTS, DOMAINS = ("held_out", "train"), ("textbook", "instructions")
+# In the order in which one process writes them: instructions have passages of their part's textbook.
+SETS = tuple((part, domain) for part in PARTS for domain in DOMAINS)
 TEXTBOOK_SHARE = 0.6  # of the tokens; the rest are instructions
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 300_000  # of the topics and of the tokens; tokens of a domain, at most
 SYNCHRONISE = 32  # steps between two looks at what is finished; nothing waits for the device in between
@@ -387,41 +393,49 @@ class Writer:
         model, tokenizer: the teacher and its tokenizer.
         settings ([`Settings`]): what is written.
         folder (`Path`): where to.
+        sets (sequence of `(part, domain)`): which; what others write in the same folder meanwhile is left alone.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, settings: Settings, folder: Path) -> None:
-        self.model, self.tokenizer, self.settings, self.folder = model, tokenizer, settings, folder
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        settings: Settings,
+        folder: Path,
+        sets: Sequence[tuple[str, str]] = SETS,
+    ) -> None:
+        self.model, self.tokenizer, self.settings, self.folder, self.sets = model, tokenizer, settings, folder, sets
         self.topics = split_topics(settings.seed)
-        self.progress = folder / "progress.jsonl"
-        self.records = self._resume()
+        self.records = [record for one in sets for record in self._resume(*one)]
 
-    def _resume(self) -> list[dict[str, Any]]:
-        """Reads what was recorded, and cuts off what was written after that."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        head = {"settings": asdict(self.settings)}
-        if not self.progress.exists():
-            _append(self.progress, json.dumps(head) + "\n")
-        lines = self.progress.read_bytes().splitlines(keepends=True)
+    def _resume(self, part: str, domain: str) -> list[dict[str, Any]]:
+        """Reads what was recorded of a set, and cuts off what was written after that."""
+        progress, head = self.progress(part, domain), {"settings": asdict(self.settings)}
+        progress.parent.mkdir(parents=True, exist_ok=True)
+        if not progress.exists():
+            _append(progress, json.dumps(head) + "\n")
+        lines = progress.read_bytes().splitlines(keepends=True)
         if not lines[-1].endswith(b"\n"):  # a kill amid a line
             lines.pop()
-            self.progress.write_bytes(b"".join(lines))
+            progress.write_bytes(b"".join(lines))
         if not lines or json.loads(lines[0]) != head:
             raise ValueError(
                 f"{self.folder} holds text of {lines[0].decode().strip() if lines else 'nothing'}, and "
                 f"{json.dumps(head)} is asked for; give the same options, or another folder."
             )
         records = [json.loads(line) for line in lines[1:]]
-        for part in PARTS:
-            for domain in DOMAINS:
-                path = self.path(part, domain)
-                path.parent.mkdir(exist_ok=True)
-                size = next((r["bytes"] for r in reversed(records) if (r["part"], r["domain"]) == (part, domain)), 0)
-                if path.exists() or size:
-                    with open(path, "r+b") as out:
-                        out.truncate(size)
-                else:
-                    path.touch()
+        path, size = self.path(part, domain), records[-1]["bytes"] if records else 0
+        path.parent.mkdir(exist_ok=True)
+        if path.exists() or size:
+            with open(path, "r+b") as out:
+                out.truncate(size)
+        else:
+            path.touch()
         return records
+
+    def progress(self, part: str, domain: str) -> Path:
+        """The file of what was recorded of a set, a batch a line."""
+        return self.folder / "progress" / f"{part}-{domain}.jsonl"
 
     def path(self, part: str, domain: str) -> Path:
         """The file of a set."""
@@ -432,24 +446,31 @@ class Writer:
         return [record for record in self.records if (record["part"], record["domain"]) == (part, domain)]
 
     def goals(self) -> dict[tuple[str, str], int]:
-        """Tokens of each set, in the order in which they are written: passages come from the textbook of a part."""
+        """Tokens of each set."""
         goals = {}
-        for part in PARTS:
-            for domain in DOMAINS:
-                share = TEXTBOOK_SHARE if domain == "textbook" else 1 - TEXTBOOK_SHARE
-                goal = share * self.settings.tokens
-                goals[part, domain] = int(min(HELD_OUT_SHARE * goal, MOST_HELD_OUT) if part == "held_out" else goal)
+        for part, domain in SETS:
+            share = TEXTBOOK_SHARE if domain == "textbook" else 1 - TEXTBOOK_SHARE
+            goal = share * self.settings.tokens
+            goals[part, domain] = int(min(HELD_OUT_SHARE * goal, MOST_HELD_OUT) if part == "held_out" else goal)
         return goals
+
+    def passages(self, part: str) -> list[tuple[str, str]]:
+        """Topic and text of each document of a part's textbook, once it is all there."""
+        progress, goal = self.progress(part, "textbook"), self.goals()[part, "textbook"]
+        while True:
+            lines = progress.read_bytes().splitlines(keepends=True)[1:] if progress.exists() else []
+            if sum(json.loads(line)["tokens"] for line in lines if line.endswith(b"\n")) >= goal:
+                break
+            time.sleep(1)  # another process is at it
+        book = self.path(part, "textbook").read_text("utf-8").split("\n")
+        return [(one["topics"][0], one["text"]) for one in map(json.loads, filter(None, book))]
 
     def write(self) -> None:
         """Writes what is missing."""
-        for (part, domain), goal in self.goals().items():
+        for part, domain in self.sets:
+            goal = self.goals()[part, domain]
             path = self.path(part, domain)
             seen = {_digest(json.loads(line)["text"]) for line in path.read_text("utf-8").split("\n") if line}
-            passages = []
-            if domain == "instructions":
-                book = self.path(part, "textbook").read_text("utf-8").split("\n")
-                passages = [(one["topics"][0], one["text"]) for one in map(json.loads, filter(None, book))]
             while (tokens := sum(record["tokens"] for record in self.of(part, domain))) < goal:
                 batch = len(self.of(part, domain))
                 asked = sum(record["asked"] for record in self.of(part, domain))
@@ -464,23 +485,21 @@ class Writer:
                 # another sort in each of three batches.
                 missing = goal - tokens if domain == "textbook" else min(goal - tokens, goal / 3)
                 few = min(most, max(FEWEST, int(missing / kept * 1.2) + 8))
-                record = self._batch(part, domain, batch, few, passages, seen)
+                record = self._batch(part, domain, batch, few, seen)
                 self.records.append(record)
-                _append(self.progress, json.dumps(record) + "\n")
+                _append(self.progress(part, domain), json.dumps(record) + "\n")
                 print(
                     f"{part}/{domain} {tokens + record['tokens']:,} of {goal:,} tokens, {record['speed']:,}/s",
                     flush=True,
                 )
 
-    def _batch(
-        self, part: str, domain: str, batch: int, few: int, passages: list[tuple[str, str]], seen: set[bytes]
-    ) -> dict[str, Any]:
+    def _batch(self, part: str, domain: str, batch: int, few: int, seen: set[bytes]) -> dict[str, Any]:
         draw = random.Random(f"{self.settings.seed} {part} {domain} {batch}")
         topics = self.topics[part]
         if domain == "textbook":
             requests = [textbook_request(topics, draw) for _ in range(few)]
         else:  # every third batch is about passages, and every third goes on to a second turn: like lengths together
-            its = passages if batch % 3 == 2 else []
+            its = self.passages(part) if batch % 3 == 2 else []
             requests = [instruction_request(topics, its, draw) for _ in range(few)]
         started = time.perf_counter()
         dropped: Counter[str] = Counter()
@@ -553,20 +572,19 @@ class Writer:
     def summary(self, teacher: str) -> dict[str, Any]:
         """What `written.json` holds."""
         sets = {}
-        for part in PARTS:
-            for domain in DOMAINS:
-                its = self.of(part, domain)
-                kinds: Counter[str] = Counter()
-                dropped: Counter[str] = Counter()
-                for record in its:
-                    kinds.update(record["kinds"])
-                    dropped.update(record["dropped"])
-                sets[f"{part}/{domain}"] = {
-                    **{key: sum(record[key] for record in its) for key in ("documents", "tokens", "drawn")},
-                    "seconds": round(sum(record["seconds"] for record in its), 1),
-                    "kinds": dict(sorted(kinds.items())),
-                    "dropped": dict(sorted((+dropped).items())),
-                }
+        for part, domain in self.sets:
+            its = self.of(part, domain)
+            kinds: Counter[str] = Counter()
+            dropped: Counter[str] = Counter()
+            for record in its:
+                kinds.update(record["kinds"])
+                dropped.update(record["dropped"])
+            sets[f"{part}/{domain}"] = {
+                **{key: sum(record[key] for record in its) for key in ("documents", "tokens", "drawn")},
+                "seconds": round(sum(record["seconds"] for record in its), 1),
+                "kinds": dict(sorted(kinds.items())),
+                "dropped": dict(sorted((+dropped).items())),
+            }
         device = self.model.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         names = {
@@ -589,7 +607,23 @@ def _append(path: Path, text: str) -> None:
         os.fsync(out.fileno())
 
 
-def main(arguments: list[str] | None = None) -> None:
+def side_by_side(arguments: list[str]) -> None:
+    """Writes each set in a process of its own; where one fails, the others are ended, and what they wrote stays."""
+    command = [sys.executable, __file__, *arguments]
+    left = [subprocess.Popen([*command, "--set", f"{part}/{domain}"]) for part, domain in SETS]
+    try:
+        while left:
+            time.sleep(0.5)
+            for process in [process for process in left if process.poll() is not None]:
+                left.remove(process)
+                if process.returncode:
+                    raise subprocess.CalledProcessError(process.returncode, process.args)
+    finally:
+        for process in left:
+            process.terminate()
+
+
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="GGUF file, folder or Hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder of the text")
@@ -605,13 +639,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--trial", action="store_true", help="a few short batches of 8 documents, on any device")
+    names = ["/".join(one) for one in SETS]
+    parser.add_argument("--set", choices=names, help="only this one, while other processes write the others")
     args = parser.parse_args(arguments)
     if args.trial:
         args.tokens, args.batch_size, args.new_tokens = 500, 8, 160
+    if args.device.startswith("cuda") and not args.set:
+        side_by_side(arguments)
     dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     model, tokenizer = load_pair(args.teacher, dtype=dtype)
     model.to(args.device).eval()
     settings = Settings(args.tokens, args.seed, args.batch_size, args.new_tokens, args.temperature, args.min_p)
+    if args.set:
+        Writer(model, tokenizer, settings, args.output, [SETS[names.index(args.set)]]).write()
+        return
     writer = Writer(model, tokenizer, settings, args.output)
     writer.write()
     about = writer.summary(args.teacher)
@@ -620,4 +661,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
