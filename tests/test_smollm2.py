@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from runs import save_texts
-from smollm2.report import RUNS, Results, evaluations, hybrid_name, over_seeds, retrieval_at
+from smollm2.report import RUNS, Results, evaluations, hybrid_name, over_seeds, retrieval_at, retrieval_kept
 
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
@@ -178,34 +179,47 @@ def test_the_first_screen_has_the_committed_figures():
     assert f"| uniform | {kl_and_retrieval(results, 'uniform')} | 0 |" in text
     teacher = results.named("teacher")
     assert f"| teacher, all softmax | 0 | {retrieval_at(teacher[0], 2048):.3f} | |" in text
+    for name, shown in {
+        "run": "linear attention, Gated DeltaNet",
+        "windows": "a window of 128 tokens and 4 sinks",
+    }.items():
+        reports = [jobs[f"{name}-report"] for jobs in results.seeds.values()]
+        kl, perplexity = (sum(r["evaluation"][of] for r in reports) / len(reports) for of in ("kl", "perplexity"))
+        seconds = sum(sum(report["seconds"].values()) for report in reports) / len(reports)
+        kept = retrieval_kept(results, f"evaluation-{name}")
+        shares = " | ".join(f"{kept['likelihood', length]:.2f}" for length in (2048, 8192))
+        assert f"| {shown} | {kl:.3f} | {perplexity:.2f} | {shares} | 0.28 | {seconds:.0f} |" in text
+        for report in reports:
+            found = report["evaluation"]
+            assert round(found["cache_bytes"] / found["teacher_cache_bytes"], 2) == 0.28
+            assert round(found["teacher_perplexity"], 1) == 10.1 and len(report["selected"]) == 8
     runs = [jobs["run-report"]["evaluation"] for jobs in results.seeds.values()]
-    assert f"KL {sum(run['kl'] for run in runs) / len(runs):.3f} nats per token" in text
-    assert f"perplexity {sum(run['perplexity'] for run in runs) / len(runs):.2f} (teacher" in text
     told = text.replace("\n", " ")
     again = [
         [jobs[name]["evaluation"] for name in RUNS if name in jobs and name != "run-report"]
         for jobs in results.seeds.values()
     ]
-    assert max(abs(one["kl"] - run["kl"]) for run, others in zip(runs, again, strict=True) for one in others) < 0.0004
-    assert [len(others) for others in again] == [3, 2] and "made again, three and two times, they end within" in told
+    assert max(abs(one["kl"] - run["kl"]) for run, others in zip(runs, again, strict=True) for one in others) < 0.0005
+    assert [len(others) for others in again] == [4, 2] and "made again, four and two times, end within" in told
     (compiled,) = results.named("speed-compiled")
     rates = [
         row["decode_tokens_per_second"] for row in compiled["rows"] if (row["context"], row["batch"]) == (8192, 32)
     ]
     assert f"32 rows of 8,192 tokens {rates[1] / rates[0]:.1f} times as fast as the teacher" in told
-    (uniform,) = results.named("mixer-window-sinks-uniform")
-    ends = f"{uniform['kl']['mean']:.3f}, and {retrieval_at(uniform, 2048):.2f}"
-    assert f"With windows and uniform layers it is {ends}" in told
-    (chosen,) = results.named("mixer-window-sinks-chosen")
-    assert f"end at {chosen['kl']['mean']:.3f} and retrieve {retrieval_at(chosen, 2048):.2f}, all that" in told
-    assert retrieval_at(chosen, 2048) >= retrieval_at(teacher[0], 2048)
+    ends = []
+    for job, join in (("mixer-window-sinks", "nats and retrieve"), ("mixer-window-sinks-uniform", "and")):
+        windows = results.named(job)
+        kl = statistics.fmean(record["kl"]["mean"] for record in windows)
+        ends.append(f"at {kl:.3f} {join} {statistics.fmean(retrieval_at(record, 2048) for record in windows):.2f}")
+    assert f"in the layers of `zero-shot` windows end {ends[0]}, in uniform layers {ends[1]}" in told
+    (zero_shot,) = {tuple(record["layers"]) for record in results.of_selector(8, "zero-shot")}
+    assert {tuple(record["layers"]) for record in results.named("mixer-window-sinks")} == {zero_shot}
     four = [over_seeds(results.of_selector(4, name), at_2048, ".2f") for name in ("uniform", "verified")]
     assert four == ["0.00 ± 0.00", "0.34 ± 0.02"] and "uniform hybrid finds nothing, and `verified`'s 0.34" in told
-    (long,), (window,) = results.named("long"), results.named("mixer-window-sinks")
+    (long,) = results.named("long")
     short = results.seeds[0][f"k8-{'-'.join(map(str, long['layers']))}"]
     assert f"take the KL from {short['kl']['mean']:.3f} to {long['kl']['mean']:.3f}, and bring no retrieval" in told
     assert retrieval_at(long, 2048) < retrieval_at(short, 2048) and long["tokens"] == 4 * short["tokens"]
-    assert f"end at {window['kl']['mean']:.3f} nats, and retrieve {retrieval_at(window, 2048):.2f}" in told
 
 
 def test_the_page_of_mixers_has_the_committed_figures():
@@ -215,7 +229,7 @@ def test_the_page_of_mixers_has_the_committed_figures():
         "teacher, all softmax": "teacher",
         "`sliding_window`, window 128, sinks 4": "mixer-window-sinks",
         "the same, not trained": "mixer-window-sinks-untrained",
-        "the same, in layers chosen for it": "mixer-window-sinks-chosen",
+        "the same, in layers chosen before it was trained": "mixer-window-sinks-chosen",
         "`sliding_window`, window 192": "mixer-window-state",
         "`gated_deltanet`": hybrid_name([0, 1, 8, 17, 18, 20, 23, 24]),
         "`gated_deltanet`, `native`": "mixer-native",
@@ -231,19 +245,37 @@ def test_the_page_of_mixers_has_the_committed_figures():
         )
         shown = "0" if job == "teacher" else f"{kl:.3f}"
         assert f"| {name} | {shown} | {shares[0]:.3f} | {shares[1]:.3f} |" in text
-    (windows,) = results.named("mixer-window-sinks-uniform")
-    uniform = results.seeds[0][hybrid_name(windows["layers"])]
-    ends = f"windows end at {windows['kl']['mean']:.3f}, `gated_deltanet` at {uniform['kl']['mean']:.3f}"
-    assert ends in text.replace("\n", " ")
+    told = text.replace("\n", " ")
+    uniform = [results.named("mixer-window-sinks-uniform"), results.of_selector(8, "uniform")]
+    ends = [statistics.fmean(record["kl"]["mean"] for record in found) for found in uniform]
+    assert f"windows end at {ends[0]:.3f}, `gated_deltanet` at {ends[1]:.3f}" in told
+    for name, recipe in (
+        ("run", "`smollm2-135m`, `gated_deltanet`"),
+        ("windows", "`smollm2-135m-windows`, window 128"),
+    ):
+        kl = statistics.fmean(record["evaluation"]["kl"] for record in results.named(f"{name}-report"))
+        kept = retrieval_kept(results, f"evaluation-{name}")
+        shares = " | ".join(f"{kept['likelihood', length]:.2f}" for length in (2048, 4096, 8192))
+        assert re.search(rf"\| {re.escape(recipe)}[^|]* \| {kl:.3f} \| {re.escape(shares)} \|", text)
+    chosen = {tuple(record["selected"]) for record in results.named("windows-report")}
+    assert chosen == {(7, 8, 14, 17, 18, 20, 23, 24)} and f"take {list(*chosen)}" in told
+    teacher = retrieval_at(results.named("teacher")[0], 2048)
+    early = results.named("mixer-window-sinks-chosen")
+    shares = [f"{retrieval_at(record, 2048) / teacher:.2f}" for record in early]
+    assert f"sets that differ in four layers and retrieve {' and '.join(shares)} of what" in told
+    assert len(set(early[0]["layers"]) - set(early[1]["layers"])) == 4
 
 
 def test_the_page_of_native_mixers_has_the_committed_figures():
     results = Results(ROOT / "benchmarks" / "results" / "smollm2")
     text = (ROOT / "docs" / "native.md").read_text("utf-8").replace("\n", " ")
-    (native,), (convolved,) = results.named("mixer-native"), results.named("mixer-convolution")
-    default = results.seeds[0][hybrid_name(native["layers"])]
-    ends = [f"{one['kl']['mean']:.3f}" for one in (native, default, convolved)]
-    finds = [f"{retrieval_at(one, 2048):.3f}" for one in (native, default, convolved)]
+    native, convolved = results.named("mixer-native"), results.named("mixer-convolution")
+    default = results.named(hybrid_name(native[0]["layers"]))
+    assert [len(found) for found in (native, default, convolved)] == [2, 2, 1]
+    ends, finds = (
+        [f"{statistics.fmean(of(one) for one in found):.3f}" for found in (native, default, convolved)]
+        for of in (lambda one: one["kl"]["mean"], lambda one: retrieval_at(one, 2048))
+    )
     assert f"native ends at {ends[0]} nats and retrieves {finds[0]} at 2,048 tokens" in text
     assert f"the default at {ends[1]} and {finds[1]}, the default with a convolution of 4 at {ends[2]} and" in text
     assert f"convolution of 4 at {ends[2]} and {finds[2]}." in text

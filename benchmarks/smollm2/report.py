@@ -36,6 +36,7 @@ RUNS = {
     "run-again-report": ", once more",
     "run-again-2-report": ", a third time",
     "run-again-3-report": ", a fourth time",
+    "run-again-4-report": ", a fifth time",
 }
 
 
@@ -240,16 +241,17 @@ def aims(results: Results) -> str | None:
             f"`{most}`, {kept[best]:.2f} with those of `{best}`"
             + (f", {kept['uniform']:.2f} with uniform ones." if "uniform" in kept else ".")
         )
-        for chosen in results.named("mixer-window-sinks-chosen")[:1]:
+        for chosen in results.named("mixer-window-sinks-chosen"):
             uniform = results.seeds[chosen["seed"]].get("mixer-window-sinks-uniform")
             options = ", ".join(f"{name} {value}" for name, value in chosen["mixer_options"].items())
             told = f"- With a sliding window in the place of linear attention ({options}), in the layers that "
-            told += f"`verified` chooses for it, seed {chosen['seed']}: "
+            told += f"`verified` chooses for it before they are trained, seed {chosen['seed']}: "
             if uniform is not None:
                 told += f"{chosen['kl']['mean'] / uniform['kl']['mean']:.2f} of the KL that uniform layers have with "
                 told += "windows, "
             share = retrieval([chosen], 2048) / retrieval(teacher, 2048)
             lines.append(f"{told}{share:.2f} of the teacher's retrieval at 2,048 tokens.")
+    lines += of_recipes(results)
     if theirs := results.named("score-ga-s2"):
         costs = []
         for name, job in (("verified", "score-verified-8"), ("zero-shot-linearise", "score-zero-shot-linearise")):
@@ -261,6 +263,38 @@ def aims(results: Results) -> str | None:
     else:
         lines.append("- At most a tenth of GA-S2's cost: not measured, GA-S2 was not run to its end.")
     return "\n".join(lines)
+
+
+def of_recipes(results: Results) -> list[str]:
+    """The share of the teacher's retrieval that each recipe's hybrid keeps, in both forms of the tasks."""
+    lines = []
+    for job, recipe in (("evaluation-run", "smollm2-135m"), ("evaluation-windows", "smollm2-135m-windows")):
+        by_form: dict[str, list[str]] = {}
+        for (form, length), share in retrieval_kept(results, job).items():
+            by_form.setdefault(form, []).append(f"{share:.2f} ({length:,})")
+        if by_form:
+            told = "; ".join(f"by {form} {', '.join(shares)}" for form, shares in by_form.items())
+            lines.append(
+                f"- The whole of `recipes/{recipe}.yaml`, share of the teacher's retrieval by tokens of the prompt: "
+                f"{told}."
+            )
+    return lines
+
+
+def retrieval_kept(results: Results, job: str) -> dict[tuple[str, int], float]:
+    """Of the retrieval tasks of the comparison, the share of the teacher's right answers, by form and length."""
+    found = [results.named(name)[:1] for name in (job, "evaluation-teacher")]
+    if not all(found):
+        return {}
+    tasks = set(results.named("teacher")[0]["size"]["tasks"]) - {"copying"}
+    right: list[dict[tuple[str, int], list[float]]] = []
+    for (record,) in found:
+        right.append({})
+        for score in record["tasks"]:
+            if score["task"] in tasks:
+                right[-1].setdefault((score["form"], score["length"]), []).append(score["mean"])
+    ours, teacher = right
+    return {key: sum(means) / sum(teacher[key]) for key, means in ours.items() if key in teacher and sum(teacher[key])}
 
 
 def retrieval_at(record: Record, length: int) -> float:
@@ -346,7 +380,18 @@ def by_length(results: Results, k: int) -> str:
 
     rows = [row("teacher", teacher), *(row(name, found) for name, found in results.chosen(k).items())]
     head = ["layers by", *(f"{n:,}" for n in lengths), *(f"needle, {n:,}" for n in lengths)]
-    return "By length: the mean of all retrieval tasks, then single needles in prose alone.\n\n" + markdown(head, rows)
+    text = "By length: the mean of all retrieval tasks, then single needles in prose alone.\n\n" + markdown(head, rows)
+    hybrids = [record for found in results.chosen(k).values() for record in found]
+    far = lengths[min(2, len(lengths) - 1)]
+    best = min(hybrids, key=lambda record: record["kl"]["mean"])
+    most = max(hybrids, key=lambda record: retrieval_at(record, far))
+    if best["layers"] != most["layers"]:
+        both = (f"{one['kl']['mean']:.3f} nats and {retrieval_at(one, far):.3f}" for one in (most, best))
+        text += (
+            f"\n\nThe KL does not see all of retrieval: most of all at {far:,} tokens retrieves the hybrid with "
+            f"softmax in {most['layers']}, seed {most['seed']}, with {' where that of the lowest KL has '.join(both)}."
+        )
+    return text
 
 
 def _score(record: Record, task: str, length: int) -> float:
@@ -472,16 +517,16 @@ def other_mixers(results: Results) -> str | None:
         return None
     of_mixers = [record for job in jobs for record in results.named(job)]
     domains, lengths = list(of_mixers[0]["kl"]["domains"]), of_mixers[0]["size"]["lengths"]
-    in_layers: dict[str, list[str]] = {}
-    for job in sorted(jobs, key=lambda job: job.endswith("-uniform")):
-        in_layers.setdefault(hybrid_name(results.named(job)[0]["layers"]), []).append(job)
+    # By the layers that keep softmax: those that are chosen for a mixer differ from seed to seed.
+    in_layers: dict[str, dict[str, list[Record]]] = {}
+    for job in sorted(jobs, key=lambda job: (job.endswith("-chosen"), job.endswith("-uniform"))):
+        for record in results.named(job):
+            in_layers.setdefault(hybrid_name(record["layers"]), {}).setdefault(job, []).append(record)
     rows, kl = [], dict[tuple[str, str], dict[int, float]]()  # of each mixer in each layers, by seed
     for hybrid, others in in_layers.items():
-        seeds = {record["seed"] for job in others for record in results.named(job)}
-        for job in (hybrid, *others):
-            found = [record for record in results.named(job) if record["seed"] in seeds]
-            if not found:
-                continue
+        seeds = {record["seed"] for records in others.values() for record in records}
+        linear = [record for record in results.named(hybrid) if record["seed"] in seeds]
+        for job, found in (({hybrid: linear} if linear else {}) | others).items():
             given = found[0].get("mixer_options", {})
             options = ["native"] if given == NATIVE_OPTIONS else [f"{name} {value}" for name, value in given.items()]
             told = ["untrained"] * (not found[0]["tokens"]) + ["layers chosen for it"] * job.endswith("-chosen")
@@ -501,11 +546,13 @@ def other_mixers(results: Results) -> str | None:
         both = kl.get(one, {}).keys() & kl.get(other, {}).keys()
         return sum(kl[one][seed] for seed in both) / sum(kl[other][seed] for seed in both) if both else None
 
-    ours, *others = in_layers
-    uniform = [layers for layers in others if any(job.endswith("-uniform") for job in in_layers[layers])]
-    linear = (ours, "gated_deltanet")
+    best_layers = next(iter(in_layers))
+    uniform = [layers for layers, found in in_layers.items() if any(job.endswith("-uniform") for job in found)]
+    linear_there = (best_layers, "gated_deltanet")
     windows = {
-        key: of for key in kl if key[0] == ours and "window" in key[1] and (of := share(key, linear)) is not None
+        key: of
+        for key in kl
+        if key[0] == best_layers and "window" in key[1] and (of := share(key, linear_there)) is not None
     }
     best = min(windows, key=windows.__getitem__, default=None)
     if best is None or windows[best] >= 1:
@@ -518,25 +565,30 @@ def other_mixers(results: Results) -> str | None:
     )
     far = f"at {' and '.join(f'{n:,}' for n in lengths[-2:])} tokens"
 
-    def found_far(record: Record) -> str:
-        return " and ".join(f"{retrieval_at(record, n):.3f}" for n in lengths[-2:])
+    def found_far(records: list[Record]) -> str:
+        means = (statistics.fmean(retrieval_at(record, n) for record in records) for n in lengths[-2:])
+        return " and ".join(f"{mean:.3f}" for mean in means)
 
-    both = [results.named(f"mixer-window-sinks{which}")[:1] for which in ("-untrained", "")]
+    both = [results.named(f"mixer-window-sinks{which}") for which in ("-untrained", "")]
     if all(both):
-        before, after = (found_far(found[0]) for found in both)
+        before, after = (found_far(found) for found in both)
         text += f" Training is not idle for windows either: without any, retrieval {far} is {before}, with it {after}."
     for layers in uniform:
-        shares = [share((ours, name), (layers, name)) for name in (best[1], "gated_deltanet")]
+        shares = [share((best_layers, name), (layers, name)) for name in (best[1], "gated_deltanet")]
         if None not in shares:
             text += (
                 f" With windows, the KL with the chosen layers is {shares[0]:.2f} of that with uniform ones; with "
                 f"gated_deltanet, {shares[1]:.2f}."
             )
-    for record in results.named("mixer-window-sinks-chosen")[:1]:
+    for record in results.named("mixer-window-sinks-chosen"):
         text += (
-            f" For windows, `verified` chooses {record['layers']}: KL {record['kl']['mean']:.3f}, retrieval {far} "
-            f"{found_far(record)}."
+            f" For windows that are not trained yet, `verified` chooses {record['layers']} with seed "
+            f"{record['seed']}: KL {record['kl']['mean']:.3f}, retrieval {far} {found_far([record])}"
         )
+        there = results.seeds[record["seed"]].get(hybrid_name(record["layers"]))
+        if there is not None:
+            text += f"; gated_deltanet in the same layers {there['kl']['mean']:.3f} and {found_far([there])}"
+        text += "."
     return text
 
 
@@ -657,13 +709,15 @@ def evaluations(results: Results) -> str | None:
         for form in dict.fromkeys(score["form"] for tasks in found.values() for score in tasks):
             for name, tasks in found.items():
                 of = [[s for s in tasks if (s["form"], s["length"]) == (form, length)] for length in lengths]
-                rows.append([form, name, *(_share(scores) for scores in of)])
+                if any(of):
+                    rows.append([form, name, *(_share(scores) for scores in of)])
         pairs = dict.fromkeys((score["task"], score["form"]) for tasks in found.values() for score in tasks)
         for task, form in pairs:
             for name, tasks in found.items():
                 scores = {s["length"]: s for s in tasks if (s["task"], s["form"]) == (task, form)}
-                cells = [_share([scores[length]] if length in scores else []) for length in lengths]
-                details.append([task, form, name, *cells])
+                if scores:
+                    cells = [_share([scores[length]] if length in scores else []) for length in lengths]
+                    details.append([task, form, name, *cells])
         parts += [
             "Share of right answers by tokens of the prompt, first of all tasks together, each counted alike:",
             markdown(["form", "model", *head], rows),
@@ -732,6 +786,9 @@ def undone(results: Results) -> str:
     missing = [name for name in wanted if not results.named(name)]
     partly = [name for name in wanted if 0 < len(results.named(name)) < len(results.seeds)]
     missing += [f"hybrids with {k} softmax layers" for k in size["kept"] if k not in results.kept()]
+    for job in (f"evaluation-{name}" for name in evaluated):
+        forms = {score["form"] for record in results.named(job) for score in record["tasks"]}
+        missing += [f"{job} but by {form}" for form in forms if len(forms) == 1]
     lines = [f"Not run: {', '.join(missing)}."] if missing else ["Every job was run."]
     if partly:
         lines.append(f"Not with every seed: {', '.join(partly)}.")
