@@ -30,6 +30,7 @@ from hf_hybrid.tasks import (
     ruler_cases,
     run_tasks,
 )
+from hf_hybrid.tasks.answers import Answers
 from hf_hybrid.tasks.cases import RESERVE, answer_text
 from hf_hybrid.tasks.harness import FORMS, found_share
 from hf_hybrid.tasks.language_model import ModelLM
@@ -218,6 +219,81 @@ def test_prompts_that_may_get_more_or_less_share_batches(monkeypatch: pytest.Mon
     assert batches == [(1, 1024), (4, 1024), (1, 13)] and lm.max_length == 1024
     with pytest.raises(ValueError, match="a request has 1025 tokens, the model 1024 positions"):
         lm.write_all(prompts, [3, 9, 5, 9, 3, 40])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_killed_evaluation_goes_on(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_teacher("llama", vocab_size=300)
+    drawn = ruler_cases(TOKENIZER, tasks=["single_prose", "multiquery"], lengths=[600, 800], cases=3)
+    whole = ruler(model, TOKENIZER, cases=drawn, form=form, batch_size=2)
+    batches, forward, dies_at = [], model.model.forward, 4
+
+    def counted(*args: object, **kwargs: object) -> object:
+        if kwargs["input_ids"].shape[1] > 4:  # a prompt, and no check and no step behind it
+            batches.append(len(kwargs["input_ids"]))
+            if len(batches) == dies_at:
+                raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    path = tmp_path / "evaluation.json.answers"
+    with pytest.raises(KeyboardInterrupt):
+        ruler(model, TOKENIZER, cases=drawn, form=form, batch_size=2, answers=Answers(path))
+    done = len(path.read_bytes().splitlines())
+    assert done == 6
+    with open(path, "a") as stream:
+        stream.write('["cut off in the mid')
+    batches.clear()
+    dies_at = 0
+    again = ruler(model, TOKENIZER, cases=drawn, form=form, batch_size=2, answers=Answers(path))
+    assert again == whole
+    assert sum(batches) == len(drawn) - done
+    assert len(path.read_bytes().splitlines()) == len(drawn)
+    # Of other weights nothing is known, and of the same ones all.
+    batches.clear()
+    ruler(model, TOKENIZER, cases=drawn, form=form, answers=Answers(path))
+    assert not batches
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    other = ruler(model, TOKENIZER, cases=drawn, form=form, answers=Answers(path))
+    assert sum(batches) == len(drawn)
+    assert other == ruler(model, TOKENIZER, cases=drawn, form=form)
+    written = free_generation(model, TOKENIZER, prompts=["step 3", "return"], new_tokens=5, answers=Answers(path))
+    assert len(Answers(path).known) == 2 * len(drawn) + 2
+    batches.clear()
+    again = free_generation(model, TOKENIZER, prompts=["step 3", "return"], new_tokens=5, answers=Answers(path))
+    assert again == written and not batches
+    path.write_text("no answers\n")
+    with pytest.raises(ValueError, match=r"holds no answers of an evaluation .*; remove it, and all tasks begin anew"):
+        Answers(path)
+
+
+def test_evaluate_goes_on_after_a_kill(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command; `--batch-size` holds in tasks."""
+    command = ["evaluate", "embedded", "--tasks", "single_noise,single_prose", "--form", "generation"]
+    command += ["--lengths", "400", "--cases", "5", "--batch-size", "3", "--output"]
+    whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
+    main([*command, str(whole)])
+    write, sizes = ModelLM.write, []
+
+    def until_the_fourth(self: ModelLM, prompts: list[list[int]], *args: object, **kwargs: object) -> list[list[int]]:
+        sizes.append(len(prompts))
+        if len(sizes) == 4:
+            raise KeyboardInterrupt
+        return write(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(ModelLM, "write", until_the_fourth)
+    assert main([*command, str(killed)]) == 130
+    assert sizes == [3, 3, 3, 1]
+    answers = tmp_path / "killed.json.answers"
+    assert len(answers.read_bytes().splitlines()) == 9 and not killed.exists()
+    capsys.readouterr()
+    main([*command, str(killed)])
+    assert f"9 answers of an earlier call are in {answers}" in capsys.readouterr().err.replace("\n", "")
+    assert read_record(Evaluation, killed) == read_record(Evaluation, whole)
+    assert not answers.exists()
 
 
 def test_precision_and_random_state() -> None:

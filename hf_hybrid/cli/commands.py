@@ -15,7 +15,14 @@ from typing import Any
 
 from .. import __version__
 from ..exporting.native import LAYOUTS, options_for
-from .evaluate import add_evaluate_options, check_evaluate_options, evaluation_of, list_tasks, print_evaluation
+from .evaluate import (
+    add_evaluate_options,
+    answers_of,
+    check_evaluate_options,
+    evaluation_of,
+    list_tasks,
+    print_evaluation,
+)
 from .export import add_export_options, check_export_options, export_as_told
 from .generate import add_chat_options, add_generate_options, check_options, prompts_of
 from .score import add_score_options, check_score_options
@@ -448,6 +455,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     result = evaluation.to_dict()
     if options.output is not None:
         evaluation.save(options.output)
+        answers_of(options.output).unlink(missing_ok=True)
     if options.json:
         _print_json(result)
     else:

@@ -19,7 +19,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher-revision", help="branch, tag or commit of a teacher on the Hub (default: likewise)")
     parser.add_argument("--teacher-gguf-file", metavar="NAME", help=GGUF_HELP.format("the teacher"))
     add_text_options(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, help="rows at once (default: 8 of a text, in tasks as many as have 32,768 tokens)"
+    )
     parser.add_argument(
         "--tasks",
         metavar="NAMES",
@@ -35,7 +37,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--haystack-files", nargs="+", help="prose between the needles of tasks (default: our own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks (default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", help="also write the measurements there, as JSON")
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write the measurements there, as JSON; after a kill, tasks go on"
+    )
 
 
 def check_evaluate_options(options: argparse.Namespace) -> None:
@@ -90,9 +94,17 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
     from ..tasks import OFFLINE, RULER_TASKS
     from ..teacher.loading import load_model, load_pair, load_tokenizer
 
+    answers = None
     if names:
         from ..tasks import free_generation, ruler_cases, run_tasks  # before a model is loaded: lm-eval may be missing
+        from ..tasks.answers import Answers
         from ..tasks.harness import check_names
+
+        if options.output is not None:
+            answers = Answers(answers_of(options.output))
+            if answers.known:
+                there = f"{len(answers.known):,} answers of an earlier call are in {answers.path}"
+                listener(Event("evaluate", "note", text=there))
     remote = options.trust_remote_code
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     named: dict[str, Any] = {"revision": options.revision, "gguf_file": options.gguf_file}
@@ -127,10 +139,10 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
         listener(Event("evaluate", "step", done, total, text))
 
     def of(text: str) -> dict[str, Any]:
-        return {"progress": lambda done, total: told(done, total, text)}
+        progress = {"progress": lambda done, total: told(done, total, text)}
+        return {"batch_size": options.batch_size, "answers": answers} | progress
 
-    given: dict[str, Any] = {"batch_size": options.batch_size, "progress": told}
-    result = evaluate_model(model, teacher, tokenizer, rows or None, **given)
+    result = evaluate_model(model, teacher, tokenizer, rows or None, batch_size=options.batch_size or 8, progress=told)
     if names:
         forms = ("likelihood", "generation") if options.form == "both" else (options.form,)
         asked: dict[str, Any] = {"lengths": lengths, "cases": options.cases, "seed": options.seed, "forms": forms}
@@ -146,6 +158,11 @@ def evaluation_of(options: argparse.Namespace, listener: Callable[[Any], None]) 
         if teacher is not None:
             result.teacher_tasks = run_tasks(teacher, tokenizer, names, **asked, **of("the teacher's tasks"))
     return result
+
+
+def answers_of(output: str) -> Path:
+    """The file beside `--output` that holds what was answered until all is."""
+    return Path(f"{output}.answers")
 
 
 def lengths_of(text: str) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 from hf_hybrid.trainers.held_out import standard_error
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
+from .answers import Answers
 from .language_model import ModelLM
 from .repetition import agreement, common_prefix, is_looping, repetition
 from .scores import Figure, GenerationSample, GenerationScore, share_error
@@ -57,6 +58,7 @@ def free_generation(
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
     progress: Callable[[int, int], None] | None = None,
+    answers: Answers | None = None,
 ) -> GenerationScore:
     """
     Lets a model, and its teacher beside it, write greedily behind each prompt, and compares what they wrote.
@@ -69,11 +71,13 @@ def free_generation(
         batch_size (`int`, *optional*): rows at once, by default as many as have 32,768 tokens.
         precision ([`Precision`]): what both run in, by default each in the dtype of its weights.
         progress (`Callable`, *optional*): called with how many prompts are done, and how many there are.
+        answers ([`Answers`], *optional*): a file of answers that a killed evaluation goes on behind.
     """
     prompts = list(PROMPTS if prompts is None else prompts)
     if not prompts or new_tokens < 1:
         raise ValueError(f"{len(prompts)} prompts and new_tokens={new_tokens}: pass at least one of each.")
     common: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
+    common["answers"] = answers
     ours = _written(ModelLM(model, tokenizer, **common), prompts, new_tokens)
     theirs = None if teacher is None else _written(ModelLM(teacher, tokenizer, **common), prompts, new_tokens)
     result = GenerationScore(len(prompts), new_tokens)

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from hf_hybrid.trainers.precision import AS_LOADED, Precision
 
+from .answers import Answers
 from .cases import OFFLINE, RULER_TASKS, Case, Slot, ruler_cases
 from .language_model import ModelLM
 from .repetition import repetition
@@ -42,6 +43,7 @@ def ruler(
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
     progress: Callable[[int, int], None] | None = None,
+    answers: Answers | None = None,
 ) -> list[TaskScore]:
     """
     Measures a model in memory on the tasks after RULER, in the order of `tasks` and `lengths`.
@@ -57,6 +59,7 @@ def ruler(
         precision ([`Precision`]): what the model runs in, by default the dtype of its weights; `Precision(
             torch.bfloat16)` for autocast.
         progress (`Callable`, *optional*): called with how many rows are done, and how many there are.
+        answers ([`Answers`], *optional*): a file of answers that a killed evaluation goes on behind.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r} is neither of {' and '.join(FORMS)}.")
@@ -66,7 +69,7 @@ def ruler(
     for case in cases:
         sets.setdefault((case.task, case.length), []).append(case)
     made = {f"{name}_{length}": CaseTask(f"{name}_{length}", some, form) for (name, length), some in sets.items()}
-    lm = ModelLM(model, tokenizer, batch_size=batch_size, precision=precision, progress=progress)
+    lm = ModelLM(model, tokenizer, batch_size=batch_size, precision=precision, progress=progress, answers=answers)
     samples = run_lm_eval(lm, made)["samples"]
     found = []
     for (name, length), key in zip(sets, made, strict=True):
@@ -195,13 +198,14 @@ def run_tasks(
     batch_size: int | None = None,
     precision: Precision = AS_LOADED,
     progress: Callable[[int, int], None] | None = None,
+    answers: Answers | None = None,
 ) -> list[TaskScore]:
     """
     Measures a model in memory on tasks by their names: `ruler` for all after RULER, one of these, or one of lm-eval's
     own, most of which fetch their data from the Hub.
 
     Args:
-        model, tokenizer, lengths, seed, texts, batch_size, precision, progress: as in [`ruler`].
+        model, tokenizer, lengths, seed, texts, batch_size, precision, progress, answers: as in [`ruler`].
         names (`Sequence[str]`): the tasks.
         cases (`int`): how many for each task and length; of a task of lm-eval, the first.
         forms (`Sequence[str]`): in which of [`FORMS`] ours are asked; lm-eval's have their own.
@@ -210,6 +214,7 @@ def run_tasks(
     ours, theirs = check_names(names)
     found: list[TaskScore] = []
     common: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
+    common["answers"] = answers
     if ours:
         if drawn is None:
             drawn = ruler_cases(tokenizer, tasks=ours, lengths=lengths, cases=cases, seed=seed, texts=texts)

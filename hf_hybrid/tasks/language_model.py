@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from hf_hybrid.trainers.digests import weights_digest
 from hf_hybrid.trainers.distillation import final_hidden_states
 from hf_hybrid.trainers.losses import check_logit_function, logit_function, tokens_per_chunk
 from hf_hybrid.trainers.modes import evaluating
@@ -21,6 +22,7 @@ from hf_hybrid.trainers.precision import Precision
 
 from ..data.rows import text_prefix
 from ..data.tokenise import Tokeniser
+from .answers import Answers, answer_key
 
 
 # Tokens of one forward pass, where the caller does not say how many rows.
@@ -40,6 +42,8 @@ class ModelLM(TemplateLM):
         precision ([`Precision`]): what the model runs in.
         batch_size (`int`, *optional*): rows of one forward pass, by default as many as have 32,768 tokens.
         progress (`Callable`, *optional*): called with how many rows of a call are done, and how many there are.
+        answers ([`Answers`], *optional*): where each answer is kept when its batch is done, and those of an earlier
+            call are found.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class ModelLM(TemplateLM):
         precision: Precision,
         batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         super().__init__()
         if batch_size is not None and batch_size < 1:
@@ -58,6 +63,9 @@ class ModelLM(TemplateLM):
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.precision = batch_size, precision
         self.progress = progress or (lambda done, total: None)
+        self.answers = answers
+        # Whose the answers are: of other weights, or in another precision, they are other answers.
+        self.whose = None if answers is None else [weights_digest(model), str(precision), str(model.dtype)]
         self.before = text_prefix(tokenizer)
         self.tokens: dict[str, list[int]] = {}  # of the texts of the requests that are answered now
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -142,9 +150,17 @@ class ModelLM(TemplateLM):
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         logits, device = logit_function(self.model, self.precision), self.model.device
         chunk = tokens_per_chunk(self.model.config.get_text_config().vocab_size, self.model.device)
-        done = 0
+        keys = [self._key("likelihood", tokens, [place[1:] for place in asked]) for tokens, asked in rows]
+        unknown = []
+        for row, key in zip(rows, keys, strict=True):
+            if (answer := self._known(key)) is None:
+                unknown.append((row[0], (row[1], key)))
+                continue
+            for (request, _, _), (value, hit) in zip(row[1], answer, strict=True):
+                found[request] = (value, hit)
+        done = len(rows) - len(unknown)
         with evaluating(self.model), self.precision.running(device):
-            for batch in _batches(rows, self.batch_size):
+            for batch in _batches(unknown, self.batch_size):
                 self.progress(done, len(rows))
                 done += len(batch)
                 width = max(len(tokens) for tokens, _ in batch) - 1
@@ -152,7 +168,7 @@ class ModelLM(TemplateLM):
                 where: list[int] = []
                 targets: list[int] = []
                 owners: list[tuple[int, int]] = []
-                for i, (tokens, asked) in enumerate(batch):
+                for i, (tokens, (asked, _)) in enumerate(batch):
                     ids[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
                     for request, start, end in asked:
                         where += range(i * width + start - 1, i * width + end - 1)
@@ -170,7 +186,18 @@ class ModelLM(TemplateLM):
                 value_parts, hit_parts = torch.cat(values).cpu().split(counts), torch.cat(hits).cpu().split(counts)
                 for (request, _), value, hit in zip(owners, value_parts, hit_parts, strict=True):
                     found[request] = (value.double().sum().item(), bool(hit.all()))
+                self._keep([(key, [found[request] for request, _, _ in asked]) for _, (asked, key) in batch])
         return found
+
+    def _key(self, *asked: Any) -> str:
+        return "" if self.answers is None else answer_key(self.whose, *asked)
+
+    def _known(self, key: str) -> Any:
+        return None if self.answers is None else self.answers.find(key)
+
+    def _keep(self, answers: list[tuple[str, Any]]) -> None:
+        if self.answers is not None:
+            self.answers.keep(answers)
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -201,8 +228,10 @@ class ModelLM(TemplateLM):
         limits = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
         for tokens, limit in zip(prompts, limits, strict=True):
             self._check_length(len(tokens) + limit)
-        found: list[list[int]] = [[]] * len(prompts)
-        left = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
+        keys = [self._key("written", *asked, repr(options)) for asked in zip(prompts, limits, strict=True)]
+        found: list[list[int]] = [self._known(key) or [] for key in keys]
+        left = [i for i, key in enumerate(keys) if self._known(key) is None]
+        left.sort(key=lambda i: (-len(prompts[i]), -limits[i]))
         while left:
             width = len(prompts[left[0]])
             size = self.batch_size or max(1, _BATCH_TOKENS // (width + limits[left[0]]))
@@ -212,6 +241,7 @@ class ModelLM(TemplateLM):
             most = max(limits[i] for i in batch)
             for i, tokens in zip(batch, self.write([prompts[i] for i in batch], most, **options), strict=True):
                 found[i] = tokens[: limits[i]]
+            self._keep([(keys[i], found[i]) for i in batch])
             written = set(batch)
             left = [i for i in left if i not in written]
             self.progress(len(prompts) - len(left), len(prompts))
