@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from runs import save_texts
+from smollm2.all import TRIAL, Work, options
 from smollm2.report import RUNS, Results, evaluations, hybrid_name, over_seeds, retrieval_at, retrieval_kept
+from smollm2.written import DOMAINS, PARTS
 
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
@@ -289,3 +291,27 @@ def kl_and_retrieval(results: Results, selector: str) -> str:
     found = results.of_selector(8, selector)
     kl = over_seeds(found, lambda record: (record["kl"]["mean"], None), ".3f")
     return f"{kl} | {over_seeds(found, lambda record: (retrieval_at(record, 2048), None), '.3f')}"
+
+
+@pytest.mark.slow
+def test_the_steps_of_all_hang_together(tmp_path, monkeypatch):
+    """Runs and evaluation of `all.py --trial`, with the embedded teacher in the place of the fetched one."""
+    work = Work(options().parse_args(["--trial", "--work", str(tmp_path / "work"), "--seed", "3"]))
+    work.teacher = ROOT / "hf_hybrid" / "embedded_teacher"
+    texts = sorted(save_texts(tmp_path / "texts", 8).iterdir())
+    files = [work.text / part / f"{name}.jsonl" for part in PARTS for name in ("prose", "code")]
+    files += [work.written / part / f"{name}.jsonl" for part in PARTS for name in DOMAINS]
+    for file, path in zip(files, texts, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"text": path.read_text()}) + "\n")
+    monkeypatch.setitem(TRIAL, "select", {"k": 2})
+    work.windows()
+    work.evaluate()
+    found = Results(work.results).seeds[3]
+    assert found["windows-report"]["mixer"] == "sliding_window"
+    names = {name for name in found if name.startswith("evaluation-")}
+    assert names == {f"evaluation-{of}" for of in ("windows-text", "windows", "teacher")}
+    texts = found["evaluation-windows-text"]["texts"]
+    assert [text["name"] for text in texts] == sorted({"prose", "code", *DOMAINS})
+    for name in ("windows", "teacher"):
+        assert {score["form"] for score in found[f"evaluation-{name}"]["tasks"]} == {"likelihood", "generation"}

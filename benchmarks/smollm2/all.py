@@ -154,7 +154,7 @@ class Work:
         rows = ["--block-size", 128, "--rows", 1] if self.trial else ["--block-size", 2048, "--rows", 32]
         sizes = ["--lengths", 512, "--cases", 1, "--tasks", "single_prose"]
         if not self.trial:
-            sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 24, "--batch-size", 48, "--tasks", "ruler"]
+            sizes = ["--lengths", "512,1024,2048,4096,8192", "--cases", 24, "--batch-size", 24, "--tasks", "ruler"]
         models = {name: self.seeded / name / "model" for name in ("run", "windows")}
         beside = ["--teacher", self.teacher, "--tasks", "generation", *rows, "--data-files", *texts]
         asked = {"text": [models["run"], *beside], "windows-text": [models["windows"], *beside]}
@@ -228,7 +228,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """What the command line takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("smollm2"), help="folder of everything (default: smollm2)")
     parser.add_argument("--results", type=Path, help="folder of the figures (default: benchmarks/results/smollm2)")
@@ -244,7 +245,11 @@ def main() -> None:
     )
     parser.add_argument("--without-written", action="store_true", help="use no text that the teacher wrote")
     parser.add_argument("--written-tokens", type=int, default=350_000, help="that the teacher writes")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
     work = Work(args)
     work.folder.mkdir(parents=True, exist_ok=True)
     methods = {"teacher": work.get_teacher, "text": work.get_text, "written": work.get_written}

@@ -542,9 +542,10 @@ def other_mixers(results: Results) -> str | None:
     )
 
     def share(one: tuple[str, str], other: tuple[str, str]) -> float | None:
-        """The KL of `one` over that of `other`, of the seeds that have both."""
+        """The KL of `one` over that of `other`, of the seeds that have both; None where that is 0, as in a trial."""
         both = kl.get(one, {}).keys() & kl.get(other, {}).keys()
-        return sum(kl[one][seed] for seed in both) / sum(kl[other][seed] for seed in both) if both else None
+        ours, theirs = (sum(kl.get(of, {}).get(seed, 0.0) for seed in both) for of in (one, other))
+        return ours / theirs if theirs else None
 
     best_layers = next(iter(in_layers))
     uniform = [layers for layers, found in in_layers.items() if any(job.endswith("-uniform") for job in found)]
