@@ -268,6 +268,20 @@ def test_a_killed_evaluation_goes_on(form: str, tmp_path: Path, monkeypatch: pyt
         Answers(path)
 
 
+def test_answers_are_of_one_model_alone(tmp_path: Path) -> None:
+    """Windows of two lengths, and softmax in other layers, are the same weights."""
+    teacher, answers = tiny_teacher("llama", vocab_size=300), Answers(tmp_path / "answers")
+    drawn = ruler_cases(TOKENIZER, tasks=["single_prose"], lengths=[600], cases=2)
+    for layers, window in (([], 4), ([], 64), ([1], 4)):
+        model = hh.convert(teacher, layers, mixer="sliding_window", mixer_options={"window": window})
+        before = len(answers.known)
+        found = ruler(model, TOKENIZER, cases=drawn, form="generation", answers=answers)
+        assert len(answers.known) == before + 2
+        assert found == ruler(model, TOKENIZER, cases=drawn, form="generation", answers=answers)
+        assert len(answers.known) == before + 2
+    assert len({tuple(tokens) for tokens in answers.known.values()}) == 6
+
+
 def test_evaluate_goes_on_after_a_kill(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

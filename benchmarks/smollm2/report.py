@@ -245,7 +245,7 @@ def aims(results: Results) -> str | None:
             uniform = results.seeds[chosen["seed"]].get("mixer-window-sinks-uniform")
             options = ", ".join(f"{name} {value}" for name, value in chosen["mixer_options"].items())
             told = f"- With a sliding window in the place of linear attention ({options}), in the layers that "
-            told += f"`verified` chooses for it before they are trained, seed {chosen['seed']}: "
+            told += f"`verified` chooses for it before any training, seed {chosen['seed']}: "
             if uniform is not None:
                 told += f"{chosen['kl']['mean'] / uniform['kl']['mean']:.2f} of the KL that uniform layers have with "
                 told += "windows, "

@@ -12,7 +12,7 @@ class Answers:
     """
     What models answered, a line for each answer in a file that grows with every batch.
 
-    An answer is found by whose it is and what was asked, both in full: a model whose weights changed finds none.
+    An answer is found by whose it is and what was asked, both in full: a model that changed finds none.
 
     Args:
         path (`Path`): the file, which is made with the first answer. A last line that a kill cut short is dropped.

@@ -64,8 +64,7 @@ class ModelLM(TemplateLM):
         self.batch_size, self.precision = batch_size, precision
         self.progress = progress or (lambda done, total: None)
         self.answers = answers
-        # Whose the answers are: of other weights, or in another precision, they are other answers.
-        self.whose = None if answers is None else [weights_digest(model), str(precision), str(model.dtype)]
+        self.whose = [] if answers is None else _whose(model, precision)
         self.before = text_prefix(tokenizer)
         self.tokens: dict[str, list[int]] = {}  # of the texts of the requests that are answered now
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -287,6 +286,15 @@ class ModelLM(TemplateLM):
             raise ValueError(
                 f"a request has {tokens} tokens, the model {self.max_length} positions; pass shorter lengths."
             )
+
+
+def _whose(model: Any, precision: Precision) -> list[str]:
+    """
+    Whose answers are: of other weights, of another config, such as another window in the same weights, or in another
+    precision they are other answers.
+    """
+    configs = [config.to_json_string(use_diff=False) for config in (model.config, model.generation_config)]
+    return [weights_digest(model), *configs, str(precision), str(model.dtype)]
 
 
 def _stop_texts(options: dict[str, Any]) -> list[str]:
