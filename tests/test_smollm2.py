@@ -14,6 +14,7 @@ from smollm2.all import TRIAL, Work, options
 from smollm2.report import RUNS, Results, evaluations, hybrid_name, over_seeds, retrieval_at, retrieval_kept
 from smollm2.written import DOMAINS, PARTS
 
+from hf_hybrid.cli import main
 from hf_hybrid.run.recipe import Recipe
 from hf_hybrid.run.runner import run_recipe
 
@@ -305,6 +306,12 @@ def test_the_steps_of_all_hang_together(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"text": path.read_text()}) + "\n")
     monkeypatch.setitem(TRIAL, "select", {"k": 2})
+
+    def in_this_process(*words):
+        assert words[:2] == ("-m", "hf_hybrid")
+        assert main(list(map(str, words[2:]))) == 0
+
+    monkeypatch.setattr("smollm2.all.command", in_this_process)
     work.windows()
     work.evaluate()
     found = Results(work.results).seeds[3]
