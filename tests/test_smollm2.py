@@ -100,8 +100,9 @@ class TestTrial:
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         gone = {"setting-rates-low.json", "search.json"}
         found = json.loads((folder / "search.json").read_text())
-        for name in (*gone, "long.json"):
+        for name in gone:
             (folder / name).unlink()
+        long = (folder / "long.json").rename(compared / "long.json")
         (printed,) = compare(compared, "--jobs", "search", "setting-*")
         after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         assert not (folder / "long.json").exists()  # it was not asked for
@@ -110,8 +111,7 @@ class TestTrial:
         again = json.loads((folder / "search.json").read_text())  # of what a killed search had tried
         assert " of 3, [" not in printed and again["evaluations"] == found["evaluations"]
         assert again["layers"] == found["layers"]
-        (printed,) = compare(compared)
-        assert printed.count(" ...\n") == 1 and (folder / "long.json").is_file()
+        long.rename(folder / "long.json")
 
     def test_jobs_that_nobody_has_are_refused(self, compared):
         options = ["--run", compared / "run", "--held-out", compared / "held_out", "--output", compared / "elsewhere"]
