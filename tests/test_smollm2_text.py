@@ -299,15 +299,16 @@ def test_a_killed_writer_goes_on(model: LlamaForCausalLM, canned: Counter[str], 
 
 def test_sets_are_written_side_by_side(model: LlamaForCausalLM, canned: Counter[str], tmp_path: Path) -> None:
     """Each by a writer of its own, the one that needs passages first: the same text as in one go."""
-    writer(model, tmp_path / "whole").write()
-    writers = []
+    its = writer(model, tmp_path / "whole")
+    its.write()
+    threads = []
     for one in reversed(written.SETS):
-        its = writer(model, tmp_path / "apart")
-        writers.append(Thread(target=written.Writer(its.model, its.tokenizer, its.settings, its.folder, [one]).write))
-        writers[-1].start()
-    for its in writers:
-        its.join(120)
-        assert not its.is_alive()
+        alone = written.Writer(model, its.tokenizer, its.settings, tmp_path / "apart", [one])
+        threads.append(Thread(target=alone.write))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
     for part, domain in written.SETS:
         name = f"{part}/{domain}.jsonl"
         assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
