@@ -48,5 +48,5 @@ class Answers:
 
 
 def answer_key(*asked: Any) -> str:
-    """The key of an answer: a digest of whose it is and of what was asked."""
+    """A digest of whose an answer is and of what was asked, or of one of both."""
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

@@ -64,7 +64,7 @@ class ModelLM(TemplateLM):
         self.batch_size, self.precision = batch_size, precision
         self.progress = progress or (lambda done, total: None)
         self.answers = answers
-        self.whose = [] if answers is None else _whose(model, precision)
+        self.whose = "" if answers is None else _whose(model, precision)
         self.before = text_prefix(tokenizer)
         self.tokens: dict[str, list[int]] = {}  # of the texts of the requests that are answered now
         self.max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -288,13 +288,13 @@ class ModelLM(TemplateLM):
             )
 
 
-def _whose(model: Any, precision: Precision) -> list[str]:
+def _whose(model: Any, precision: Precision) -> str:
     """
-    Whose answers are: of other weights, of another config, such as another window in the same weights, or in another
-    precision they are other answers.
+    A digest of whose the answers are: of other weights, of another config, such as another window in the same weights,
+    or in another precision they are other answers.
     """
     configs = [config.to_json_string(use_diff=False) for config in (model.config, model.generation_config)]
-    return [weights_digest(model), *configs, str(precision), str(model.dtype)]
+    return answer_key(weights_digest(model), *configs, str(precision), str(model.dtype))
 
 
 def _stop_texts(options: dict[str, Any]) -> list[str]:
